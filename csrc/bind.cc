@@ -1,0 +1,167 @@
+// The Python side of the kernels: plain numbers and pointers in, nothing of torch. python/fastrnn/_ops.py
+// is the only caller and answers for the shapes; what C++ can check is checked here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cells/registry.h"
+#include "cpu/variant.h"
+#include "scan.h"
+
+namespace py = pybind11;
+
+namespace fastrnn {
+namespace {
+
+using Address = uintptr_t;
+using Addresses = std::vector<Address>;  // one per direction
+
+struct CellInfo {
+  int index, gates;
+  bool has_cell_state, has_extra, saves_gates, splits_gradient;
+};
+
+py::dict cell_infos() {
+  py::dict infos;
+  for (int i = 0; i < Cells::size; ++i) {
+    Cells::visit(i, [&](auto cell) {
+      using Cell = decltype(cell);
+      infos[Cell::mode] = CellInfo{i,
+                                   Cell::gates,
+                                   Cell::has_cell_state,
+                                   Cell::has_extra,
+                                   Cell::saves_gates,
+                                   Cell::splits_gradient};
+    });
+  }
+  return infos;
+}
+
+template <class Pointer>
+void set(Pointer (&target)[kMaxDirections], const Addresses& source, int directions) {
+  if (source.size() != static_cast<size_t>(directions)) {
+    throw std::invalid_argument("expected one tensor per direction, got " + std::to_string(source.size()) +
+                                " for " + std::to_string(directions));
+  }
+  for (size_t d = 0; d < source.size(); ++d) target[d] = reinterpret_cast<Pointer>(source[d]);
+}
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+// Sets the sizes that both passes share; `rows` is the N of the buffers.
+template <class Args>
+void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows,
+               Address batch_sizes) {
+  const auto [steps, batch, hidden, directions] = sizes;
+  if (cell < 0 || cell >= Cells::size) throw std::invalid_argument("unknown cell");
+  if (dtype != 0 && dtype != 1) throw std::invalid_argument("unknown dtype");
+  if (steps < 0 || batch < 0 || hidden < 1 || directions < 1 || directions > kMaxDirections) {
+    throw std::invalid_argument("sizes out of range");
+  }
+  args.cell = cell;
+  args.dtype = static_cast<DType>(dtype);
+  args.steps = steps;
+  args.batch = batch;
+  args.hidden = hidden;
+  args.directions = static_cast<int>(directions);
+  args.batch_sizes = static_cast<const int64_t*>(pointer(batch_sizes));
+
+  int64_t expected = steps * batch;
+  if (args.batch_sizes != nullptr) {
+    expected = 0;
+    int64_t alive = batch;
+    for (int64_t t = 0; t < steps; ++t) {
+      const int64_t next = args.batch_sizes[t];
+      if (next < 0 || next > alive) {
+        throw std::invalid_argument("batch_sizes must not increase and must lie in [0, " +
+                                    std::to_string(batch) + "], got " + std::to_string(next) +
+                                    " at step " + std::to_string(t));
+      }
+      alive = next;
+      expected += next;
+    }
+  }
+  if (rows != expected) {
+    throw std::invalid_argument("expected buffers of " + std::to_string(expected) + " rows, got " +
+                                std::to_string(rows));
+  }
+}
+
+void forward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Address batch_sizes,
+             const Addresses& weight_hh, const Addresses& bias_hh, Address h_0, Address c_0,
+             const Addresses& gates, Address output, Address h_n, Address c_n, Address extra, bool keep,
+             int threads) {
+  ForwardArgs args{};
+  set_shape(args, cell, dtype, sizes, rows, batch_sizes);
+  set(args.weight_hh, weight_hh, args.directions);
+  if (!bias_hh.empty()) set(args.bias_hh, bias_hh, args.directions);
+  set(args.gates, gates, args.directions);
+  args.h_0 = pointer(h_0);
+  args.c_0 = pointer(c_0);
+  args.output = pointer(output);
+  args.h_n = pointer(h_n);
+  args.c_n = pointer(c_n);
+  args.extra = pointer(extra);
+  args.keep = keep;
+  const CpuVariant& variant = active_variant();
+  py::gil_scoped_release release;
+  variant.forward(args, threads);
+}
+
+void backward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Address batch_sizes,
+              const Addresses& weight_hh, Address h_0, Address c_0, const Addresses& gates, Address output,
+              Address extra, Address d_output, Address d_h_n, Address d_c_n, Address d_extra,
+              const Addresses& d_gates, const Addresses& d_gates_hh, Address d_h_0, Address d_c_0,
+              int threads) {
+  BackwardArgs args{};
+  set_shape(args, cell, dtype, sizes, rows, batch_sizes);
+  set(args.weight_hh, weight_hh, args.directions);
+  set(args.gates, gates, args.directions);
+  set(args.d_gates, d_gates, args.directions);
+  set(args.d_gates_hh, d_gates_hh, args.directions);
+  args.h_0 = pointer(h_0);
+  args.c_0 = pointer(c_0);
+  args.output = pointer(output);
+  args.extra = pointer(extra);
+  args.d_output = pointer(d_output);
+  args.d_h_n = pointer(d_h_n);
+  args.d_c_n = pointer(d_c_n);
+  args.d_extra = pointer(d_extra);
+  args.d_h_0 = pointer(d_h_0);
+  args.d_c_0 = pointer(d_c_0);
+  const CpuVariant& variant = active_variant();
+  py::gil_scoped_release release;
+  variant.backward(args, threads);
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace fastrnn;
+  active_variant();  // a wrong FASTRNN_CPU fails the import, not the first call
+
+  py::class_<CellInfo>(m, "CellInfo")
+      .def_readonly("index", &CellInfo::index)
+      .def_readonly("gates", &CellInfo::gates)
+      .def_readonly("has_cell_state", &CellInfo::has_cell_state)
+      .def_readonly("has_extra", &CellInfo::has_extra)
+      .def_readonly("saves_gates", &CellInfo::saves_gates)
+      .def_readonly("splits_gradient", &CellInfo::splits_gradient);
+  m.attr("cells") = cell_infos();
+
+  m.def("cpu_variant", [] { return std::string(active_variant().name); });
+  m.def("cpu_variants", [] {
+    int count = 0;
+    const CpuVariant* const* variants = runnable_variants(&count);
+    std::vector<std::string> names;
+    for (int i = 0; i < count; ++i) names.emplace_back(variants[i]->name);
+    return names;
+  });
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+}

@@ -1,0 +1,105 @@
+// What the forward and the backward scan share: where the rows of a step lie, and which part of the
+// work is a thread's own.
+#pragma once
+
+#include "../scan.h"
+#include "multiply.h"
+#include "schedule.h"
+#include "team.h"
+
+namespace fastrnn::FASTRNN_VARIANT {
+
+struct Cpu {
+  int threads;
+};
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// Steps of ragged rows; see scan.h for the layout.
+class Steps {
+ public:
+  // `offsets` has room for `steps` numbers, used only with batch_sizes.
+  Steps(int64_t steps, int64_t batch, const int64_t* batch_sizes, int64_t* offsets)
+      : steps_(steps), batch_(batch), batch_sizes_(batch_sizes), offsets_(offsets) {
+    if (batch_sizes == nullptr) return;
+    int64_t sum = 0;
+    for (int64_t t = 0; t < steps; ++t) {
+      offsets[t] = sum;
+      sum += batch_sizes[t];
+    }
+  }
+
+  int64_t count() const { return steps_; }
+
+  int64_t mean_rows() const {
+    if (batch_sizes_ == nullptr || steps_ == 0) return batch_;
+    return (offsets_[steps_ - 1] + batch_sizes_[steps_ - 1] + steps_ - 1) / steps_;
+  }
+
+  // Rows alive at step t; none before the first step and after the last.
+  int64_t rows(int64_t t) const {
+    if (t < 0 || t >= steps_) return 0;
+    return batch_sizes_ == nullptr ? batch_ : batch_sizes_[t];
+  }
+
+  // The buffer row at which step t begins.
+  int64_t offset(int64_t t) const { return batch_sizes_ == nullptr ? t * batch_ : offsets_[t]; }
+
+ private:
+  int64_t steps_, batch_;
+  const int64_t* batch_sizes_;
+  const int64_t* offsets_;
+};
+
+// A thread's own part of one direction.
+struct Part {
+  Range rows, blocks;
+  Barrier* barrier;
+  int rank, size;
+  bool meets_each_step;
+  void meet() const { barrier->wait(size); }
+};
+
+// One parallel region: every thread runs its part of one direction or of each.
+template <class Scan, class Args>
+void run_scan(const Args& args, const Work& work, int threads, const Scan& scan) {
+  struct Context {
+    const Args& args;
+    const Work& work;
+    const Scan& scan;
+    Plan plan;
+    Barrier barriers[kMaxDirections];
+  } context{args, work, scan, make_plan(work, threads), {}};
+
+  const auto body = [](void* pointer, int rank, int size) {
+    Context& c = *static_cast<Context*>(pointer);
+    // The runtime may send fewer threads than were asked for.
+    const Plan plan = size == c.plan.threads ? c.plan : make_plan(c.work, size);
+    if (rank >= plan.threads) return;
+    const int team = plan.threads / plan.groups;
+    const int group = rank / team;
+    Part part{{0, c.args.batch}, {0, c.work.blocks}, &c.barriers[group], rank % team, team, false};
+    if (plan.split == Split::kRows) {
+      part.rows = share_rows(c.args.batch_sizes, c.args.steps, c.args.batch, part.rank, team);
+    } else {
+      part.blocks = share(c.work.blocks, part.rank, team);
+      part.meets_each_step = true;
+    }
+    for (int d = group; d < c.args.directions; d += plan.groups) c.scan.run(d, part);
+  };
+  run_parallel(context.plan.threads, body, &context);
+}
+
+// Vectors of hidden units in a block: as many as fill the register tile, no more than there are.
+template <class T>
+int units_per_block(int64_t hidden, int gates) {
+  const int64_t needed = (hidden + Vec<T>::lanes - 1) / Vec<T>::lanes;
+  int units = kMaxVectors / gates;
+  while (units > 1 && units / 2 >= needed) units /= 2;
+  return units < 1 ? 1 : units;
+}
+
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+}  // namespace fastrnn::FASTRNN_VARIANT

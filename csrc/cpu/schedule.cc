@@ -1,0 +1,83 @@
+#include "schedule.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace fastrnn {
+
+namespace {
+
+constexpr double kBarrierCycles = 1000;
+constexpr double kRegionCycles = 10000;
+constexpr int kVectorBytes = 64;
+
+double l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (size > 0) return static_cast<double>(size);
+#endif
+  return 1 << 20;
+}
+
+// Cycles of one thread for one step: two multiply-adds a cycle, but a tile of few rows waits for its
+// weights, and weights that do not fit into L2 come from farther away.
+double step_cycles(const Work& w, int64_t rows, int64_t blocks) {
+  if (rows == 0 || blocks == 0) return 0;
+  const double tiles = static_cast<double>((rows + w.max_rows - 1) / w.max_rows);
+  const double height = static_cast<double>(rows) / tiles;
+  const double products = tiles * w.depth * blocks * w.vectors * std::max(height / 2, 1.5);
+  const double bytes = static_cast<double>(blocks) * w.depth * w.vectors * kVectorBytes;
+  return bytes > 0.75 * l2_bytes() ? std::max(products, bytes / 16) : products;
+}
+
+}  // namespace
+
+Plan make_plan(const Work& work, int threads) {
+  const double region = kRegionCycles / static_cast<double>(std::max<int64_t>(work.steps, 1));
+  const int groups = work.directions == 2 && threads >= 2 && threads % 2 == 0 ? 2 : 1;
+  const double passes = static_cast<double>(work.directions) / groups;
+  const int team = threads / groups;
+
+  Plan best{1, 1, Split::kRows};
+  double best_cycles = step_cycles(work, work.rows, work.blocks) * work.directions;
+  const auto consider = [&](int size, Split split) {
+    if (size < 1 || size * groups == 1) return;
+    const double cycles =
+        split == Split::kRows
+            ? step_cycles(work, (work.rows + size - 1) / size, work.blocks)
+            : step_cycles(work, work.rows, (work.blocks + size - 1) / size) + (size > 1 ? kBarrierCycles : 0);
+    if (cycles * passes + region < best_cycles) {
+      best = {size * groups, groups, split};
+      best_cycles = cycles * passes + region;
+    }
+  };
+  consider(static_cast<int>(std::min<int64_t>(team, work.rows)), Split::kRows);
+  consider(static_cast<int>(std::min<int64_t>(team, work.blocks)), Split::kUnits);
+  return best;
+}
+
+Range share(int64_t count, int rank, int size) {
+  return {count * rank / size, count * (rank + 1) / size};
+}
+
+Range share_rows(const int64_t* batch_sizes, int64_t steps, int64_t batch, int rank, int size) {
+  if (batch_sizes == nullptr) return share(batch, rank, size);
+  int64_t total = 0;
+  for (int64_t t = 0; t < steps; ++t) total += batch_sizes[t];
+  // The row at which the first `rank` shares end: rows are sorted, row b lives while batch_sizes[t] > b.
+  const auto boundary = [&](int r) {
+    if (r == size) return batch;
+    int64_t row = 0, sum = 0, length = steps;
+    while (row < batch) {
+      while (length > 0 && batch_sizes[length - 1] <= row) --length;
+      if ((sum + length) * size > total * r) break;
+      sum += length;
+      ++row;
+    }
+    return row;
+  };
+  return {rank == 0 ? 0 : boundary(rank), boundary(rank + 1)};
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,41 @@
+// How a scan is cut into pieces for the threads: a pure function of its shape.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastrnn {
+
+// Rows: each thread runs its own batch rows through all steps and needs no other thread. Units: each
+// thread owns some blocks of hidden units, whose weights stay in its cache, and all threads meet once a
+// step.
+enum class Split { kRows, kUnits };
+
+struct Work {
+  int64_t steps;
+  int64_t rows;    // batch rows alive at a step, on average
+  int64_t depth;   // length of the recurrent sum
+  int64_t blocks;  // blocks of hidden units
+  int vectors;     // vectors of columns in a block
+  int max_rows;    // rows of the tallest register tile
+  int directions;
+};
+
+struct Plan {
+  int threads;
+  int groups;  // 2: each half of the threads runs one direction; 1: all threads run one after the other
+  Split split;
+};
+
+Plan make_plan(const Work& work, int threads);
+
+// The half-open range of `rank`'s share of `count` things.
+struct Range {
+  int64_t begin, end;
+};
+Range share(int64_t count, int rank, int size);
+
+// The same for batch rows of different lengths: shares of about equally many steps.
+Range share_rows(const int64_t* batch_sizes, int64_t steps, int64_t batch, int rank, int size);
+
+}  // namespace fastrnn

@@ -1,0 +1,21 @@
+// One compiled variant of the CPU kernels, as the rest of the library sees it.
+#pragma once
+
+#include "../scan.h"
+
+namespace fastrnn {
+
+struct CpuVariant {
+  const char* name;
+  void (*forward)(const ForwardArgs& args, int threads);
+  void (*backward)(const BackwardArgs& args, int threads);
+};
+
+// Best first; those that this CPU cannot run are left out.
+const CpuVariant* const* runnable_variants(int* count);
+
+// The variant in use: the best, or the one that FASTRNN_CPU names. Throws std::runtime_error if that one
+// is unknown or cannot run here.
+const CpuVariant& active_variant();
+
+}  // namespace fastrnn

@@ -1,0 +1,75 @@
+// A scan runs one cell over T steps of one layer, in all its directions. These structs are everything
+// that a scan is told; the device code behind forward_dev_impl / backward_dev_impl reads nothing else.
+//
+// Sizes: T steps, B batch rows, H hidden units, D directions, G gates of the cell, N steps of all rows.
+//
+// Rows may end at different steps. They are then sorted by length, longest first, and stored without
+// padding, as in torch's PackedSequence: batch_sizes[t] rows are alive at step t and lie one after the
+// other. Without batch_sizes all B rows live for T steps and N = T * B. Either way, a buffer over
+// steps is N rows of features, and the rows of one step are contiguous.
+//
+// The caller owns every buffer. All are contiguous and hold the dtype of the scan.
+#pragma once
+
+#include <cstdint>
+
+namespace fastrnn {
+
+enum class DType : int { kFloat32 = 0, kFloat64 = 1 };
+
+constexpr int kMaxDirections = 2;
+
+struct ForwardArgs {
+  int cell;  // index into cells/registry.h
+  DType dtype;
+  int64_t steps, batch, hidden;
+  int directions;              // the second one runs from each row's last step to its first
+  const int64_t* batch_sizes;  // [T], not increasing, each <= B; null: all rows live for all steps
+
+  const void* weight_hh[kMaxDirections];  // [G*H, H]
+  const void* bias_hh[kMaxDirections];    // [G*H] or null
+  const void* h_0;                        // [D, B, H] or null for zeros
+  const void* c_0;                        // the same; only cells with a cell state
+
+  // [N, G*H]. In: W_ih x_t + b_ih. Out, if kept: the activated gates. Overwritten in place.
+  void* gates[kMaxDirections];
+
+  void* output;  // [N, D*H]: every h_t
+  void* h_n;     // [D, B, H]: h after each row's last step. Must not alias h_0.
+  void* c_n;     // the same; only cells with a cell state
+  // [N, D*H]: what backward needs of each step beside gates and output (LSTM: c_t; GRU: W_hn h + b_hn).
+  // Null if nothing is kept for backward or the cell has no such value.
+  void* extra;
+  bool keep;  // leave gates and extra filled for backward
+};
+
+// The buffers that forward wrote are only read here, so that backward can run twice on them.
+struct BackwardArgs {
+  int cell;
+  DType dtype;
+  int64_t steps, batch, hidden;
+  int directions;
+  const int64_t* batch_sizes;
+
+  const void* weight_hh[kMaxDirections];
+  const void* h_0;
+  const void* c_0;
+  const void* gates[kMaxDirections];
+  const void* output;
+  const void* extra;
+
+  // Incoming gradients; null means zero.
+  const void* d_output;  // [N, D*H]
+  const void* d_h_n;     // [D, B, H]
+  const void* d_c_n;     // [D, B, H]
+  const void* d_extra;   // [N, D*H]; only cells whose extra is the cell state
+
+  // Outgoing gradients.
+  void* d_gates[kMaxDirections];  // [N, G*H]: of W_ih x_t + b_ih
+  // [N, G*H]: of W_hh h_{t-1} + b_hh. The same buffer as d_gates unless the cell splits its gradient.
+  void* d_gates_hh[kMaxDirections];
+  void* d_h_0;  // [D, B, H] or null if not wanted
+  void* d_c_0;  // [D, B, H] or null if not wanted
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,24 @@
+"""Fast LSTM, GRU and Elman layers for PyTorch: torch.nn's interface on fused kernels."""
+
+from importlib.metadata import version as _version
+
+import torch as _torch  # noqa: F401  # loads the OpenMP runtime that the kernels share
+
+from . import reference
+from ._cpu import cpu_variant, cpu_variants
+from ._functions import ElmanFunction, GRUFunction, LSTMFunction
+from ._modules import GRU, LSTM, RNN
+
+__version__ = _version("fastrnn")
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "ElmanFunction",
+    "GRUFunction",
+    "LSTMFunction",
+    "cpu_variant",
+    "cpu_variants",
+    "reference",
+]

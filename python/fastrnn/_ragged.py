@@ -1,0 +1,160 @@
+"""Ragged batches: the real steps of every row, without the padding.
+
+A masked step leaves the state as it is, so a row with holes is the same recurrence as that row with its
+real steps moved together. Every mask, lengths and PackedSequence therefore takes one form: rows sorted
+by their number of steps, longest first, step after step, N rows of features in all. The scan and the
+GEMMs around it never see a padded step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Ragged(NamedTuple):
+    """Where the rows of a ragged batch lie in a padded one."""
+
+    index: Tensor  # int64 [N]: row of the padded [T*B, ...] features
+    batch_sizes: Tensor  # int64 CPU [longest row]: rows alive at each step
+    sorted_indices: Tensor  # int64 [B]: rows, longest first
+    unsorted_indices: Tensor  # int64 [B]: the way back
+
+
+def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
+    """The ragged form of mask [T, B], or None if every step is real.
+
+    `batch_first` says how the padded features lie in memory; mask is always [T, B].
+    """
+    steps, batch = mask.shape
+    t, b = mask.nonzero(as_tuple=True)
+    if len(t) == steps * batch:
+        return None
+    counts = mask.sum(0)
+    sorted_indices = torch.argsort(counts, descending=True, stable=True)
+    unsorted_indices = torch.empty_like(sorted_indices)
+    unsorted_indices[sorted_indices] = torch.arange(batch, device=mask.device)
+    longest = int(counts.max()) if batch else 0
+    batch_sizes = (counts > torch.arange(longest, device=mask.device).unsqueeze(1)).sum(1)
+    # The k-th real step of a row stands at its sorted place within the k-th group.
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    order = mask.cumsum(0)[t, b] - 1
+    index = torch.empty_like(t)
+    index[starts[order] + unsorted_indices[b]] = b * steps + t if batch_first else t * batch + b
+    return Ragged(index, batch_sizes.cpu(), sorted_indices, unsorted_indices)
+
+
+def mask_from_batch_sizes(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor:
+    """bool [T, B] of the padded form, rows in sorted order."""
+    return torch.arange(batch, device=device) < batch_sizes.to(device).unsqueeze(1)
+
+
+def previous_rows(batch_sizes: Tensor) -> Tensor:
+    """For every row of features from the second step on: the same batch row's place a step earlier."""
+    sizes = batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
+    first = int(batch_sizes[0])
+    return torch.arange(first, first + len(sizes)) - sizes
+
+
+def last_rows(batch_sizes: Tensor) -> Tensor:
+    """For every batch row with a step: the place of its last one."""
+    ends = batch_sizes.cumsum(0)
+    rows = torch.arange(int(batch_sizes[0]))
+    lengths = (batch_sizes.unsqueeze(1) > rows).sum(0)
+    return (ends - batch_sizes)[lengths - 1] + rows
+
+
+class _Gather(torch.autograd.Function):
+    """x[index] for an index without repetitions, whose gradient is then a plain copy."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor) -> Tensor:
+        return x.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, index = inputs
+        ctx.rows = x.shape[0]
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return scatter(grad, index, ctx.rows), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return tangent.index_select(0, index)
+
+
+class _Scatter(torch.autograd.Function):
+    """Zeros with the rows of x at index: the inverse of _Gather."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, rows: int) -> Tensor:
+        return x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, index, ctx.rows = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return gather(grad, index), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return tangent.new_zeros(ctx.rows, *tangent.shape[1:]).index_copy(0, index, tangent)
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` of x; no row twice."""
+    return _Gather.apply(x, index)
+
+
+def scatter(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """`rows` rows of zeros, with the rows of x at index."""
+    return _Scatter.apply(x, index, rows)
+
+
+def check_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """A mask laid out as the input's first dimensions; ValueError for any other."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tuple(shape):
+        got = (
+            f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        )
+        raise ValueError(f"mask: expected a bool tensor of shape {list(shape)}, got {got}")
+    return mask
+
+
+def check_lengths(
+    lengths: Tensor | Sequence[int], batch: int, steps: int, device: torch.device
+) -> Tensor:
+    """lengths as an int64 tensor [B] on `device`; ValueError if they are not B integers in [0, T]."""
+    expected = f"lengths: expected {batch} integers (int64) in [0, {steps}]"
+    if not isinstance(lengths, Tensor):
+        if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
+            raise ValueError(f"{expected}, got {type(lengths).__name__}")
+        wrong = [n for n in lengths if not isinstance(n, int) or isinstance(n, bool)]
+        if wrong:
+            raise ValueError(f"{expected}, got {wrong[0]!r} ({type(wrong[0]).__name__})")
+        lengths = torch.tensor(list(lengths), dtype=torch.int64)
+    if lengths.dtype != torch.int64 or lengths.shape != (batch,):
+        raise ValueError(f"{expected}, got {lengths.dtype} {list(lengths.shape)}")
+    if batch and not (0 <= int(lengths.min()) and int(lengths.max()) <= steps):
+        wrong_length = next(n for n in lengths.tolist() if not 0 <= n <= steps)
+        raise ValueError(f"{expected}, got {wrong_length}")
+    return lengths.to(device)

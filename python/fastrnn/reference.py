@@ -1,0 +1,176 @@
+"""The definition of every layer, in plain torch.
+
+This page is what fastrnn computes: slow, obvious and differentiable by autograd, on any device and in
+any dtype. The kernels are tested against it, and whatever has no kernel runs on it.
+
+Shapes: T steps, B batch rows, I input size, H hidden size, D directions, L layers, G gates of the cell.
+With a projection (LSTM only) h has P features and c has H; without one P = H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+__all__ = ["elman_cell", "gru_cell", "layer", "lstm_cell", "rnn", "scan"]
+
+State = tuple[Tensor, ...]  # (h,) or (h, c)
+
+
+def elman_cell(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One step of an Elman cell, as torch.nn.RNNCell: x [B, I], h [B, H] -> h' [B, H]."""
+    f = {"tanh": torch.tanh, "relu": torch.relu}[nonlinearity]
+    return f(linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh))
+
+
+def gru_cell(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of a GRU cell, as torch.nn.GRUCell: x [B, I], h [B, H] -> h' [B, H]."""
+    x_r, x_z, x_n = linear(x, w_ih, b_ih).chunk(3, -1)
+    h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, -1)
+    r = torch.sigmoid(x_r + h_r)
+    z = torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + r * h_n)
+    return n + z * (h - n)
+
+
+def lstm_cell(
+    x: Tensor,
+    state: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM cell, as torch.nn.LSTMCell: x [B, I], h [B, P], c [B, H] -> h', c'.
+
+    w_hr [P, H] projects h' (Sak et al., arXiv:1402.1128).
+    """
+    h, c = state
+    i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return (h if w_hr is None else linear(h, w_hr)), c
+
+
+def _step(mode: str, x: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+    if mode == "LSTM":
+        has_projection = len(weights) % 2 == 1
+        w_hr = weights[-1] if has_projection else None
+        gates = weights[:-1] if has_projection else weights
+        return lstm_cell(x, (state[0], state[1]), *gates, w_hr=w_hr)
+    if mode == "GRU":
+        return (gru_cell(x, state[0], *weights),)
+    nonlinearity = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}[mode]
+    return (elman_cell(x, state[0], *weights, nonlinearity=nonlinearity),)
+
+
+def scan(
+    mode: str,
+    x: Tensor,
+    state: State,
+    weights: Sequence[Tensor],
+    mask: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[State, State]:
+    """A cell over all steps of x [T, B, I], from the last to the first if `reverse`.
+
+    A step that mask [T, B] marks False leaves the state as it is and shows zeros.
+    Returns the states of every step, each [T, B, P or H], and the final state, each [B, P or H].
+    """
+    steps = range(len(x) - 1, -1, -1) if reverse else range(len(x))
+    shown: list[State] = [()] * len(x)
+    for t in steps:
+        after = _step(mode, x[t], state, weights)
+        if mask is None:
+            state = shown[t] = after
+        else:
+            real = mask[t].unsqueeze(-1)
+            state = tuple(torch.where(real, new, old) for new, old in zip(after, state))
+            shown[t] = tuple(torch.where(real, new, 0) for new in after)
+    if not shown:
+        return tuple(s.new_zeros(0, *s.shape) for s in state), state
+    return tuple(torch.stack(s) for s in zip(*shown)), state
+
+
+def layer(
+    mode: str,
+    x: Tensor,
+    states: State,
+    weights: Sequence[Sequence[Tensor]],
+    mask: Tensor | None = None,
+) -> tuple[Tensor, State, Tensor | None]:
+    """One layer in all its directions.
+
+    x [T, B, I]; states h_0 [D, B, P] and, for an LSTM, c_0 [D, B, H]; weights one sequence per direction.
+    Returns output [T, B, D*P], the final states like `states`, and all c_t [T, B, D*H] (LSTM) or None.
+    """
+    if mask is not None:
+        # A where() alone would let NaN through: its gradient is 0 * NaN.
+        x = torch.where(mask.unsqueeze(-1), x, 0)
+    runs = [
+        scan(mode, x, tuple(s[d] for s in states), w, mask, reverse=d == 1)
+        for d, w in enumerate(weights)
+    ]
+    sequences = [torch.cat(s, -1) for s in zip(*(shown for shown, _ in runs))]
+    final = tuple(torch.stack(s) for s in zip(*(state for _, state in runs)))
+    return sequences[0], final, sequences[1] if mode == "LSTM" else None
+
+
+def rnn(
+    mode: str,
+    x: Tensor,
+    hx: Tensor | tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+    """A whole torch.nn.LSTM, GRU or RNN without dropout.
+
+    Args:
+        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
+        x: [T, B, I].
+        hx: h_0 [L*D, B, P], for an LSTM the pair (h_0, c_0 [L*D, B, H]); None means zeros.
+        weights: as in torch.nn.RNNBase: layer by layer, direction by direction w_ih, w_hh, b_ih, b_hh,
+            w_hr, where biases and projection may be absent.
+        mask: bool [T, B], True where a step is real.
+
+    Returns:
+        output [T, B, D*P] and the final states, shaped like hx.
+    """
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (num_layers * directions)
+    groups = [weights[i : i + each] for i in range(0, len(weights), each)]
+    if hx is None:
+        hidden = groups[0][1].shape[0] // {"LSTM": 4, "GRU": 3}.get(mode, 1)
+        sizes = [groups[0][1].shape[1], hidden][: 2 if mode == "LSTM" else 1]
+        states: State = tuple(x.new_zeros(len(groups), x.shape[1], size) for size in sizes)
+    else:
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    finals = []
+    for k in range(0, len(groups), directions):
+        own = slice(k, k + directions)
+        x, final, _ = layer(mode, x, tuple(s[own] for s in states), groups[own], mask)
+        finals.append(final)
+    last = tuple(torch.cat(s) for s in zip(*finals))
+    return x, (last[0], last[1]) if mode == "LSTM" else last[0]
