@@ -1,5 +1,6 @@
-// The Python side of the kernels: plain numbers and pointers in, nothing of torch. python/fastrnn/_ops.py
-// is the only caller and answers for the shapes; what C++ can check is checked here.
+// The Python side of the kernels: plain numbers and pointers in, nothing of torch.
+// python/fastrnn/_ops.py is the only caller and answers for the shapes; what C++ can check is
+// checked here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -44,8 +45,9 @@ py::dict cell_infos() {
 template <class Pointer>
 void set(Pointer (&target)[kMaxDirections], const Addresses& source, int directions) {
   if (source.size() != static_cast<size_t>(directions)) {
-    throw std::invalid_argument("expected one tensor per direction, got " + std::to_string(source.size()) +
-                                " for " + std::to_string(directions));
+    throw std::invalid_argument("expected one tensor per direction, got " +
+                                std::to_string(source.size()) + " for " +
+                                std::to_string(directions));
   }
   for (size_t d = 0; d < source.size(); ++d) target[d] = reinterpret_cast<Pointer>(source[d]);
 }
@@ -92,35 +94,40 @@ void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 4> sizes, in
 }
 
 void forward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Address batch_sizes,
-             const Addresses& weight_hh, const Addresses& bias_hh, Address h_0, Address c_0,
-             const Addresses& gates, Address output, Address h_n, Address c_n, Address extra, bool keep,
+             int64_t input, Address x, const Addresses& weight_ih, const Addresses& weight_hh,
+             const Addresses& bias_ih, const Addresses& bias_hh, Address h_0, Address c_0,
+             Address output, Address h_n, Address c_n, const Addresses& gates, Address extra,
              int threads) {
   ForwardArgs args{};
   set_shape(args, cell, dtype, sizes, rows, batch_sizes);
+  if (input < 1) throw std::invalid_argument("sizes out of range");
+  args.input = input;
+  args.x = pointer(x);
+  set(args.weight_ih, weight_ih, args.directions);
   set(args.weight_hh, weight_hh, args.directions);
+  if (!bias_ih.empty()) set(args.bias_ih, bias_ih, args.directions);
   if (!bias_hh.empty()) set(args.bias_hh, bias_hh, args.directions);
-  set(args.gates, gates, args.directions);
+  if (!gates.empty()) set(args.gates, gates, args.directions);
   args.h_0 = pointer(h_0);
   args.c_0 = pointer(c_0);
   args.output = pointer(output);
   args.h_n = pointer(h_n);
   args.c_n = pointer(c_n);
   args.extra = pointer(extra);
-  args.keep = keep;
   const CpuVariant& variant = active_variant();
   py::gil_scoped_release release;
   variant.forward(args, threads);
 }
 
 void backward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Address batch_sizes,
-              const Addresses& weight_hh, Address h_0, Address c_0, const Addresses& gates, Address output,
-              Address extra, Address d_output, Address d_h_n, Address d_c_n, Address d_extra,
-              const Addresses& d_gates, const Addresses& d_gates_hh, Address d_h_0, Address d_c_0,
-              int threads) {
+              const Addresses& weight_hh, Address h_0, Address c_0, const Addresses& gates,
+              Address output, Address extra, Address d_output, Address d_h_n, Address d_c_n,
+              Address d_extra, const Addresses& d_gates, const Addresses& d_gates_hh, Address d_h_0,
+              Address d_c_0, int threads) {
   BackwardArgs args{};
   set_shape(args, cell, dtype, sizes, rows, batch_sizes);
   set(args.weight_hh, weight_hh, args.directions);
-  set(args.gates, gates, args.directions);
+  if (!gates.empty()) set(args.gates, gates, args.directions);
   set(args.d_gates, d_gates, args.directions);
   set(args.d_gates_hh, d_gates_hh, args.directions);
   args.h_0 = pointer(h_0);

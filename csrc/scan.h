@@ -1,12 +1,14 @@
-// A scan runs one cell over T steps of one layer, in all its directions. These structs are everything
-// that a scan is told; the device code behind forward_dev_impl / backward_dev_impl reads nothing else.
+// A scan runs one cell over T steps of one layer, in all its directions. These structs are
+// everything that a scan is told; the device code behind forward_dev_impl / backward_dev_impl reads
+// nothing else.
 //
-// Sizes: T steps, B batch rows, H hidden units, D directions, G gates of the cell, N steps of all rows.
+// Sizes: T steps, B batch rows, I input features, H hidden units, D directions, G gates of the
+// cell, N steps of all rows.
 //
-// Rows may end at different steps. They are then sorted by length, longest first, and stored without
-// padding, as in torch's PackedSequence: batch_sizes[t] rows are alive at step t and lie one after the
-// other. Without batch_sizes all B rows live for T steps and N = T * B. Either way, a buffer over
-// steps is N rows of features, and the rows of one step are contiguous.
+// Rows may end at different steps. They are then sorted by length, longest first, and stored
+// without padding, as in torch's PackedSequence: batch_sizes[t] rows are alive at step t and lie
+// one after the other. Without batch_sizes all B rows live for T steps and N = T * B. Either way, a
+// buffer over steps is N rows of features, and the rows of one step are contiguous.
 //
 // The caller owns every buffer. All are contiguous and hold the dtype of the scan.
 #pragma once
@@ -22,25 +24,25 @@ constexpr int kMaxDirections = 2;
 struct ForwardArgs {
   int cell;  // index into cells/registry.h
   DType dtype;
-  int64_t steps, batch, hidden;
+  int64_t steps, batch, input, hidden;
   int directions;              // the second one runs from each row's last step to its first
   const int64_t* batch_sizes;  // [T], not increasing, each <= B; null: all rows live for all steps
 
+  const void* x;                          // [N, I]
+  const void* weight_ih[kMaxDirections];  // [G*H, I]
   const void* weight_hh[kMaxDirections];  // [G*H, H]
-  const void* bias_hh[kMaxDirections];    // [G*H] or null
+  const void* bias_ih[kMaxDirections];    // [G*H] or null
+  const void* bias_hh[kMaxDirections];    // the same
   const void* h_0;                        // [D, B, H] or null for zeros
   const void* c_0;                        // the same; only cells with a cell state
-
-  // [N, G*H]. In: W_ih x_t + b_ih. Out, if kept: the activated gates. Overwritten in place.
-  void* gates[kMaxDirections];
 
   void* output;  // [N, D*H]: every h_t
   void* h_n;     // [D, B, H]: h after each row's last step. Must not alias h_0.
   void* c_n;     // the same; only cells with a cell state
-  // [N, D*H]: what backward needs of each step beside gates and output (LSTM: c_t; GRU: W_hn h + b_hn).
-  // Null if nothing is kept for backward or the cell has no such value.
-  void* extra;
-  bool keep;  // leave gates and extra filled for backward
+
+  // What backward needs of each step, or null if there will be no backward.
+  void* gates[kMaxDirections];  // [N, G*H]: the activated gates; only cells that save them
+  void* extra;                  // [N, D*H]: LSTM: c_t; GRU: W_hn h + b_hn; only cells that have it
 };
 
 // The buffers that forward wrote are only read here, so that backward can run twice on them.
@@ -66,7 +68,8 @@ struct BackwardArgs {
 
   // Outgoing gradients.
   void* d_gates[kMaxDirections];  // [N, G*H]: of W_ih x_t + b_ih
-  // [N, G*H]: of W_hh h_{t-1} + b_hh. The same buffer as d_gates unless the cell splits its gradient.
+  // [N, G*H]: of W_hh h_{t-1} + b_hh. The same buffer as d_gates unless the cell splits its
+  // gradient.
   void* d_gates_hh[kMaxDirections];
   void* d_h_0;  // [D, B, H] or null if not wanted
   void* d_c_0;  // [D, B, H] or null if not wanted

@@ -7,17 +7,25 @@ namespace fastrnn {
 struct Tanh {
   static constexpr const char* mode = "RNN_TANH";
   template <class V>
-  static V apply(V a) { return tanh(a); }
+  static V apply(V a) {
+    return tanh(a);
+  }
   template <class V>
-  static V derivative(V h) { return V(1) - h * h; }
+  static V derivative(V h) {
+    return V(1) - h * h;
+  }
 };
 
 struct Relu {
   static constexpr const char* mode = "RNN_RELU";
   template <class V>
-  static V apply(V a) { return relu(a); }
+  static V apply(V a) {
+    return relu(a);
+  }
   template <class V>
-  static V derivative(V h) { return relu_derivative(h); }
+  static V derivative(V h) {
+    return relu_derivative(h);
+  }
 };
 
 template <class Nonlinearity>

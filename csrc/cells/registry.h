@@ -1,8 +1,8 @@
 // The list of cells. A new cell is a header beside this file and a line in `Cells`.
 //
-// A cell is the mathematics of one hidden unit at one step, over a value type V: a SIMD vector of units
-// on the CPU, one unit on a GPU. It knows no memory layout. V comes with arithmetic and the functions
-// sigmoid, tanh, relu and relu_derivative. A cell defines:
+// A cell is the mathematics of one hidden unit at one step, over a value type V: a SIMD vector of
+// units on the CPU, one unit on a GPU. It knows no memory layout. V comes with arithmetic and the
+// functions sigmoid, tanh, relu and relu_derivative. A cell defines:
 //   mode             its name, as in torch.nn.RNNBase.mode
 //   gates            G, the rows of weight_ih per unit
 //   has_cell_state   it carries a second state beside h (its `extra`)
@@ -14,7 +14,8 @@
 //       x[G] = W_ih x_t + b_ih in, activated gates out; r[G] = W_hh h_{t-1} + b_hh;
 //       extra: the cell state in and out, or only out
 //   backward(gate, h_prev, h, extra_prev, extra, dh, d_extra, dx, dr) -> direct part of dh_{t-1}
-//       d_extra: gradient of the cell state in, of the previous one out; dx[G], dr[G]: gradients of x, r
+//       d_extra: gradient of the cell state in, of the previous one out; dx[G], dr[G]: gradients of
+//       x, r
 #pragma once
 
 #include "elman.h"

@@ -1,5 +1,6 @@
-// The backward scan on the CPU, in the shape of the forward one: a register tile computes the part of
-// dh_t that comes through W_hh from the following step, and the cell turns dh_t into gate gradients.
+// The backward scan on the CPU, in the shape of the forward one: a register tile computes the part
+// of dh_t that comes through W_hh from the following step, and the cell turns dh_t into gate
+// gradients.
 #pragma once
 
 #include "math.h"
@@ -15,22 +16,23 @@ class BackwardScan {
   static constexpr int G = Cell::gates;
 
  public:
-  // carry_h, carry_c: [D, B, H] each, for what a step hands to the one before it beside W_hh.
-  BackwardScan(const BackwardArgs& args, const Steps& steps, int units, T* packed, T* carry_h, T* carry_c)
+  BackwardScan(const BackwardArgs& args, Workspace& workspace)
       : args_(args),
-        steps_(steps),
+        steps_(args.steps, args.batch, args.batch_sizes, workspace),
         hidden_(args.hidden),
         features_(args.directions * args.hidden),
-        units_(units),
-        packed_(packed),
-        carry_h_(carry_h),
-        carry_c_(carry_c) {}
-
-  static size_t packed_size(int64_t hidden, int units) {
-    return static_cast<size_t>(block_count(hidden, units)) * G * hidden * units * V::lanes;
+        units_(units_per_block<T>(args.hidden, 1)),
+        width_(units_ * V::lanes),
+        blocks_((args.hidden + width_ - 1) / width_) {
+    const size_t states = args.directions * args.batch * args.hidden;
+    packed_ = workspace.take<T>(args.directions * blocks_ * G * hidden_ * width_);
+    carry_h_ = workspace.take<T>(Cell::has_direct_path ? states : 0);
+    carry_c_ = workspace.take<T>(Cell::has_cell_state ? states : 0);
   }
-  static int64_t block_count(int64_t hidden, int units) {
-    return (hidden + units * V::lanes - 1) / (units * V::lanes);
+
+  Work work() const {
+    return {args_.steps, steps_.mean_rows(), G * hidden_,     blocks_,
+            units_,      max_rows(units_),   args_.directions};
   }
 
   void run(int direction, const Part& part) const {
@@ -39,8 +41,9 @@ class BackwardScan {
     int64_t t = direction == 0 ? steps_.count() - 1 : 0;
     for (int64_t i = 0; i < steps_.count(); ++i, t -= step) {
       const int64_t rows = steps_.rows(t);
-      const int64_t going_on = min_of(rows, steps_.rows(t + step));  // their scan has a step after t
-      const int64_t old = min_of(rows, steps_.rows(t - step));       // their scan has a step before t
+      const int64_t going_on =
+          min_of(rows, steps_.rows(t + step));                  // their scan has a step after t
+      const int64_t old = min_of(rows, steps_.rows(t - step));  // their scan has a step before t
       // At most one of the two lies between: rows end in one direction and begin in the other.
       const int64_t cut = going_on > 0 && going_on < rows ? going_on : old;
       run_rows(direction, part, {t, t + step, t - step, going_on > 0, old > 0}, 0, cut);
@@ -54,12 +57,15 @@ class BackwardScan {
 
  private:
   const BackwardArgs& args_;
-  const Steps& steps_;
+  const Steps steps_;
   const int64_t hidden_, features_;
-  const int units_;
-  T* const packed_;
-  T* const carry_h_;
-  T* const carry_c_;
+  const int units_;      // vectors of hidden units in a block
+  const int64_t width_;  // columns of a block
+  const int64_t blocks_;
+  T* packed_;
+  // [D, B, H]: what a step hands to the one before it beside W_hh.
+  T* carry_h_;
+  T* carry_c_;
 
   // Where one step stands among its neighbours in scan order.
   struct Step {
@@ -74,13 +80,14 @@ class BackwardScan {
     return (steps_.offset(t) + row) * features_ + direction * hidden_;
   }
   const T* d_gates_row(int direction, int64_t t, int64_t row) const {
-    return static_cast<const T*>(args_.d_gates_hh[direction]) + (steps_.offset(t) + row) * G * hidden_;
+    return static_cast<const T*>(args_.d_gates_hh[direction]) +
+           (steps_.offset(t) + row) * G * hidden_;
   }
   static const T* at(const void* base, int64_t offset) {
     return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
   }
   T* packed(int direction, int64_t block) const {
-    return packed_ + direction * packed_size(hidden_, units_) + block * G * hidden_ * units_ * V::lanes;
+    return packed_ + (direction * blocks_ + block) * G * hidden_ * width_;
   }
 
   void pack(int direction, const Part& part) const {
@@ -93,22 +100,25 @@ class BackwardScan {
     if (!part.meets_each_step) part.meet();
   }
 
-  // Calls finish(row, count, unit, sums) for every vector of units of every tile of rows [begin, end);
-  // sums[r * units_ + u] is W_hh^T times the gate gradients of step `after`, or zero without such a step.
+  // Calls finish(row, count, unit, sums) for every vector of units of every tile of rows [begin,
+  // end); sums[r * units_ + u] is W_hh^T times the gate gradients of step `after`, or zero without
+  // such a step.
   template <class Finish>
   void for_each_unit(int direction, const Part& part, int64_t after, bool has_after, int64_t begin,
                      int64_t end, Finish finish) const {
     begin = max_of(begin, part.rows.begin);
     end = min_of(end, part.rows.end);
     for (int64_t block = part.blocks.begin; block < part.blocks.end; ++block) {
-      for_each_tile(begin, end, max_rows(units_), [&](int64_t row, int count) {
+      for_each_tile(begin, end, max_rows(units_), [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
         if (has_after) {
           const T* rows[kMaxRows];
           for (int r = 0; r < count; ++r) rows[r] = d_gates_row(direction, after, row + r);
-          multiply_for<T>(units_, count)(rows, packed(direction, block), G * hidden_, sums);
+          const T* weights = packed(direction, block);
+          const T* later = later_of(weights, G * hidden_, units_, i);
+          multiply_for<T>(units_, count)(rows, weights, later, G * hidden_, sums);
         } else {
-          for (int i = 0; i < count * units_; ++i) sums[i] = V(T(0));
+          for (int j = 0; j < count * units_; ++j) sums[j] = V(T(0));
         }
         for (int u = 0; u < units_; ++u) {
           const int64_t unit = (block * units_ + u) * V::lanes;
@@ -118,7 +128,8 @@ class BackwardScan {
     }
   }
 
-  void run_rows(int direction, const Part& part, const Step& step, int64_t begin, int64_t end) const {
+  void run_rows(int direction, const Part& part, const Step& step, int64_t begin,
+                int64_t end) const {
     for_each_unit(direction, part, step.after, step.has_after, begin, end,
                   [&](int64_t row, int count, int64_t unit, const V* sums) {
                     if (hidden_ - unit >= V::lanes) {
@@ -148,7 +159,8 @@ class BackwardScan {
       const int64_t n = (steps_.offset(step.t) + row + r) * G * hidden_ + unit;
       const int64_t state = state_offset(direction, row + r) + unit;
       const int64_t feature = feature_offset(direction, step.t, row + r) + unit;
-      const int64_t before = step.has_before ? feature_offset(direction, step.before, row + r) + unit : 0;
+      const int64_t before =
+          step.has_before ? feature_offset(direction, step.before, row + r) + unit : 0;
 
       V gate[G], h_prev(T(0)), h(T(0)), extra_prev(T(0)), extra(T(0)), d_extra(T(0));
       if constexpr (Cell::saves_gates) {
@@ -159,10 +171,12 @@ class BackwardScan {
       }
       if constexpr (Cell::has_extra) extra = load(at(args_.extra, feature));
       if constexpr (Cell::has_direct_path) {
-        h_prev = step.has_before ? load(at(args_.output, before)) : load_or_zero(at(args_.h_0, state));
+        h_prev =
+            step.has_before ? load(at(args_.output, before)) : load_or_zero(at(args_.h_0, state));
       }
       if constexpr (Cell::has_cell_state) {
-        extra_prev = step.has_before ? load(at(args_.extra, before)) : load_or_zero(at(args_.c_0, state));
+        extra_prev =
+            step.has_before ? load(at(args_.extra, before)) : load_or_zero(at(args_.c_0, state));
         d_extra = step.has_after ? load(carry_c_ + state) : load_or_zero(at(args_.d_c_n, state));
         if (args_.d_extra != nullptr) d_extra = d_extra + load(at(args_.d_extra, feature));
       }
@@ -190,15 +204,18 @@ class BackwardScan {
     }
   }
 
-  // Gradients of the initial states of rows whose scan began at step `first`; -1: they had no step, and
-  // their final states were the initial ones.
-  void finish_rows(int direction, const Part& part, int64_t first, int64_t begin, int64_t end) const {
+  // Gradients of the initial states of rows whose scan began at step `first`; -1: they had no step,
+  // and their final states were the initial ones.
+  void finish_rows(int direction, const Part& part, int64_t first, int64_t begin,
+                   int64_t end) const {
     const bool had_steps = first >= 0;
     const auto finish = [&](int64_t row, int count, int64_t unit, const V* sums) {
       const int64_t left = min_of(hidden_ - unit, V::lanes);
       for (int r = 0; r < count; ++r) {
         const int64_t state = state_offset(direction, row + r) + unit;
-        const auto load_or_zero = [left](const T* p) { return p == nullptr ? V(T(0)) : V::load(p, left); };
+        const auto load_or_zero = [left](const T* p) {
+          return p == nullptr ? V(T(0)) : V::load(p, left);
+        };
         if (args_.d_h_0 != nullptr) {
           V dh = sums[r * units_];
           if (!had_steps) {
@@ -223,22 +240,9 @@ class BackwardScan {
 
 template <class Device, class Cell, class T>
 void backward_dev_impl(const Device& device, const BackwardArgs& args) {
-  using Scan = BackwardScan<Cell, T>;
-  const int units = units_per_block<T>(args.hidden, 1);
-  const size_t packed = Scan::packed_size(args.hidden, units) * args.directions;
-  const size_t states = static_cast<size_t>(args.directions) * args.batch * args.hidden;
-  const size_t carry_h = Cell::has_direct_path ? states : 0;
-  const size_t carry_c = Cell::has_cell_state ? states : 0;
-  Workspace workspace(Workspace::size_of<T>(packed) + Workspace::size_of<T>(carry_h) +
-                      Workspace::size_of<T>(carry_c) + Workspace::size_of<int64_t>(args.steps));
-  T* weights = workspace.template take<T>(packed);
-  T* dh = workspace.template take<T>(carry_h);
-  T* dc = workspace.template take<T>(carry_c);
-  const Steps steps(args.steps, args.batch, args.batch_sizes, workspace.template take<int64_t>(args.steps));
-  const Work work{args.steps, steps.mean_rows(), Cell::gates * args.hidden,
-                  Scan::block_count(args.hidden, units),
-                  units,      max_rows(units),   args.directions};
-  run_scan(args, work, device.threads, Scan(args, steps, units, weights, dh, dc));
+  Workspace workspace;
+  const BackwardScan<Cell, T> scan(args, workspace);
+  run_scan(args, scan.work(), device.threads, scan);
 }
 
 }  // namespace fastrnn::FASTRNN_VARIANT

@@ -23,7 +23,8 @@ std::vector<const CpuVariant*> find_runnable() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     found.push_back(&variant_avx512);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&variant_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    found.push_back(&variant_avx2);
 #endif
   found.push_back(&variant_baseline);
   return found;
@@ -42,7 +43,8 @@ const CpuVariant& choose() {
     if (std::strcmp(v->name, wanted) == 0) return *v;
     names += std::string(names.empty() ? "" : ", ") + v->name;
   }
-  throw std::runtime_error("FASTRNN_CPU: expected one of " + names + " on this CPU, got '" + wanted + "'");
+  throw std::runtime_error("FASTRNN_CPU: expected one of " + names + " on this CPU, got '" +
+                           wanted + "'");
 }
 
 }  // namespace

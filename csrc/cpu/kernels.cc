@@ -39,7 +39,7 @@ void backward(const BackwardArgs& args, int threads) {
 }  // namespace FASTRNN_VARIANT
 
 extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT);
-const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT){FASTRNN_STRING(FASTRNN_VARIANT),
-                                                         FASTRNN_VARIANT::forward, FASTRNN_VARIANT::backward};
+const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT){
+    FASTRNN_STRING(FASTRNN_VARIANT), FASTRNN_VARIANT::forward, FASTRNN_VARIANT::backward};
 
 }  // namespace fastrnn

@@ -1,6 +1,8 @@
-// exp, sigmoid and tanh over Vec. Errors are measured by tests/test_math.py against 80-bit arithmetic:
+// exp, sigmoid and tanh over Vec. Errors are measured by tests/test_math.py against 80-bit
+// arithmetic:
 //   float:  exp, sigmoid and tanh within 4 ulp;  double: within 4 ulp.
-// NaN goes through; beyond the range of T, exp stays at the largest or smallest normal power it can make.
+// NaN goes through; beyond the range of T, exp stays at the largest or smallest normal power it can
+// make.
 #pragma once
 
 #include "vec.h"
@@ -24,10 +26,11 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  static constexpr double q[] = {0.500000000000000103,     0.166666666666666675,    0.0416666666666238205,
-                                 0.0083333333333300382,    0.00138888889173670806,  0.00019841269863171556,
-                                 0.0000248015210578682052, 2.75572682769056962e-6,  2.76202015910315488e-7,
-                                 2.5100472505694996e-8};
+  static constexpr double q[] = {0.500000000000000103,     0.166666666666666675,
+                                 0.0416666666666238205,    0.0083333333333300382,
+                                 0.00138888889173670806,   0.00019841269863171556,
+                                 0.0000248015210578682052, 2.75572682769056962e-6,
+                                 2.76202015910315488e-7,   2.5100472505694996e-8};
   static constexpr double log2_e = 1.4426950408889634;
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
   static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
@@ -45,8 +48,8 @@ inline Vec<T> clamp(Vec<T> x, T low, T high) {
   return v > h ? h : v;
 }
 
-// x = n ln(2) + r with |r| <= ln(2)/2. Gives scale = 2^n and fraction = e^r - 1, so that both e^x and
-// e^x - 1 follow without cancellation. x must lie in [min, max].
+// x = n ln(2) + r with |r| <= ln(2)/2. Gives scale = 2^n and fraction = e^r - 1, so that both e^x
+// and e^x - 1 follow without cancellation. x must lie in [min, max].
 template <class T>
 inline void split_exp(Vec<T> x, Vec<T>& scale, Vec<T>& fraction) {
   using V = Vec<T>;

@@ -1,33 +1,36 @@
-// Packs W_hh for the register tiles: [block][k][vector][lane], zeros beyond H, so that a tile reads its
-// weights as one stream. A block is what one tile computes: `units` vectors of hidden units, for forward
-// with all gates of each.
+// Packs weights for the register tiles: [block][k][vector][lane], zeros beyond H, so that a tile
+// reads its weights as one stream. A block is what one tile computes: `units` vectors of hidden
+// units, for forward with all gates of each.
 #pragma once
 
 #include "vec.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-// Forward: column (u, g, lane) of block b holds row g*H + unit of W, k runs over H.
+// Forward: column (u, g, lane) of block b holds row g*H + unit of W [G*H, depth], k runs over
+// depth.
 template <class T>
-void pack_forward(const T* weight, int64_t hidden, int gates, int units, int64_t block, T* packed) {
+void pack_forward(const T* weight, int64_t hidden, int64_t depth, int gates, int units,
+                  int64_t block, T* packed) {
   constexpr int lanes = Vec<T>::lanes;
   const int vectors = units * gates;
   for (int v = 0; v < vectors; ++v) {
     const int64_t unit = (block * units + v / gates) * lanes;
     const int64_t left = hidden - unit;
     const int count = left < 0 ? 0 : left < lanes ? static_cast<int>(left) : lanes;
-    const T* source = weight + (v % gates * hidden + unit) * hidden;
-    for (int64_t k = 0; k < hidden; ++k) {
+    const T* source = weight + (v % gates * hidden + unit) * depth;
+    for (int64_t k = 0; k < depth; ++k) {
       T* lane = packed + (k * vectors + v) * lanes;
-      for (int i = 0; i < count; ++i) lane[i] = source[i * hidden + k];
+      for (int i = 0; i < count; ++i) lane[i] = source[i * depth + k];
       for (int i = count; i < lanes; ++i) lane[i] = T(0);
     }
   }
 }
 
-// Backward: column (u, lane) of block b holds column `unit` of W, k runs over G*H.
+// Backward: column (u, lane) of block b holds column `unit` of W [G*H, H], k runs over G*H.
 template <class T>
-void pack_backward(const T* weight, int64_t hidden, int gates, int units, int64_t block, T* packed) {
+void pack_backward(const T* weight, int64_t hidden, int gates, int units, int64_t block,
+                   T* packed) {
   constexpr int lanes = Vec<T>::lanes;
   const int64_t unit = block * units * lanes;
   const int64_t width = units * lanes;

@@ -6,6 +6,7 @@
 #include "multiply.h"
 #include "schedule.h"
 #include "team.h"
+#include "workspace.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
@@ -19,13 +20,13 @@ inline int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 // Steps of ragged rows; see scan.h for the layout.
 class Steps {
  public:
-  // `offsets` has room for `steps` numbers, used only with batch_sizes.
-  Steps(int64_t steps, int64_t batch, const int64_t* batch_sizes, int64_t* offsets)
-      : steps_(steps), batch_(batch), batch_sizes_(batch_sizes), offsets_(offsets) {
+  Steps(int64_t steps, int64_t batch, const int64_t* batch_sizes, Workspace& workspace)
+      : steps_(steps), batch_(batch), batch_sizes_(batch_sizes) {
     if (batch_sizes == nullptr) return;
+    offsets_ = workspace.take<int64_t>(steps);
     int64_t sum = 0;
     for (int64_t t = 0; t < steps; ++t) {
-      offsets[t] = sum;
+      offsets_[t] = sum;
       sum += batch_sizes[t];
     }
   }
@@ -49,7 +50,7 @@ class Steps {
  private:
   int64_t steps_, batch_;
   const int64_t* batch_sizes_;
-  const int64_t* offsets_;
+  int64_t* offsets_ = nullptr;
 };
 
 // A thread's own part of one direction.

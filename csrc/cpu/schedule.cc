@@ -20,8 +20,8 @@ double l2_bytes() {
   return 1 << 20;
 }
 
-// Cycles of one thread for one step: two multiply-adds a cycle, but a tile of few rows waits for its
-// weights, and weights that do not fit into L2 come from farther away.
+// Cycles of one thread for one step: two multiply-adds a cycle, but a tile of few rows waits for
+// its weights, and weights that do not fit into L2 come from farther away.
 double step_cycles(const Work& w, int64_t rows, int64_t blocks) {
   if (rows == 0 || blocks == 0) return 0;
   const double tiles = static_cast<double>((rows + w.max_rows - 1) / w.max_rows);
@@ -43,10 +43,10 @@ Plan make_plan(const Work& work, int threads) {
   double best_cycles = step_cycles(work, work.rows, work.blocks) * work.directions;
   const auto consider = [&](int size, Split split) {
     if (size < 1 || size * groups == 1) return;
-    const double cycles =
-        split == Split::kRows
-            ? step_cycles(work, (work.rows + size - 1) / size, work.blocks)
-            : step_cycles(work, work.rows, (work.blocks + size - 1) / size) + (size > 1 ? kBarrierCycles : 0);
+    const double cycles = split == Split::kRows
+                              ? step_cycles(work, (work.rows + size - 1) / size, work.blocks)
+                              : step_cycles(work, work.rows, (work.blocks + size - 1) / size) +
+                                    (size > 1 ? kBarrierCycles : 0);
     if (cycles * passes + region < best_cycles) {
       best = {size * groups, groups, split};
       best_cycles = cycles * passes + region;
@@ -65,7 +65,8 @@ Range share_rows(const int64_t* batch_sizes, int64_t steps, int64_t batch, int r
   if (batch_sizes == nullptr) return share(batch, rank, size);
   int64_t total = 0;
   for (int64_t t = 0; t < steps; ++t) total += batch_sizes[t];
-  // The row at which the first `rank` shares end: rows are sorted, row b lives while batch_sizes[t] > b.
+  // The row at which the first `rank` shares end: rows are sorted, row b lives while batch_sizes[t]
+  // > b.
   const auto boundary = [&](int r) {
     if (r == size) return batch;
     int64_t row = 0, sum = 0, length = steps;

@@ -6,15 +6,15 @@
 
 namespace fastrnn {
 
-// Rows: each thread runs its own batch rows through all steps and needs no other thread. Units: each
-// thread owns some blocks of hidden units, whose weights stay in its cache, and all threads meet once a
-// step.
+// Rows: each thread runs its own batch rows through all steps and needs no other thread. Units:
+// each thread owns some blocks of hidden units, whose weights stay in its cache, and all threads
+// meet once a step.
 enum class Split { kRows, kUnits };
 
 struct Work {
   int64_t steps;
   int64_t rows;    // batch rows alive at a step, on average
-  int64_t depth;   // length of the recurrent sum
+  int64_t depth;   // length of the sums of a step
   int64_t blocks;  // blocks of hidden units
   int vectors;     // vectors of columns in a block
   int max_rows;    // rows of the tallest register tile
@@ -23,7 +23,8 @@ struct Work {
 
 struct Plan {
   int threads;
-  int groups;  // 2: each half of the threads runs one direction; 1: all threads run one after the other
+  int groups;  // 2: each half of the threads runs one direction; 1: all threads run one after the
+               // other
   Split split;
 };
 

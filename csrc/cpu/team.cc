@@ -3,10 +3,6 @@
 #include <omp.h>
 #include <sched.h>
 
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 namespace fastrnn {
 
 namespace {
@@ -21,24 +17,6 @@ inline void pause() {
 
 constexpr int kSpins = 2000;  // about 20 us
 constexpr int kYields = 50;
-
-struct Free {
-  void operator()(char* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<char, Free>;
-
-struct Kept {
-  Buffer buffer;
-  size_t bytes = 0;
-  bool in_use = false;
-};
-thread_local Kept kept;
-
-char* allocate(size_t bytes) {
-  void* p = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-  if (p == nullptr) throw std::bad_alloc();
-  return static_cast<char*>(p);
-}
 
 }  // namespace
 
@@ -69,30 +47,6 @@ void run_parallel(int threads, void (*work)(void*, int, int), void* context) {
   }
 #pragma omp parallel num_threads(threads)
   work(context, omp_get_thread_num(), omp_get_num_threads());
-}
-
-Workspace::Workspace(size_t bytes) {
-  if (bytes > kKeptBytes || kept.in_use) {
-    base_ = allocate(bytes);
-    owned_ = true;
-    return;
-  }
-  if (kept.bytes < bytes) {
-    kept.buffer.reset();
-    kept.bytes = 0;
-    kept.buffer.reset(allocate(bytes));
-    kept.bytes = bytes;
-  }
-  kept.in_use = true;
-  base_ = kept.buffer.get();
-}
-
-Workspace::~Workspace() {
-  if (owned_) {
-    std::free(base_);
-  } else {
-    kept.in_use = false;
-  }
 }
 
 }  // namespace fastrnn

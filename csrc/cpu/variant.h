@@ -14,8 +14,8 @@ struct CpuVariant {
 // Best first; those that this CPU cannot run are left out.
 const CpuVariant* const* runnable_variants(int* count);
 
-// The variant in use: the best, or the one that FASTRNN_CPU names. Throws std::runtime_error if that one
-// is unknown or cannot run here.
+// The variant in use: the best, or the one that FASTRNN_CPU names. Throws std::runtime_error if
+// that one is unknown or cannot run here.
 const CpuVariant& active_variant();
 
 }  // namespace fastrnn

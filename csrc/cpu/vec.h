@@ -1,7 +1,9 @@
-// Vec<T>: as many T as one register of this variant holds. Compiled once per instruction set; all names
-// live in the variant's own namespace, so that the linker can never mix code of two instruction sets.
+// Vec<T>: as many T as one register of this variant holds. Compiled once per instruction set; all
+// names live in the variant's own namespace, so that the linker can never mix code of two
+// instruction sets.
 //
-// Build flags: FASTRNN_VARIANT (namespace), FASTRNN_VECTOR_BYTES, FASTRNN_REGISTERS (vector registers).
+// Build flags: FASTRNN_VARIANT (namespace), FASTRNN_VECTOR_BYTES, FASTRNN_REGISTERS (vector
+// registers).
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.rnn import RNNBase, apply_permutation
+from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ._functions import FUNCTIONS, Spec, layer_forward, reference_layer
@@ -28,11 +28,10 @@ def _run_layer(
     if len(weights) // spec.directions in (3, 5) or not all(map(has_kernel, tensors)):
         output, *states = reference_layer(spec, x, h_0, c_0, weights)[:3]
     elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        output, h_n, c_n = FUNCTIONS[spec.mode].apply(*spec, x, h_0, c_0, *weights)[:3]
-        states = [h_n, c_n]
+        function = FUNCTIONS[spec.mode]
+        output, *states = function.apply(*spec, x, h_0, c_0, *weights)[:3]  # type: ignore[no-untyped-call]
     else:
-        output, h_n, c_n, _, _ = layer_forward(spec, x, h_0, c_0, weights, keep=False)
-        states = [h_n, c_n]
+        output, *states = layer_forward(spec, x, h_0, c_0, weights, keep=False)[:3]
     return output, tuple(states[: 2 if spec.mode == "LSTM" else 1])
 
 
@@ -54,9 +53,11 @@ class _RNNBase(RNNBase):
         each = len(weights) // self.num_layers
         finals = []
         for k in range(self.num_layers):
-            h_0 = c_0 = None
+            h_0: Tensor | None = None
+            c_0: Tensor | None = None
             if states is not None:
-                h_0, c_0, *_ = *(s[k * directions : (k + 1) * directions] for s in states), None
+                own = [s[k * directions : (k + 1) * directions] for s in states]
+                h_0, c_0 = own[0], own[1] if len(own) > 1 else None
             x, final = _run_layer(spec, x, h_0, c_0, weights[k * each : (k + 1) * each])
             finals.append(final)
             if self.dropout and self.training and k < self.num_layers - 1:
@@ -73,7 +74,8 @@ class _RNNBase(RNNBase):
         if states[0].dim() != expected:
             kind = "batched 3-D" if expected == 3 else "unbatched 2-D"
             raise RuntimeError(
-                f"For {kind} input, hx should also be {expected}-D but got {states[0].dim()}-D tensor"
+                f"For {kind} input, hx should also be {expected}-D "
+                f"but got {states[0].dim()}-D tensor"
             )
 
     def _forward(
@@ -92,9 +94,9 @@ class _RNNBase(RNNBase):
             return self._forward_packed(input, states)
 
         if input.dim() not in (2, 3):
+            name, noun = ("RNN", " tensor") if self.mode.startswith("RNN") else (self.mode, "")
             raise ValueError(
-                f"{self.mode[:4].rstrip('_')}: Expected input to be 2D or 3D, "
-                f"got {input.dim()}D instead"
+                f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{noun} instead"
             )
         shape = input.shape[:-1]
         is_batched = input.dim() == 3
@@ -128,11 +130,11 @@ class _RNNBase(RNNBase):
                 output = output.transpose(0, 1)
         else:
             if states is not None:
-                states = tuple(apply_permutation(s, ragged.sorted_indices) for s in states)
-            x = gather(input.reshape(-1, input.shape[-1]), ragged.index)
+                states = tuple(s.index_select(1, ragged.sorted_indices) for s in states)
+            x = gather(input.reshape(-1, input.shape[-1]), ragged.rows)
             output, final = self._run(x, states, batch, ragged.batch_sizes)
-            output = scatter(output, ragged.index, steps * batch).view(*input.shape[:-1], -1)
-            final = tuple(apply_permutation(s, ragged.unsorted_indices) for s in final)
+            output = scatter(output, ragged.rows, steps * batch).view(*input.shape[:-1], -1)
+            final = tuple(s.index_select(1, ragged.unsorted_indices) for s in final)
         if not is_batched:
             output = output.squeeze(batch_dim)
             final = tuple(s.squeeze(1) for s in final)
@@ -146,17 +148,17 @@ class _RNNBase(RNNBase):
             self.check_input(x, batch_sizes)
         else:
             if sorted_indices is not None:
-                states = tuple(apply_permutation(s, sorted_indices) for s in states)
+                states = tuple(s.index_select(1, sorted_indices) for s in states)
             self._check_states(x, states, batch_sizes)
         output, final = self._run(x, states, int(batch_sizes[0]), batch_sizes)
         if unsorted_indices is not None:
-            final = tuple(apply_permutation(s, unsorted_indices) for s in final)
+            final = tuple(s.index_select(1, unsorted_indices) for s in final)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
 
 
 _ARGUMENTS = """
-    Constructor, parameters, initial weights and state_dict are those of torch.nn.{name}; a state_dict
-    goes both ways.
+    Constructor, parameters, initial weights and state_dict are those of torch.nn.{name}; a
+    state_dict goes both ways.
 
     forward(input, hx=None, *, lengths=None, mask=None) -> output, {final}
 
@@ -189,8 +191,8 @@ class LSTM(_RNNBase):
 
     # The checks that torch.nn.LSTM adds to RNNBase are methods of that class.
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
-    permute_hidden = torch.nn.LSTM.permute_hidden
+    check_forward_args: Any = torch.nn.LSTM.check_forward_args
+    permute_hidden: Any = torch.nn.LSTM.permute_hidden
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(input, states, batch_sizes)

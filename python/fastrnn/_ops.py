@@ -1,7 +1,8 @@
 """The scan as torch operators: fastrnn::scan_forward and fastrnn::scan_backward.
 
-They take tensors, check them, allocate the results and hand plain pointers to the kernels. Sizes and
-layout are those of csrc/scan.h: N rows of features, T * B of them, or as many as batch_sizes adds up to.
+They take tensors, check them, allocate the results and hand plain pointers to the kernels. Sizes
+and layout are those of csrc/scan.h: N rows of features, T * B of them, or as many as batch_sizes
+adds up to.
 
 Registered by define + impl + register_fake: an order of magnitude less time per call than the
 custom_op decorator.
@@ -27,15 +28,15 @@ _DTYPES = {torch.float32: 0, torch.float64: 1}
 
 _library = torch.library.Library("fastrnn", "DEF")
 _library.define(
-    "scan_forward(str mode, Tensor(a!)[] gates, Tensor[] weight_hh, Tensor[] bias_hh, Tensor? h_0, "
-    "Tensor? c_0, Tensor? batch_sizes, SymInt steps, SymInt batch, bool keep) "
-    "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor extra)"
+    "scan_forward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "
+    "Tensor[] bias_hh, Tensor? h_0, Tensor? c_0, Tensor? batch_sizes, SymInt batch, bool keep) "
+    "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor extra, Tensor gates)"
 )
 _library.define(
-    "scan_backward(str mode, Tensor[] gates, Tensor[] weight_hh, Tensor? h_0, Tensor? c_0, "
-    "Tensor output, Tensor extra, Tensor? batch_sizes, SymInt steps, SymInt batch, "
-    "Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_extra, bool want_d_h_0, "
-    "bool want_d_c_0) -> (Tensor d_gates, Tensor d_gates_hh, Tensor d_h_0, Tensor d_c_0)"
+    "scan_backward(str mode, Tensor gates, Tensor[] weight_hh, Tensor? h_0, Tensor? c_0, "
+    "Tensor output, Tensor extra, Tensor? batch_sizes, SymInt batch, Tensor? d_output, "
+    "Tensor? d_h_n, Tensor? d_c_n, Tensor? d_extra, bool want_d_h_0, bool want_d_c_0) "
+    "-> (Tensor d_gates, Tensor d_gates_hh, Tensor d_h_0, Tensor d_c_0)"
 )
 
 
@@ -44,8 +45,8 @@ def has_kernel(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES
 
 
-def _check(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> int:
-    """The address of a contiguous tensor of this shape and like's dtype; 0 for None."""
+def _address(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> int:
+    """Where a contiguous tensor of this shape and like's dtype lies; 0 for None."""
     if tensor is None:
         return 0
     if (
@@ -62,20 +63,29 @@ def _check(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> int:
     return tensor.data_ptr()
 
 
-def _check_batch_sizes(batch_sizes: Tensor | None, steps: int) -> int:
+def _addresses(name: str, tensors: list[Tensor], like: Tensor, *shape: int) -> list[int]:
+    return [_address(name, tensor, like, *shape) for tensor in tensors]
+
+
+def _layout(x: Tensor, batch_sizes: Tensor | None, batch: int) -> tuple[int, int, int]:
+    """T, N and the address of batch_sizes, of a sequence [T, B, ...] or ragged [N, ...]."""
     if batch_sizes is None:
-        return 0
+        if x.dim() != 3 or x.shape[1] != batch:
+            raise ValueError(f"x: expected [T, {batch}, features], got {list(x.shape)}")
+        return x.shape[0], x.shape[0] * batch, 0
     if (
-        batch_sizes.dtype != torch.int64
-        or batch_sizes.shape != (steps,)
+        x.dim() != 2
+        or batch_sizes.dtype != torch.int64
+        or batch_sizes.dim() != 1
         or batch_sizes.device.type != "cpu"
         or not batch_sizes.is_contiguous()
     ):
         raise ValueError(
-            f"batch_sizes: expected a contiguous int64 CPU tensor of shape [{steps}], got "
-            f"{batch_sizes.dtype} {list(batch_sizes.shape)} on {batch_sizes.device}"
+            "expected x [N, features] and batch_sizes as a contiguous int64 CPU tensor [T], got "
+            f"{list(x.shape)} and {batch_sizes.dtype} {list(batch_sizes.shape)} on "
+            f"{batch_sizes.device}"
         )
-    return batch_sizes.data_ptr()
+    return batch_sizes.shape[0], x.shape[0], batch_sizes.data_ptr()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -83,85 +93,97 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _forward_outputs(
-    mode: str, gates: list[Tensor], batch: int, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cell, directions = CELLS[mode], len(gates)
-    rows, hidden = gates[0].shape[0], gates[0].shape[1] // cell.gates
-    new = gates[0].new_empty
+    mode: str, x: Tensor, weight_hh: list[Tensor], batch: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
+    rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
+    sequence, states = (*x.shape[:-1], directions * hidden), (directions, batch, hidden)
+    new = x.new_empty
     return (
-        new(rows, directions * hidden),
-        new(directions, batch, hidden),
-        new(directions, batch, hidden) if cell.has_cell_state else new(0),
-        new(rows, directions * hidden) if cell.has_extra and keep else new(0),
+        new(sequence),
+        new(states),
+        new(states if cell.has_cell_state else 0),
+        new(sequence if cell.has_extra and keep else 0),
+        new((directions, rows, cell.gates * hidden) if cell.saves_gates and keep else 0),
     )
 
 
 def _scan_forward(
     mode: str,
-    gates: list[Tensor],
+    x: Tensor,
+    weight_ih: list[Tensor],
     weight_hh: list[Tensor],
+    bias_ih: list[Tensor],
     bias_hh: list[Tensor],
     h_0: Tensor | None,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
-    steps: int,
     batch: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cell, like, directions = CELLS[mode], gates[0], len(gates)
-    rows, hidden = like.shape[0], like.shape[1] // cell.gates
-    wide = cell.gates * hidden
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
+    steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
+    wide, inputs, states = cell.gates * hidden, x.shape[-1], (directions, batch, hidden)
+    x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
+    weight_ih = [w.contiguous() for w in weight_ih]
     weight_hh = [w.contiguous() for w in weight_hh]
+    bias_ih = [b.contiguous() for b in bias_ih]
     bias_hh = [b.contiguous() for b in bias_hh]
-    h_0, c_0 = _contiguous(h_0), _contiguous(c_0)
-    results = _forward_outputs(mode, gates, batch, keep)
-    output, h_n, c_n, extra = results
+    results = _forward_outputs(mode, x, weight_hh, batch, keep)
+    output, h_n, c_n, extra, gates = results
     _cpu.forward(
         cell.index,
-        _DTYPES[like.dtype],
+        _DTYPES[x.dtype],
         (steps, batch, hidden, directions),
         rows,
-        _check_batch_sizes(batch_sizes, steps),
-        [_check("weight_hh", w, like, wide, hidden) for w in weight_hh],
-        [_check("bias_hh", b, like, wide) for b in bias_hh],
-        _check("h_0", h_0, like, directions, batch, hidden),
-        _check("c_0", c_0, like, directions, batch, hidden),
-        [_check("gates", g, like, rows, wide) for g in gates],
+        batch_sizes_address,
+        inputs,
+        x.data_ptr(),
+        _addresses("weight_ih", weight_ih, x, wide, inputs),
+        _addresses("weight_hh", weight_hh, x, wide, hidden),
+        _addresses("bias_ih", bias_ih, x, wide),
+        _addresses("bias_hh", bias_hh, x, wide),
+        _address("h_0", h_0, x, *states),
+        _address("c_0", c_0, x, *states),
         output.data_ptr(),
         h_n.data_ptr(),
         c_n.data_ptr(),
+        [g.data_ptr() for g in gates],
         extra.data_ptr(),
-        keep,
         torch.get_num_threads(),
     )
     return results
 
 
 def _backward_outputs(
-    mode: str, gates: list[Tensor], batch: int, want_d_h_0: bool, want_d_c_0: bool
+    mode: str,
+    output: Tensor,
+    weight_hh: list[Tensor],
+    batch: int,
+    want_d_h_0: bool,
+    want_d_c_0: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cell, directions = CELLS[mode], len(gates)
-    rows, wide = gates[0].shape
-    hidden = wide // cell.gates
-    new = gates[0].new_empty
+    cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
+    rows = output.shape[0] if output.dim() == 2 else output.shape[0] * output.shape[1]
+    gates, states = (directions, rows, cell.gates * hidden), (directions, batch, hidden)
+    new = output.new_empty
     return (
-        new(directions, rows, wide),
-        new(directions, rows, wide) if cell.splits_gradient else new(0),
-        new(directions, batch, hidden) if want_d_h_0 else new(0),
-        new(directions, batch, hidden) if want_d_c_0 else new(0),
+        new(gates),
+        new(gates if cell.splits_gradient else 0),
+        new(states if want_d_h_0 else 0),
+        new(states if want_d_c_0 else 0),
     )
 
 
 def _scan_backward(
     mode: str,
-    gates: list[Tensor],
+    gates: Tensor,
     weight_hh: list[Tensor],
     h_0: Tensor | None,
     c_0: Tensor | None,
     output: Tensor,
     extra: Tensor,
     batch_sizes: Tensor | None,
-    steps: int,
     batch: int,
     d_output: Tensor | None,
     d_h_n: Tensor | None,
@@ -170,32 +192,36 @@ def _scan_backward(
     want_d_h_0: bool,
     want_d_c_0: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cell, like, directions = CELLS[mode], gates[0], len(gates)
-    rows, hidden = like.shape[0], like.shape[1] // cell.gates
-    wide, features = cell.gates * hidden, directions * hidden
+    cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
+    steps, rows, batch_sizes_address = _layout(output, batch_sizes, batch)
+    wide, sequence, states = cell.gates * hidden, output.shape, (directions, batch, hidden)
     weight_hh = [w.contiguous() for w in weight_hh]
     h_0, c_0 = _contiguous(h_0), _contiguous(c_0)
     d_output, d_extra = _contiguous(d_output), _contiguous(d_extra)
     d_h_n, d_c_n = _contiguous(d_h_n), _contiguous(d_c_n)
-    results = _backward_outputs(mode, gates, batch, want_d_h_0, want_d_c_0)
+    results = _backward_outputs(mode, output, weight_hh, batch, want_d_h_0, want_d_c_0)
     d_gates, d_gates_hh, d_h_0, d_c_0 = results
+    if cell.saves_gates:
+        _address("gates", gates, output, directions, rows, wide)
+    if sequence[-1] != directions * hidden:
+        raise ValueError(f"output: expected {directions * hidden} features, got {sequence[-1]}")
     d_x = [g.data_ptr() for g in d_gates]
     _cpu.backward(
         cell.index,
-        _DTYPES[like.dtype],
+        _DTYPES[output.dtype],
         (steps, batch, hidden, directions),
         rows,
-        _check_batch_sizes(batch_sizes, steps),
-        [_check("weight_hh", w, like, wide, hidden) for w in weight_hh],
-        _check("h_0", h_0, like, directions, batch, hidden),
-        _check("c_0", c_0, like, directions, batch, hidden),
-        [_check("gates", g, like, rows, wide) for g in gates],
-        _check("output", output, like, rows, features),
-        _check("extra", extra, like, rows, features) if cell.has_extra else 0,
-        _check("d_output", d_output, like, rows, features),
-        _check("d_h_n", d_h_n, like, directions, batch, hidden),
-        _check("d_c_n", d_c_n, like, directions, batch, hidden),
-        _check("d_extra", d_extra, like, rows, features),
+        batch_sizes_address,
+        _addresses("weight_hh", weight_hh, output, wide, hidden),
+        _address("h_0", h_0, output, *states),
+        _address("c_0", c_0, output, *states),
+        [g.data_ptr() for g in gates],
+        _address("output", output, output, *sequence),
+        _address("extra", extra, output, *sequence) if cell.has_extra else 0,
+        _address("d_output", d_output, output, *sequence),
+        _address("d_h_n", d_h_n, output, *states),
+        _address("d_c_n", d_c_n, output, *states),
+        _address("d_extra", d_extra, output, *sequence),
         d_x,
         [g.data_ptr() for g in d_gates_hh] if cell.splits_gradient else d_x,
         d_h_0.data_ptr(),
@@ -211,17 +237,17 @@ _library.impl("scan_backward", _scan_backward, "CPU")
 
 @torch.library.register_fake("fastrnn::scan_forward")
 def _(  # type: ignore[no-untyped-def]
-    mode, gates, weight_hh, bias_hh, h_0, c_0, batch_sizes, steps, batch, keep
+    mode, x, weight_ih, weight_hh, bias_ih, bias_hh, h_0, c_0, batch_sizes, batch, keep
 ):
-    return _forward_outputs(mode, gates, batch, keep)
+    return _forward_outputs(mode, x, weight_hh, batch, keep)
 
 
 @torch.library.register_fake("fastrnn::scan_backward")
 def _(  # type: ignore[no-untyped-def]
-    mode, gates, weight_hh, h_0, c_0, output, extra, batch_sizes, steps, batch,
+    mode, gates, weight_hh, h_0, c_0, output, extra, batch_sizes, batch,
     d_output, d_h_n, d_c_n, d_extra, want_d_h_0, want_d_c_0,
 ):  # fmt: skip
-    return _backward_outputs(mode, gates, batch, want_d_h_0, want_d_c_0)
+    return _backward_outputs(mode, output, weight_hh, batch, want_d_h_0, want_d_c_0)
 
 
 scan_forward = torch.ops.fastrnn.scan_forward.default

@@ -1,9 +1,9 @@
 """Ragged batches: the real steps of every row, without the padding.
 
-A masked step leaves the state as it is, so a row with holes is the same recurrence as that row with its
-real steps moved together. Every mask, lengths and PackedSequence therefore takes one form: rows sorted
-by their number of steps, longest first, step after step, N rows of features in all. The scan and the
-GEMMs around it never see a padded step.
+A masked step leaves the state as it is, so a row with holes is the same recurrence as that row with
+its real steps moved together. Every mask, lengths and PackedSequence therefore takes one form: rows
+sorted by their number of steps, longest first, step after step, N rows of features in all. The scan
+and the GEMMs around it never see a padded step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 class Ragged(NamedTuple):
     """Where the rows of a ragged batch lie in a padded one."""
 
-    index: Tensor  # int64 [N]: row of the padded [T*B, ...] features
+    rows: Tensor  # int64 [N]: row of the padded [T*B, ...] features
     batch_sizes: Tensor  # int64 CPU [longest row]: rows alive at each step
     sorted_indices: Tensor  # int64 [B]: rows, longest first
     unsorted_indices: Tensor  # int64 [B]: the way back
@@ -53,7 +53,7 @@ def mask_from_batch_sizes(batch_sizes: Tensor, batch: int, device: torch.device)
 
 
 def previous_rows(batch_sizes: Tensor) -> Tensor:
-    """For every row of features from the second step on: the same batch row's place a step earlier."""
+    """For every row of features from the second step on: its batch row's place a step earlier."""
     sizes = batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
     first = int(batch_sizes[0])
     return torch.arange(first, first + len(sizes)) - sizes
@@ -84,12 +84,12 @@ class _Gather(torch.autograd.Function):
         ctx.save_for_forward(index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return scatter(grad, index, ctx.rows), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (index,) = ctx.saved_tensors
         return tangent.index_select(0, index)
 
@@ -110,24 +110,26 @@ class _Scatter(torch.autograd.Function):
         ctx.save_for_forward(index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
         return gather(grad, index), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (index,) = ctx.saved_tensors
         return tangent.new_zeros(ctx.rows, *tangent.shape[1:]).index_copy(0, index, tangent)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of x; no row twice."""
-    return _Gather.apply(x, index)
+    result: Tensor = _Gather.apply(x, index)  # type: ignore[no-untyped-call]
+    return result
 
 
 def scatter(x: Tensor, index: Tensor, rows: int) -> Tensor:
     """`rows` rows of zeros, with the rows of x at index."""
-    return _Scatter.apply(x, index, rows)
+    result: Tensor = _Scatter.apply(x, index, rows)  # type: ignore[no-untyped-call]
+    return result
 
 
 def check_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
@@ -143,7 +145,7 @@ def check_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
 def check_lengths(
     lengths: Tensor | Sequence[int], batch: int, steps: int, device: torch.device
 ) -> Tensor:
-    """lengths as an int64 tensor [B] on `device`; ValueError if they are not B integers in [0, T]."""
+    """lengths as an int64 tensor [B] on `device`; ValueError unless B integers in [0, T]."""
     expected = f"lengths: expected {batch} integers (int64) in [0, {steps}]"
     if not isinstance(lengths, Tensor):
         if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):

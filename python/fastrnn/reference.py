@@ -1,10 +1,10 @@
 """The definition of every layer, in plain torch.
 
-This page is what fastrnn computes: slow, obvious and differentiable by autograd, on any device and in
-any dtype. The kernels are tested against it, and whatever has no kernel runs on it.
+This page is what fastrnn computes: slow, obvious and differentiable by autograd, on any device and
+in any dtype. The kernels are tested against it, and whatever has no kernel runs on it.
 
-Shapes: T steps, B batch rows, I input size, H hidden size, D directions, L layers, G gates of the cell.
-With a projection (LSTM only) h has P features and c has H; without one P = H.
+Shapes: T steps, B batch rows, I input size, H hidden size, D directions, L layers, G gates of the
+cell. With a projection (LSTM only) h has P features and c has H; without one P = H.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ def lstm_cell(
 
 
 def _step(mode: str, x: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+    w_ih, w_hh = weights[:2]
+    b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
     if mode == "LSTM":
-        has_projection = len(weights) % 2 == 1
-        w_hr = weights[-1] if has_projection else None
-        gates = weights[:-1] if has_projection else weights
-        return lstm_cell(x, (state[0], state[1]), *gates, w_hr=w_hr)
+        w_hr = weights[-1] if len(weights) % 2 else None
+        return lstm_cell(x, (state[0], state[1]), w_ih, w_hh, b_ih, b_hh, w_hr)
     if mode == "GRU":
-        return (gru_cell(x, state[0], *weights),)
+        return (gru_cell(x, state[0], w_ih, w_hh, b_ih, b_hh),)
     nonlinearity = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}[mode]
-    return (elman_cell(x, state[0], *weights, nonlinearity=nonlinearity),)
+    return (elman_cell(x, state[0], w_ih, w_hh, b_ih, b_hh, nonlinearity),)
 
 
 def scan(
@@ -120,8 +120,9 @@ def layer(
 ) -> tuple[Tensor, State, Tensor | None]:
     """One layer in all its directions.
 
-    x [T, B, I]; states h_0 [D, B, P] and, for an LSTM, c_0 [D, B, H]; weights one sequence per direction.
-    Returns output [T, B, D*P], the final states like `states`, and all c_t [T, B, D*H] (LSTM) or None.
+    x [T, B, I]; states h_0 [D, B, P] and, for an LSTM, c_0 [D, B, H]; weights one sequence per
+    direction. Returns output [T, B, D*P], the final states like `states`, and all c_t [T, B, D*H]
+    (LSTM) or None.
     """
     if mask is not None:
         # A where() alone would let NaN through: its gradient is 0 * NaN.
@@ -151,8 +152,8 @@ def rnn(
         mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
         x: [T, B, I].
         hx: h_0 [L*D, B, P], for an LSTM the pair (h_0, c_0 [L*D, B, H]); None means zeros.
-        weights: as in torch.nn.RNNBase: layer by layer, direction by direction w_ih, w_hh, b_ih, b_hh,
-            w_hr, where biases and projection may be absent.
+        weights: as in torch.nn.RNNBase: layer by layer, direction by direction w_ih, w_hh, b_ih,
+            b_hh, w_hr, where biases and projection may be absent.
         mask: bool [T, B], True where a step is real.
 
     Returns:

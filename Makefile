@@ -1,0 +1,59 @@
+# Everything a user or contributor runs. From a fresh clone it needs python3 (with venv), make and
+# a C++ compiler; the rest goes into $(VENV). A target rebuilds only what has changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+MINUTES ?= 2
+BACKEND ?= fastrnn
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+INSTALLED := $(VENV)/.installed
+EDITABLE := $(VENV)/.editable
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f ! -name '*.pyc')
+CPP := $(shell find csrc -name '*.h' -o -name '*.cc')
+
+# After `make dev` every build is incremental, in build/dev; before, it is the user's isolated one.
+DEV_INSTALL = $(PIP) install --no-build-isolation --config-settings=build-dir=build/dev -e '.[dev]'
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench dev clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## train the character model for MINUTES=2 minutes and print a sample (BACKEND=fastrnn|torch)
+	$(BIN)/python examples/char_lm.py --backend $(BACKEND) --minutes $(MINUTES)
+
+test: $(INSTALLED) ## run all tests (ARGS="-k lstm" to choose)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(INSTALLED) ## compare with torch.nn and with the GEMM floor (ARGS="--quick --json FILE")
+	$(BIN)/python bench/compare.py $(ARGS)
+
+dev: $(BIN)/python ## editable install; from now on only changed files are compiled
+	$(PIP) install 'scikit-build-core>=0.11' 'pybind11>=3.0.3' cmake ninja
+	$(DEV_INSTALL)
+	@touch $(EDITABLE) $(INSTALLED)
+
+clean: ## remove everything that was built, the environment too
+	rm -rf $(VENV) build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): $(SOURCES) | $(BIN)/python
+	$(if $(wildcard $(EDITABLE)),$(DEV_INSTALL),$(PIP) install '.[dev]')
+	@touch $@

@@ -1,0 +1,62 @@
+#include "workspace.h"
+
+#include <cstdlib>
+#include <new>
+
+namespace fastrnn {
+
+namespace {
+
+constexpr size_t kLine = 64;
+
+size_t round_up(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+char* allocate(size_t bytes) {
+  void* p = std::aligned_alloc(kLine, round_up(bytes));
+  if (p == nullptr) throw std::bad_alloc();
+  return static_cast<char*>(p);
+}
+
+struct Kept {
+  char* memory = nullptr;
+  size_t bytes = 0;
+  bool in_use = false;
+  ~Kept() { std::free(memory); }
+};
+thread_local Kept kept;
+
+}  // namespace
+
+// What did not fit into the kept block; the header takes one line, the memory follows it.
+struct Workspace::Block {
+  Block* next;
+};
+
+Workspace::Workspace() : owns_kept_(!kept.in_use) { kept.in_use = true; }
+
+void* Workspace::take_bytes(size_t bytes) {
+  bytes = round_up(bytes);
+  const size_t begin = used_;
+  used_ += bytes;
+  if (owns_kept_ && used_ <= kept.bytes) return kept.memory + begin;
+  char* memory = allocate(kLine + bytes);
+  extra_ = new (memory) Block{extra_};
+  return memory + kLine;
+}
+
+Workspace::~Workspace() {
+  while (extra_ != nullptr) {
+    Block* next = extra_->next;
+    std::free(extra_);
+    extra_ = next;
+  }
+  if (!owns_kept_) return;
+  if (used_ > kept.bytes && used_ <= kKeptBytes) {
+    std::free(kept.memory);
+    kept.memory = static_cast<char*>(std::aligned_alloc(kLine, used_));
+    kept.bytes = kept.memory == nullptr ? 0 : used_;
+  }
+  kept.in_use = false;
+}
+
+}  // namespace fastrnn

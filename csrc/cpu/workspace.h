@@ -1,0 +1,37 @@
+// Memory for the length of one call. Compiled once, without any instruction set beyond the
+// baseline; what is inline here is inlined by force, so that the linker can never pick a copy built
+// for a newer CPU.
+#pragma once
+
+#include <cstddef>
+
+namespace fastrnn {
+
+// Hands out uninitialised arrays and frees them all at the end. The calling thread keeps one block
+// for its next call, so that its pages stay mapped; a call that needs more than kKeptBytes keeps
+// nothing more.
+class Workspace {
+ public:
+  static constexpr size_t kKeptBytes = size_t{64} << 20;
+
+  Workspace();
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  // `count` elements, aligned to a cache line.
+  template <class T>
+  [[gnu::always_inline]] T* take(size_t count) {
+    return static_cast<T*>(take_bytes(count * sizeof(T)));
+  }
+
+ private:
+  struct Block;
+  void* take_bytes(size_t bytes);
+
+  size_t used_ = 0;
+  bool owns_kept_ = false;  // false in a call within a call
+  Block* extra_ = nullptr;
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,361 @@
+#!/usr/bin/env python3
+"""A character language model: reads a text, learns to predict its next character, then writes.
+
+  char_lm.py                                     two minutes on Python's standard library
+  char_lm.py --text novel.txt --cell lstm --layers 2 --hidden 512 --dropout 0.2 --minutes 60
+  char_lm.py --checkpoint lm.pt --max-steps 9000             stop it with Ctrl-C at any time ...
+  char_lm.py --checkpoint lm.pt --max-steps 9000 --resume    ... and go on, bit for bit
+
+With --backend torch the same program runs on torch.nn: the same losses at another speed.
+Needs torch and tqdm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import signal
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from math import inf, isfinite, log
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"  # h, or (h, c) of LSTM
+
+BACKENDS = {"fastrnn": "fastrnn", "torch": "torch.nn"}  # modules that define LSTM, GRU and RNN
+STDLIB_LIMIT = 4_000_000  # characters of the default text
+HELD_OUT = 20  # the last 1/20 of the text is for validation
+SHAPE = ("cell", "layers", "hidden", "embed", "batch")  # options that a checkpoint fixes
+THIS_RUN = ("checkpoint", "resume", "losses", "minutes", "max_steps")  # ... and those it omits
+
+
+class UserError(Exception):
+    """What the user can put right: ends the program with one line and no traceback."""
+
+
+def say(line: str) -> None:
+    tqdm.write(line)  # print, but above the progress bar
+    sys.stdout.flush()
+
+
+def read_text(file: str | None) -> str:
+    """The contents of ``file``, or of the standard library's modules one after another."""
+    if file is None:
+        modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        text = "".join(module.read_text(encoding="utf-8", errors="replace") for module in modules)
+        return text[:STDLIB_LIMIT]
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text") from error
+
+
+def encode(text: str, vocabulary: str) -> Tensor:
+    """Each character as its index in ``vocabulary``, ``[len(text)]``."""
+    index = {char: i for i, char in enumerate(vocabulary)}
+    return torch.tensor([index[char] for char in text], dtype=torch.int64)
+
+
+def streams(codes: Tensor, batch: int) -> Tensor:
+    """``[N]`` cut into ``batch`` stretches, to be read side by side: ``[N // batch, batch]``."""
+    length = len(codes) // batch
+    return codes[: length * batch].view(batch, length).t().contiguous()
+
+
+class CharLM(nn.Module):
+    """Embedding, recurrent layers, and a linear layer that scores each possible next character."""
+
+    def __init__(self, vocabulary: str, args: argparse.Namespace) -> None:
+        super().__init__()
+        try:
+            layers = getattr(importlib.import_module(BACKENDS[args.backend]), args.cell.upper())
+        except (ImportError, RuntimeError) as error:
+            raise UserError(f"--backend {args.backend} cannot be imported: {error}") from error
+        between = args.dropout if args.layers > 1 else 0.0
+        self.vocabulary = vocabulary
+        self.embedding = nn.Embedding(len(vocabulary), args.embed)
+        self.rnn = layers(args.embed, args.hidden, args.layers, dropout=between)
+        self.head = nn.Linear(args.hidden, len(vocabulary))
+        self.dropout = nn.Dropout(args.dropout)
+
+    def forward(self, chars: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Characters ``[T, B]`` to scores ``[T, B, len(vocabulary)]`` and the state after them."""
+        hidden, state = self.rnn(self.dropout(self.embedding(chars)), state)
+        return self.head(self.dropout(hidden)), state
+
+    def loss(self, chars: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Bits per character of predicting ``chars[1:]`` from ``chars[:-1]``."""
+        scores, state = self(chars[:-1], state)
+        return cross_entropy(scores.flatten(0, 1), chars[1:].flatten()) / log(2), state
+
+
+@torch.no_grad()
+def evaluate(model: CharLM, data: Tensor, window: int = 256) -> float:
+    """Bits per character of ``data [N, B]``, read in windows to bound the memory."""
+    model.eval()
+    total, state = 0.0, None
+    for start in range(0, len(data) - 1, window):
+        chars = data[start : start + window + 1]
+        loss, state = model.loss(chars, state)
+        total += loss.item() * (len(chars) - 1)
+    return total / (len(data) - 1)
+
+
+@torch.no_grad()
+def sample(model: CharLM, prime: str, length: int, temperature: float, seed: int) -> str:
+    """``prime`` and the ``length`` characters that the model writes after it."""
+    model.eval()
+    dice = torch.Generator().manual_seed(seed)  # its own, so as not to disturb the training's
+    text, chars, state = prime, encode(prime, model.vocabulary)[:, None], None
+    for _ in range(length):
+        scores, state = model(chars, state)
+        odds = torch.softmax(scores[-1] / max(temperature, 1e-6), dim=-1)
+        chars = torch.multinomial(odds, 1, generator=dice)
+        text += model.vocabulary[int(chars)]
+    return text
+
+
+def detach(state: State) -> State:
+    """The state without its history: here backpropagation through time is truncated."""
+    return (state[0].detach(), state[1].detach()) if isinstance(state, tuple) else state.detach()
+
+
+class Trainer:
+    """A model, its optimizer and its place in the data ``[N, B]``: what a checkpoint must hold."""
+
+    def __init__(self, model: CharLM, data: Tensor, args: argparse.Namespace) -> None:
+        self.model, self.data, self.args = model, data, args
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        self.done = 0  # steps so far
+        self.position = 0  # row of data where the next step starts
+        self.state: State | None = None  # what the rows before it left in the recurrent layers
+
+    def step(self) -> float:
+        """Learns from the next ``args.steps`` rows of data; returns their bits per character."""
+        self.model.train()
+        end = self.position + self.args.steps
+        if end >= len(self.data):
+            self.position, self.state, end = 0, None, self.args.steps
+        loss, state = self.model.loss(self.data[self.position : end + 1], self.state)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        self.optimizer.step()
+        self.position, self.state = end, detach(state)
+        self.done += 1
+        return loss.item()
+
+    def save(self, file: str, digest: str) -> None:
+        content = {
+            "args": {k: v for k, v in vars(self.args).items() if k not in THIS_RUN},
+            "digest": digest,
+            "vocabulary": self.model.vocabulary,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "done": self.done,
+            "position": self.position,
+            "state": self.state,
+            "rng": torch.get_rng_state(),
+        }
+        new = Path(f"{file}.new")  # takes the old one's name when it is whole
+        with new.open("wb") as out:
+            torch.save(content, out)
+        new.replace(file)
+
+    def load(self, content: dict[str, Any]) -> None:
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.optimizer.param_groups[0]["lr"] = self.args.lr  # --resume --lr X may change it
+        self.done, self.position, self.state = (content[k] for k in ("done", "position", "state"))
+        torch.set_rng_state(content["rng"])
+
+
+def load_checkpoint(file: str) -> dict[str, Any]:
+    with Path(file).open("rb") as source:
+        try:
+            content = torch.load(source, weights_only=True)
+        except Exception:  # every kind of damage has its own
+            content = None
+    if not isinstance(content, dict) or not {"args", "digest", "done"} <= content.keys():
+        raise UserError(f"{file} is not a checkpoint of this program")
+    return content
+
+
+def train(trainer: Trainer, check: Callable[[], None]) -> tuple[list[float], bool]:
+    """Trains until the budget is spent or Ctrl-C; returns the losses and whether it was Ctrl-C."""
+    args, interrupted = trainer.args, False
+    losses: list[float] = []
+    start, busy, printed = time.monotonic(), 0.0, 0.0
+    budget = args.minutes * 60 if args.max_steps is None else args.max_steps
+
+    def spent() -> float:
+        return time.monotonic() - start if args.max_steps is None else trainer.done
+
+    def interrupt(*_: object) -> None:  # lets the step finish: half of one must not be saved
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    layout = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        # disable=None: no bar without a terminal, but a line every ten seconds
+        with tqdm(total=budget, initial=spent(), bar_format=layout, disable=None) as bar:
+            while spent() < budget and not interrupted:
+                busy -= time.monotonic()
+                losses.append(trainer.step())
+                busy += time.monotonic()
+                recent = losses[-50:]
+                speed = len(losses) * args.batch * args.steps / busy
+                news = f"{sum(recent) / len(recent):.3f} bits/char, {speed:,.0f} chars/s"
+                bar.set_postfix_str(news, refresh=False)
+                bar.update(min(spent(), budget) - bar.n)
+                if bar.disable and busy > printed + 10:
+                    say(f"step {trainer.done}: {news}")
+                    printed = busy
+                if trainer.done % args.every == 0 and spent() < budget:
+                    check()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    return losses, interrupted
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")  # argparse's own prints the usage as well
+
+
+def make_parser() -> Parser:
+    summary, _, examples = (__doc__ or "").partition("\n\n")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser("char_lm.py", "%(prog)s [options]", summary, examples, formatter_class=style)
+
+    def option(name: str, help: str, **how: Any) -> None:
+        group.add_argument(name, help=help, **how)
+
+    def number(name: str, default: float, help: str, low: float = 1, high: float = inf) -> None:
+        """An option for a number of the default's type in ``[low, high)``."""
+
+        def parse(text: str) -> float:
+            value = type(default)(text)
+            if not low <= value < high:
+                raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
+            return value
+
+        parse.__name__ = type(default).__name__  # for argparse's "invalid int value"
+        option(name, f"{help} (default: {default})", type=parse, default=default, metavar="N")
+
+    group = parser.add_argument_group("text")
+    option("--text", "UTF-8 text to learn (default: Python's standard library)", metavar="FILE")
+    number("--batch", 32, "stretches of the text that are read side by side")
+    number("--steps", 64, "characters that gradients flow back through")
+
+    group = parser.add_argument_group("model")
+    backends, cells = list(BACKENDS), ["lstm", "gru", "rnn"]
+    option("--backend", "whose layers (default: fastrnn)", choices=backends, default="fastrnn")
+    option("--cell", "kind of recurrent layer (default: gru)", choices=cells, default="gru")
+    number("--layers", 1, "recurrent layers")
+    number("--hidden", 256, "units in each recurrent layer")
+    number("--embed", 64, "numbers that stand for a character")
+    number("--dropout", 0.0, "share of activations dropped before each layer", 0, 1)
+
+    group = parser.add_argument_group("training")
+    number("--lr", 0.002, "step size of Adam", 0, 10)
+    number("--clip", 1.0, "largest norm of the gradient; a larger one is scaled down", 0)
+    number("--seed", 0, "seed of all random numbers", 0, 2**63)
+    group = group.add_mutually_exclusive_group()
+    number("--minutes", 2.0, "train for this time", 0)
+    option("--max-steps", "... or up to this step, earlier runs included", type=int, metavar="N")
+
+    group = parser.add_argument_group("files")
+    option("--checkpoint", "save the training here at every validation", metavar="FILE")
+    option("--resume", "continue from there; options not given stay", action="store_true")
+    number("--every", 500, "steps from one validation to the next")
+    option("--losses", "write the loss of each step of this run as CSV", metavar="FILE")
+
+    group = parser.add_argument_group("sample")
+    number("--sample", 500, "characters to write in the end", 0)
+    number("--temperature", 0.7, "0: always the likeliest character; 1: as often as learnt", 0)
+    option("--prime", "text that the sample continues (default: a new line)", metavar="TEXT")
+    return parser
+
+
+def run(args: argparse.Namespace, saved: dict[str, Any] | None) -> int:
+    for file in filter(None, (args.checkpoint, args.losses)):  # now, not after the training
+        if not Path(file).absolute().parent.is_dir():
+            raise UserError(f"cannot write {file}: no such directory")
+    text = read_text(args.text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if saved and saved["digest"] != digest:
+        raise UserError(f"{args.checkpoint} comes from another text")
+    vocabulary = "".join(sorted(set(text)))
+    codes = encode(text, vocabulary)
+    held_out = len(codes) // HELD_OUT
+    training = streams(codes[: len(codes) - held_out], args.batch)
+    validation = streams(codes[len(codes) - held_out :], args.batch)
+    if len(training) <= args.steps or len(validation) < 2:
+        raise UserError(f"{len(text):,} characters are too few for this --batch and --steps")
+    prime = args.prime or ("\n" if "\n" in vocabulary else text[0])
+    if strange := sorted(set(prime) - set(vocabulary)):
+        raise UserError(f"--prime: the text has no {strange[0]!r}")
+
+    torch.manual_seed(args.seed)
+    model = CharLM(vocabulary, args)
+    trainer = Trainer(model, training, args)
+    if saved:
+        trainer.load(saved)
+    weights = sum(p.numel() for p in model.parameters())
+    say(f"text: {len(text):,} characters, {len(vocabulary)} different ones")
+    say(f"model: {args.layers} x {args.hidden} {args.cell} of {args.backend}, {weights:,} weights")
+
+    def check() -> None:
+        bits = evaluate(model, validation)
+        if not isfinite(bits):  # before it replaces a good checkpoint
+            raise UserError(f"validation gives {bits} bits/char at step {trainer.done}: lower --lr")
+        say(f"step {trainer.done}: validation {bits:.3f} bits/char")
+        if args.checkpoint:
+            trainer.save(args.checkpoint, digest)
+
+    start = trainer.done
+    losses, interrupted = train(trainer, check)
+    check()
+    if args.losses:
+        rows = (f"{step},{bits}\n" for step, bits in enumerate(losses, start + 1))
+        Path(args.losses).write_text("step,bits_per_char\n" + "".join(rows))
+    if args.sample:
+        say("\n" + sample(model, prime, args.sample, args.temperature, args.seed))
+    return 130 if interrupted else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        saved = None
+        if args.resume:
+            if not args.checkpoint:
+                raise UserError("--resume needs --checkpoint FILE")
+            saved = load_checkpoint(args.checkpoint)
+            parser.set_defaults(**saved["args"])
+            args = parser.parse_args(argv)
+            for key in SHAPE:
+                if (value := getattr(args, key)) != saved["args"][key]:
+                    raise UserError(f"--{key} {value}: the checkpoint has {saved['args'][key]}")
+        return run(args, saved)
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The compiled kernels; see csrc/bind.cc. An address is that of a contiguous tensor's data, 0 for
+none."""
+
+from collections.abc import Sequence
+
+class CellInfo:
+    @property
+    def index(self) -> int: ...
+    @property
+    def gates(self) -> int: ...
+    @property
+    def has_cell_state(self) -> bool: ...
+    @property
+    def has_extra(self) -> bool: ...
+    @property
+    def saves_gates(self) -> bool: ...
+    @property
+    def splits_gradient(self) -> bool: ...
+
+cells: dict[str, CellInfo]
+
+def cpu_variant() -> str: ...
+def cpu_variants() -> list[str]: ...
+def forward(
+    cell: int,
+    dtype: int,
+    sizes: tuple[int, int, int, int],
+    rows: int,
+    batch_sizes: int,
+    input: int,
+    x: int,
+    weight_ih: Sequence[int],
+    weight_hh: Sequence[int],
+    bias_ih: Sequence[int],
+    bias_hh: Sequence[int],
+    h_0: int,
+    c_0: int,
+    output: int,
+    h_n: int,
+    c_n: int,
+    gates: Sequence[int],
+    extra: int,
+    threads: int,
+    /,
+) -> None: ...
+def backward(
+    cell: int,
+    dtype: int,
+    sizes: tuple[int, int, int, int],
+    rows: int,
+    batch_sizes: int,
+    weight_hh: Sequence[int],
+    h_0: int,
+    c_0: int,
+    gates: Sequence[int],
+    output: int,
+    extra: int,
+    d_output: int,
+    d_h_n: int,
+    d_c_n: int,
+    d_extra: int,
+    d_gates: Sequence[int],
+    d_gates_hh: Sequence[int],
+    d_h_0: int,
+    d_c_0: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -1,0 +1,46 @@
+"""Sizes around the register tiles: every tail of units and rows. Also run once per CPU variant."""
+
+import os
+
+import pytest
+
+import fastrnn
+from helpers import assert_close, inputs, make_mask, pair, row_by_row, run
+
+
+def test_variant_is_the_one_forced():
+    assert fastrnn.cpu_variant() in fastrnn.cpu_variants()
+    forced = os.environ.get("FASTRNN_CPU")
+    assert not forced or fastrnn.cpu_variant() == forced
+
+
+@pytest.mark.parametrize("H", [1, 3, 15, 16, 17, 33, 65, 129])
+def test_tails(cell, dtype, H):
+    models = pair(cell, 3, H, dtype=dtype)
+    for B in range(1, 20):
+        x, hx = inputs(models[0], 3, B)
+        actual, expected = (run(model, x, hx) for model in models)
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["lengths", "holes"])
+@pytest.mark.parametrize("H", [1, 15, 17, 33])
+def test_masked_tails(cell, dtype, H, kind):
+    ours, theirs = pair(cell, 3, H, bidirectional=True, dtype=dtype)
+    for B in (1, 4, 9, 17):
+        x, hx = inputs(ours, 4, B)
+        mask = make_mask(kind, 4, B)
+        expected = run(theirs, x, hx, forward=row_by_row(theirs), mask=mask)
+        assert_close(run(ours, x, hx, mask=mask), expected)
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e4, 1e30])
+def test_saturated_gates(cell, dtype, scale):
+    """Large pre-activations: exp must neither overflow to NaN nor lose the limits."""
+    models = pair(cell, 1, 17, bidirectional=True, dtype=dtype)  # one input: nothing cancels
+    x, hx = inputs(models[0], 4, 5)
+    actual, expected = (run(model, scale * x, hx) for model in models)
+    for results in (actual, expected):
+        results["grad weight_ih_l0"] /= scale
+        results["grad weight_ih_l0_reverse"] /= scale
+    assert_close(actual, expected)
