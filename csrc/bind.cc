@@ -11,6 +11,7 @@
 
 #include "cells/registry.h"
 #include "cpu/variant.h"
+#include "cpu/workspace.h"
 #include "scan.h"
 
 namespace py = pybind11;
@@ -42,6 +43,12 @@ py::dict cell_infos() {
   return infos;
 }
 
+int gates_of(int cell) {
+  int gates = 0;
+  Cells::visit(cell, [&](auto c) { gates = decltype(c)::gates; });
+  return gates;
+}
+
 template <class Pointer>
 void set(Pointer (&target)[kMaxDirections], const Addresses& source, int directions) {
   if (source.size() != static_cast<size_t>(directions)) {
@@ -51,6 +58,8 @@ void set(Pointer (&target)[kMaxDirections], const Addresses& source, int directi
   }
   for (size_t d = 0; d < source.size(); ++d) target[d] = reinterpret_cast<Pointer>(source[d]);
 }
+
+size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? sizeof(float) : sizeof(double); }
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
@@ -116,6 +125,12 @@ void forward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Ad
   args.extra = pointer(extra);
   const CpuVariant& variant = active_variant();
   py::gil_scoped_release release;
+  const size_t sequence = rows * args.directions * args.hidden * size_of(args.dtype);
+  prefer_large_pages(args.output, sequence);
+  if (args.extra != nullptr) prefer_large_pages(args.extra, sequence);
+  for (int d = 0; args.gates[0] != nullptr && d < args.directions; ++d) {
+    prefer_large_pages(args.gates[d], gates_of(cell) * sequence / args.directions);
+  }
   variant.forward(args, threads);
 }
 
@@ -142,6 +157,11 @@ void backward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, A
   args.d_c_0 = pointer(d_c_0);
   const CpuVariant& variant = active_variant();
   py::gil_scoped_release release;
+  for (int d = 0; d < args.directions; ++d) {
+    const size_t bytes = rows * gates_of(cell) * args.hidden * size_of(args.dtype);
+    prefer_large_pages(args.d_gates[d], bytes);
+    prefer_large_pages(args.d_gates_hh[d], bytes);
+  }
   variant.backward(args, threads);
 }
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A character language model: reads a text, learns to predict its next character, then writes.
 
   char_lm.py                                     two minutes on Python's standard library
@@ -22,7 +21,7 @@ import time
 from collections.abc import Callable
 from math import inf, isfinite, log
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"  # h, or (h, c) of LSTM
 
 BACKENDS = {"fastrnn": "fastrnn", "torch": "torch.nn"}  # modules that define LSTM, GRU and RNN
 STDLIB_LIMIT = 4_000_000  # characters of the default text
+LR_DECAY = 300  # the learning rate falls with 1 / sqrt(1 + step / 300)
 HELD_OUT = 20  # the last 1/20 of the text is for validation
 SHAPE = ("cell", "layers", "hidden", "embed", "batch")  # options that a checkpoint fixes
 THIS_RUN = ("checkpoint", "resume", "losses", "minutes", "max_steps")  # ... and those it omits
@@ -51,8 +51,7 @@ def read_text(file: str | None) -> str:
     """The contents of ``file``, or of the standard library's modules one after another."""
     if file is None:
         modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-        text = "".join(module.read_text(encoding="utf-8", errors="replace") for module in modules)
-        return text[:STDLIB_LIMIT]
+        return "".join(m.read_text("utf-8", "replace") for m in modules)[:STDLIB_LIMIT]
     try:
         return Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -142,6 +141,7 @@ class Trainer:
     def step(self) -> float:
         """Learns from the next ``args.steps`` rows of data; returns their bits per character."""
         self.model.train()
+        self.optimizer.param_groups[0]["lr"] = self.args.lr / (1 + self.done / LR_DECAY) ** 0.5
         end = self.position + self.args.steps
         if end >= len(self.data):
             self.position, self.state, end = 0, None, self.args.steps
@@ -174,7 +174,6 @@ class Trainer:
     def load(self, content: dict[str, Any]) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.optimizer.param_groups[0]["lr"] = self.args.lr  # --resume --lr X may change it
         self.done, self.position, self.state = (content[k] for k in ("done", "position", "state"))
         torch.set_rng_state(content["rng"])
 
@@ -229,15 +228,11 @@ def train(trainer: Trainer, check: Callable[[], None]) -> tuple[list[float], boo
     return losses, interrupted
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")  # argparse's own prints the usage as well
-
-
-def make_parser() -> Parser:
+def make_parser() -> argparse.ArgumentParser:
     summary, _, examples = (__doc__ or "").partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("char_lm.py", "%(prog)s [options]", summary, examples, formatter_class=style)
+    parser = argparse.ArgumentParser("char_lm.py", description=summary, epilog=examples)
+    parser.usage = argparse.SUPPRESS  # an error then is one line
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def option(name: str, help: str, **how: Any) -> None:
         group.add_argument(name, help=help, **how)
@@ -257,19 +252,20 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("text")
     option("--text", "UTF-8 text to learn (default: Python's standard library)", metavar="FILE")
     number("--batch", 32, "stretches of the text that are read side by side")
-    number("--steps", 64, "characters that gradients flow back through")
+    number("--steps", 64, "characters that a gradient flows back through")
 
     group = parser.add_argument_group("model")
-    backends, cells = list(BACKENDS), ["lstm", "gru", "rnn"]
-    option("--backend", "whose layers (default: fastrnn)", choices=backends, default="fastrnn")
-    option("--cell", "kind of recurrent layer (default: gru)", choices=cells, default="gru")
+    option(
+        "--backend", "maker of layers (default: fastrnn)", choices=[*BACKENDS], default="fastrnn"
+    )
+    option("--cell", "kind of layer (default: gru)", choices=["lstm", "gru", "rnn"], default="gru")
     number("--layers", 1, "recurrent layers")
     number("--hidden", 256, "units in each recurrent layer")
-    number("--embed", 64, "numbers that stand for a character")
+    number("--embed", 64, "size of the vector that stands for a character")
     number("--dropout", 0.0, "share of activations dropped before each layer", 0, 1)
 
     group = parser.add_argument_group("training")
-    number("--lr", 0.002, "step size of Adam", 0, 10)
+    number("--lr", 0.003, "Adam's learning rate in the beginning", 0, 10)
     number("--clip", 1.0, "largest norm of the gradient; a larger one is scaled down", 0)
     number("--seed", 0, "seed of all random numbers", 0, 2**63)
     group = group.add_mutually_exclusive_group()
@@ -277,8 +273,8 @@ def make_parser() -> Parser:
     option("--max-steps", "... or up to this step, earlier runs included", type=int, metavar="N")
 
     group = parser.add_argument_group("files")
-    option("--checkpoint", "save the training here at every validation", metavar="FILE")
-    option("--resume", "continue from there; options not given stay", action="store_true")
+    option("--checkpoint", "save the training here, after each validation", metavar="FILE")
+    option("--resume", "continue from there, with its options or new ones", action="store_true")
     number("--every", 500, "steps from one validation to the next")
     option("--losses", "write the loss of each step of this run as CSV", metavar="FILE")
 
@@ -325,11 +321,11 @@ def run(args: argparse.Namespace, saved: dict[str, Any] | None) -> int:
         if args.checkpoint:
             trainer.save(args.checkpoint, digest)
 
-    start = trainer.done
+    first = trainer.done + 1
     losses, interrupted = train(trainer, check)
     check()
     if args.losses:
-        rows = (f"{step},{bits}\n" for step, bits in enumerate(losses, start + 1))
+        rows = (f"{step},{bits}\n" for step, bits in enumerate(losses, first))
         Path(args.losses).write_text("step,bits_per_char\n" + "".join(rows))
     if args.sample:
         say("\n" + sample(model, prime, args.sample, args.temperature, args.seed))

@@ -103,15 +103,17 @@ class BackwardScan {
   // Calls finish(row, count, unit, sums) for every vector of units of every tile of rows [begin,
   // end); sums[r * units_ + u] is W_hh^T times the gate gradients of step `after`, or zero without
   // such a step.
-  template <class Finish>
+  // Before that, fetch(row, count, unit) may ask for what finish will read.
+  template <class Fetch, class Finish>
   void for_each_unit(int direction, const Part& part, int64_t after, bool has_after, int64_t begin,
-                     int64_t end, Finish finish) const {
+                     int64_t end, Fetch fetch, Finish finish) const {
     begin = max_of(begin, part.rows.begin);
     end = min_of(end, part.rows.end);
     for (int64_t block = part.blocks.begin; block < part.blocks.end; ++block) {
       for_each_tile(begin, end, max_rows(units_), [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
         if (has_after) {
+          fetch(row, count, block * width_);
           const T* rows[kMaxRows];
           for (int r = 0; r < count; ++r) rows[r] = d_gates_row(direction, after, row + r);
           const T* weights = packed(direction, block);
@@ -130,7 +132,20 @@ class BackwardScan {
 
   void run_rows(int direction, const Part& part, const Step& step, int64_t begin,
                 int64_t end) const {
-    for_each_unit(direction, part, step.after, step.has_after, begin, end,
+    const auto fetch = [&](int64_t row, int count, int64_t unit) {
+      const int64_t bytes = width_ * sizeof(T);
+      for (int r = 0; r < count; ++r) {
+        const int64_t n = (steps_.offset(step.t) + row + r) * G * hidden_ + unit;
+        const int64_t feature = feature_offset(direction, step.t, row + r) + unit;
+        if constexpr (Cell::saves_gates) {
+          for (int g = 0; g < G; ++g) {
+            prefetch(at(args_.gates[direction], n + g * hidden_), bytes);
+          }
+        }
+        if (args_.d_output != nullptr) prefetch(at(args_.d_output, feature), bytes);
+      }
+    };
+    for_each_unit(direction, part, step.after, step.has_after, begin, end, fetch,
                   [&](int64_t row, int count, int64_t unit, const V* sums) {
                     if (hidden_ - unit >= V::lanes) {
                       differentiate<true>(direction, step, row, count, unit, sums);
@@ -234,7 +249,9 @@ class BackwardScan {
       }
     };
     if (args_.d_h_0 == nullptr && args_.d_c_0 == nullptr) return;
-    for_each_unit(direction, part, first, had_steps && args_.d_h_0 != nullptr, begin, end, finish);
+    const auto fetch = [](int64_t, int, int64_t) {};
+    const bool multiplies = had_steps && args_.d_h_0 != nullptr;
+    for_each_unit(direction, part, first, multiplies, begin, end, fetch, finish);
   }
 };
 

@@ -101,6 +101,9 @@ int units_per_block(int64_t hidden, int gates) {
   return units < 1 ? 1 : units;
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+// Asks for the cache lines of [p, p + bytes).
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i <= bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
 
 }  // namespace fastrnn::FASTRNN_VARIANT

@@ -1,7 +1,12 @@
 #include "workspace.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastrnn {
 
@@ -57,6 +62,20 @@ Workspace::~Workspace() {
     kept.bytes = kept.memory == nullptr ? 0 : used_;
   }
   kept.in_use = false;
+}
+
+void prefer_large_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kLeast = size_t{4} << 20;
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < kLeast) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failing is fine
+#else
+  (void)memory;
+  (void)bytes;
+#endif
 }
 
 }  // namespace fastrnn

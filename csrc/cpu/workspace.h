@@ -34,4 +34,8 @@ class Workspace {
   Block* extra_ = nullptr;
 };
 
+// Asks the system for large pages under a big buffer that is about to be written for the first
+// time: the page faults of a fresh buffer take as long as a tenth of a large layer's training step.
+void prefer_large_pages(void* memory, size_t bytes);
+
 }  // namespace fastrnn

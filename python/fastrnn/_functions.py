@@ -165,7 +165,7 @@ def layer_backward(
         grad_hh = d_gates_hh[d] if splits else grad
         wants = want_weights[d * len(w) : (d + 1) * len(w)]
         if want_x:
-            part = _gemm.grad_input(grad, w[0])
+            part = _gemm.grad_input(grad, w[0], x)
             d_x = part if d_x is None else d_x.add_(part)
         h_0 = None if saved.h_0 is None else saved.h_0[d]
         out = output[:, d * hidden : (d + 1) * hidden]

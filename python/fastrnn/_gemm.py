@@ -29,40 +29,27 @@ def _as_image(rows: Tensor) -> Tensor:
     return rows.contiguous().unsqueeze(0).unsqueeze(2).permute(0, 3, 1, 2)
 
 
-def _as_filter(weight: Tensor) -> Tensor:
-    return weight.contiguous()[:, :, None, None]
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, which: list[bool]) -> tuple[Tensor, ...]:
+    """The gradients of a 1x1 convolution's input, weight and bias."""
+    images, filters = (_as_image(grad), _as_image(x)), weight.contiguous()[:, :, None, None]
+    ones, zeros = [1, 1], [0, 0]
+    result: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        *images, filters, None, ones, zeros, ones, False, zeros, 1, which
+    )
+    return result
 
 
-def _as_rows(image: Tensor) -> Tensor:
-    """[1, C, N, 1] -> [N, C]."""
-    return image.permute(0, 2, 3, 1).reshape(image.shape[2], image.shape[1])
-
-
-def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of a projection's input: grad [N, O] @ weight [O, I] -> [N, I]."""
-    if _use_convolution(grad, len(grad), *weight.shape):
-        image = torch.mkldnn_convolution(
-            _as_image(grad), _as_filter(weight.t()), None, [0, 0], [1, 1], [1, 1], 1
-        )
-        return _as_rows(image)
-    return grad.mm(weight)
+def grad_input(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a projection's input x [N, I]: grad [N, O] @ weight [O, I]."""
+    if not _use_convolution(grad, len(grad), *weight.shape):
+        return grad.mm(weight)
+    image = _backward(grad, x, weight, [True, False, False])[0]  # reads only the shape of x
+    return image.permute(0, 2, 3, 1).reshape(x.shape)
 
 
 def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of a projection's weight: grad [N, O].T @ x [N, I] -> [O, I]."""
-    if _use_convolution(grad, len(grad), grad.shape[1], x.shape[1]):
-        _, d_weight, _ = torch.ops.aten.convolution_backward(
-            _as_image(grad),
-            _as_image(x),
-            _as_filter(grad.new_empty(grad.shape[1], x.shape[1])),
-            None,
-            [1, 1],
-            [0, 0],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [False, True, False],
-        )
-        return d_weight[:, :, 0, 0]
-    return grad.t().mm(x)
+    if not _use_convolution(grad, len(grad), grad.shape[1], x.shape[1]):
+        return grad.t().mm(x)
+    weight = grad.new_empty(grad.shape[1], x.shape[1])  # only its shape is read
+    return _backward(grad, x, weight, [False, True, False])[1][:, :, 0, 0]
