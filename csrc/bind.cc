@@ -63,6 +63,18 @@ size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? sizeof(float) : 
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
+template <class Pointer>
+void set_optional(Pointer (&target)[kMaxDirections], const Addresses& source, int directions) {
+  if (!source.empty()) set(target, source, directions);
+}
+
+template <class Args>
+void set_input(Args& args, int64_t input, Address x) {
+  if (input < 1) throw std::invalid_argument("sizes out of range");
+  args.input = input;
+  args.x = pointer(x);
+}
+
 // Sets the sizes that both passes share; `rows` is the N of the buffers.
 template <class Args>
 void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows,
@@ -109,14 +121,12 @@ void forward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Ad
              int threads) {
   ForwardArgs args{};
   set_shape(args, cell, dtype, sizes, rows, batch_sizes);
-  if (input < 1) throw std::invalid_argument("sizes out of range");
-  args.input = input;
-  args.x = pointer(x);
+  set_input(args, input, x);
   set(args.weight_ih, weight_ih, args.directions);
   set(args.weight_hh, weight_hh, args.directions);
-  if (!bias_ih.empty()) set(args.bias_ih, bias_ih, args.directions);
-  if (!bias_hh.empty()) set(args.bias_hh, bias_hh, args.directions);
-  if (!gates.empty()) set(args.gates, gates, args.directions);
+  set_optional(args.bias_ih, bias_ih, args.directions);
+  set_optional(args.bias_hh, bias_hh, args.directions);
+  set_optional(args.gates, gates, args.directions);
   args.h_0 = pointer(h_0);
   args.c_0 = pointer(c_0);
   args.output = pointer(output);
@@ -135,16 +145,22 @@ void forward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Ad
 }
 
 void backward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Address batch_sizes,
-              const Addresses& weight_hh, Address h_0, Address c_0, const Addresses& gates,
-              Address output, Address extra, Address d_output, Address d_h_n, Address d_c_n,
-              Address d_extra, const Addresses& d_gates, const Addresses& d_gates_hh, Address d_h_0,
-              Address d_c_0, int threads) {
+              int64_t input, Address x, const Addresses& weight_ih, const Addresses& weight_hh,
+              Address h_0, Address c_0, Address output, const Addresses& gates, Address extra,
+              Address d_output, Address d_h_n, Address d_c_n, Address d_extra, Address d_x,
+              Address d_h_0, Address d_c_0, const Addresses& d_weight_ih,
+              const Addresses& d_weight_hh, const Addresses& d_bias_ih, const Addresses& d_bias_hh,
+              int threads) {
   BackwardArgs args{};
   set_shape(args, cell, dtype, sizes, rows, batch_sizes);
+  set_input(args, input, x);
+  set(args.weight_ih, weight_ih, args.directions);
   set(args.weight_hh, weight_hh, args.directions);
-  if (!gates.empty()) set(args.gates, gates, args.directions);
-  set(args.d_gates, d_gates, args.directions);
-  set(args.d_gates_hh, d_gates_hh, args.directions);
+  set_optional(args.gates, gates, args.directions);
+  set_optional(args.d_weight_ih, d_weight_ih, args.directions);
+  set_optional(args.d_weight_hh, d_weight_hh, args.directions);
+  set_optional(args.d_bias_ih, d_bias_ih, args.directions);
+  set_optional(args.d_bias_hh, d_bias_hh, args.directions);
   args.h_0 = pointer(h_0);
   args.c_0 = pointer(c_0);
   args.output = pointer(output);
@@ -153,14 +169,13 @@ void backward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, A
   args.d_h_n = pointer(d_h_n);
   args.d_c_n = pointer(d_c_n);
   args.d_extra = pointer(d_extra);
+  args.d_x = pointer(d_x);
   args.d_h_0 = pointer(d_h_0);
   args.d_c_0 = pointer(d_c_0);
   const CpuVariant& variant = active_variant();
   py::gil_scoped_release release;
-  for (int d = 0; d < args.directions; ++d) {
-    const size_t bytes = rows * gates_of(cell) * args.hidden * size_of(args.dtype);
-    prefer_large_pages(args.d_gates[d], bytes);
-    prefer_large_pages(args.d_gates_hh[d], bytes);
+  if (args.d_x != nullptr) {
+    prefer_large_pages(args.d_x, args.directions * rows * input * size_of(args.dtype));
   }
   variant.backward(args, threads);
 }

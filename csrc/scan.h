@@ -49,15 +49,17 @@ struct ForwardArgs {
 struct BackwardArgs {
   int cell;
   DType dtype;
-  int64_t steps, batch, hidden;
+  int64_t steps, batch, input, hidden;
   int directions;
   const int64_t* batch_sizes;
 
+  const void* x;
+  const void* weight_ih[kMaxDirections];
   const void* weight_hh[kMaxDirections];
   const void* h_0;
   const void* c_0;
-  const void* gates[kMaxDirections];
   const void* output;
+  const void* gates[kMaxDirections];
   const void* extra;
 
   // Incoming gradients; null means zero.
@@ -66,13 +68,14 @@ struct BackwardArgs {
   const void* d_c_n;     // [D, B, H]
   const void* d_extra;   // [N, D*H]; only cells whose extra is the cell state
 
-  // Outgoing gradients.
-  void* d_gates[kMaxDirections];  // [N, G*H]: of W_ih x_t + b_ih
-  // [N, G*H]: of W_hh h_{t-1} + b_hh. The same buffer as d_gates unless the cell splits its
-  // gradient.
-  void* d_gates_hh[kMaxDirections];
-  void* d_h_0;  // [D, B, H] or null if not wanted
-  void* d_c_0;  // [D, B, H] or null if not wanted
+  // Outgoing gradients; null if not wanted.
+  void* d_x;                          // [D, N, I]: the part of each direction, to be added up
+  void* d_h_0;                        // [D, B, H]
+  void* d_c_0;                        // [D, B, H]
+  void* d_weight_ih[kMaxDirections];  // [G*H, I]
+  void* d_weight_hh[kMaxDirections];  // [G*H, H]
+  void* d_bias_ih[kMaxDirections];    // [G*H]
+  void* d_bias_hh[kMaxDirections];    // [G*H]
 };
 
 }  // namespace fastrnn

@@ -255,9 +255,7 @@ def make_parser() -> argparse.ArgumentParser:
     number("--steps", 64, "characters that a gradient flows back through")
 
     group = parser.add_argument_group("model")
-    option(
-        "--backend", "maker of layers (default: fastrnn)", choices=[*BACKENDS], default="fastrnn"
-    )
+    option("--backend", "whose layers (default: fastrnn)", choices=[*BACKENDS], default="fastrnn")
     option("--cell", "kind of layer (default: gru)", choices=["lstm", "gru", "rnn"], default="gru")
     number("--layers", 1, "recurrent layers")
     number("--hidden", 256, "units in each recurrent layer")

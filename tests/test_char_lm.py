@@ -51,10 +51,10 @@ def run(text, tmp_path, capsys):
     return run
 
 
-def small_model(seed=0, cell="gru"):
-    torch.manual_seed(seed)
-    args = char_lm.make_parser().parse_args([*SMALL, "--backend=torch", f"--cell={cell}"])
-    return char_lm.CharLM("\nabcde", args)
+def small_model(*options):
+    torch.manual_seed(0)
+    args = char_lm.make_parser().parse_args([*SMALL, "--backend=torch", *options])
+    return char_lm.CharLM("\nabcde", args), args
 
 
 def tensors(content, path=""):
@@ -113,9 +113,19 @@ def test_validation_does_not_disturb_training(run):
 
 
 def test_validation_counts_every_character_once():
-    model, data = small_model(), torch.randint(6, (50, 3))
+    model, _ = small_model()
+    data = torch.randint(6, (50, 3))
     expected = model.loss(data)[0].item()
     assert char_lm.evaluate(model, data, window=7) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_state_is_carried_from_step_to_step(cell):
+    model, args = small_model(f"--cell={cell}", "--lr=0")
+    data = torch.randint(6, (49, 4))
+    trainer = char_lm.Trainer(model, data, args)
+    losses = [trainer.step() for _ in range(3)]
+    assert sum(losses) / 3 == pytest.approx(char_lm.evaluate(model, data), rel=1e-5)
 
 
 def test_interrupt_saves_and_samples(run, tmp_path, monkeypatch):
@@ -183,8 +193,10 @@ def test_sample_is_reproducible(run):
 
 
 def test_temperature():
-    model = small_model()
+    model, _ = small_model()
+    random_state = torch.get_rng_state()
     write = [char_lm.sample(model, "a", 60, t, seed) for t in (0, 1) for seed in (1, 2)]
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert write[0] == write[1]  # nothing left to chance
     assert write[2] != write[3]
     assert all(len(text) == 61 and set(text) <= set(model.vocabulary) for text in write)

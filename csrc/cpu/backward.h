@@ -1,8 +1,9 @@
 // The backward scan on the CPU, in the shape of the forward one: a register tile computes the part
 // of dh_t that comes through W_hh from the following step, and the cell turns dh_t into gate
-// gradients.
+// gradients. Some steps at a time, these go on into the gradients of the input and of the weights.
 #pragma once
 
+#include "gradients.h"
 #include "math.h"
 #include "multiply.h"
 #include "pack.h"
@@ -14,64 +15,158 @@ template <class Cell, class T>
 class BackwardScan {
   using V = Vec<T>;
   static constexpr int G = Cell::gates;
+  // Rows of gate gradients in a chunk: a panel of as many rows, one register tile wide, fits into
+  // L1.
+  static constexpr int64_t kChunkRows = 128;
+  static constexpr int64_t kShortSum = 8;
 
  public:
-  BackwardScan(const BackwardArgs& args, Workspace& workspace)
+  BackwardScan(const BackwardArgs& args, int threads, Workspace& workspace)
       : args_(args),
         steps_(args.steps, args.batch, args.batch_sizes, workspace),
+        input_(args.input),
         hidden_(args.hidden),
+        wide_(G * args.hidden),
         features_(args.directions * args.hidden),
-        units_(units_per_block<T>(args.hidden, 1)),
-        width_(units_ * V::lanes),
-        blocks_((args.hidden + width_ - 1) / width_) {
-    const size_t states = args.directions * args.batch * args.hidden;
-    packed_ = workspace.take<T>(args.directions * blocks_ * G * hidden_ * width_);
+        stride_(odd_lines(wide_)),
+        chunk_steps_(max_of(1, min_of(args.steps, kChunkRows / max_of(1, args.batch)))),
+        threads_(threads),
+        hh_(args.hidden),
+        ih_(args.input),
+        gradient_ih_(wide_, args.input, args.directions, workspace),
+        gradient_hh_(wide_, args.hidden, args.directions, workspace) {
+    const size_t directions = args.directions;
+    const size_t states = directions * args.batch * hidden_;
+    packed_hh_ = workspace.take<T>(directions * hh_.blocks * wide_ * hh_.width);
+    packed_ih_ =
+        workspace.take<T>(args.d_x == nullptr ? 0 : directions * ih_.blocks * wide_ * ih_.width);
     carry_h_ = workspace.take<T>(Cell::has_direct_path ? states : 0);
     carry_c_ = workspace.take<T>(Cell::has_cell_state ? states : 0);
+    carry_gates_ = workspace.take<T>(directions * args.batch * stride_);
+    chunk_ = workspace.take<T>(directions * chunk_rows() * stride_);
+    chunk_hh_ =
+        Cell::splits_gradient ? workspace.take<T>(directions * chunk_rows() * stride_) : chunk_;
+    bias_ih_ = workspace.take<T>(directions * stride_);
+    bias_hh_ = Cell::splits_gradient ? workspace.take<T>(directions * stride_) : bias_ih_;
+    panels_ = workspace.take<T>(directions * threads * chunk_rows() * kMaxVectors * V::lanes);
+    sources_ = workspace.take<const T*>(directions * threads * chunk_rows());
   }
 
   Work work() const {
-    return {args_.steps, steps_.mean_rows(), G * hidden_,     blocks_,
-            units_,      max_rows(units_),   args_.directions};
+    return {args_.steps,
+            steps_.mean_rows(),
+            wide_ * 4,  // every weight is met twice
+            hh_.blocks,
+            hh_.units,
+            max_rows(hh_.units),
+            args_.directions,
+            args_.batch_sizes != nullptr};
   }
 
   void run(int direction, const Part& part) const {
     pack(direction, part);
+    start_gradients(direction, part);
     const int64_t step = direction == 0 ? 1 : -1;
     int64_t t = direction == 0 ? steps_.count() - 1 : 0;
-    for (int64_t i = 0; i < steps_.count(); ++i, t -= step) {
-      const int64_t rows = steps_.rows(t);
-      const int64_t going_on =
-          min_of(rows, steps_.rows(t + step));                  // their scan has a step after t
-      const int64_t old = min_of(rows, steps_.rows(t - step));  // their scan has a step before t
-      // At most one of the two lies between: rows end in one direction and begin in the other.
-      const int64_t cut = going_on > 0 && going_on < rows ? going_on : old;
-      run_rows(direction, part, {t, t + step, t - step, going_on > 0, old > 0}, 0, cut);
-      run_rows(direction, part, {t, t + step, t - step, going_on == rows, old == rows}, cut, rows);
-      if (part.meets_each_step) part.meet();
-      // Rows whose scan began at t are through.
-      finish_rows(direction, part, t, old, rows);
+    for (int64_t i = 0; i < steps_.count(); i += chunk_steps_) {
+      const int64_t count = min_of(chunk_steps_, steps_.count() - i);
+      const int64_t last = t - (count - 1) * step;
+      const Chunk chunk = make_chunk(min_of(t, last), max_of(t, last));
+      for (; t != last - step; t -= step) run_step(direction, part, chunk, t, step);
+      // The gate gradients of the chunk are complete; all threads share the products with them.
+      if (!part.meets_each_step) part.meet();
+      add_gradients(direction, part, chunk, step);
+      keep_last(direction, part, chunk, last);
+      part.meet();
     }
-    finish_rows(direction, part, -1, steps_.rows(0), args_.batch);
+    finish_rows(direction, part, nullptr, false, steps_.rows(0), args_.batch);
+    write_gradients(direction, part);
   }
 
  private:
+  // The columns of a product, cut into blocks of a register tile's width.
+  struct Columns {
+    explicit Columns(int64_t columns)
+        : units(units_per_block<T>(columns, 1)),
+          width(units * V::lanes),
+          blocks((columns + width - 1) / width) {}
+    int units;
+    int64_t width, blocks;
+  };
+
   const BackwardArgs& args_;
   const Steps steps_;
-  const int64_t hidden_, features_;
-  const int units_;      // vectors of hidden units in a block
-  const int64_t width_;  // columns of a block
-  const int64_t blocks_;
-  T* packed_;
-  // [D, B, H]: what a step hands to the one before it beside W_hh.
+  const int64_t input_, hidden_, wide_, features_;
+  const int64_t stride_;  // between rows of gate gradients
+  const int64_t chunk_steps_;
+  const int threads_;
+  const Columns hh_, ih_;
+  const WeightGradient<T> gradient_ih_, gradient_hh_;
+  T* packed_hh_;
+  T* packed_ih_;
+  // What a step hands to the one before it: [D, B, H], and the gate gradients of a chunk's last
+  // step.
   T* carry_h_;
   T* carry_c_;
+  T* carry_gates_;
+  T* chunk_;  // [D, rows of a chunk, stride]
+  T* chunk_hh_;
+  T* bias_ih_;  // [D, stride]
+  T* bias_hh_;
+  T* panels_;
+  const T** sources_;
+
+  // Steps [first, last] in time, which are `rows` rows of features from `begin` on.
+  struct Chunk {
+    int64_t first, last, begin, rows;
+  };
+
+  // An odd number of cache lines: rows then fall into all sets of the cache.
+  static int64_t odd_lines(int64_t columns) {
+    constexpr int64_t line = 64 / sizeof(T);
+    return ((columns + line - 1) / line | 1) * line;
+  }
+
+  int64_t chunk_rows() const { return chunk_steps_ * args_.batch; }
+
+  Chunk make_chunk(int64_t first, int64_t last) const {
+    const int64_t begin = steps_.offset(first);
+    return {first, last, begin, steps_.offset(last) + steps_.rows(last) - begin};
+  }
+
+  T* chunk_row(T* base, int direction, int64_t row) const {
+    return base + (direction * chunk_rows() + row) * stride_;
+  }
 
   // Where one step stands among its neighbours in scan order.
   struct Step {
-    int64_t t, after, before;
+    int64_t t, before;
     bool has_after, has_before;
+    const T* after;  // the gate gradients of the step after t
+    const Chunk& chunk;
   };
+
+  void run_step(int direction, const Part& part, const Chunk& chunk, int64_t t,
+                int64_t step) const {
+    const int64_t rows = steps_.rows(t);
+    const int64_t going_on = min_of(rows, steps_.rows(t + step));  // their scan has a step after t
+    const int64_t old = min_of(rows, steps_.rows(t - step));       // their scan has a step before t
+    const T* after = nullptr;
+    if (going_on > 0) {
+      const bool inside = chunk.first <= t + step && t + step <= chunk.last;
+      after = inside ? chunk_row(chunk_hh_, direction, steps_.offset(t + step) - chunk.begin)
+                     : carry_gates_ + direction * args_.batch * stride_;
+    }
+    // At most one of the two lies between: rows end in one direction and begin in the other.
+    const int64_t cut = going_on > 0 && going_on < rows ? going_on : old;
+    run_rows(direction, part, {t, t - step, going_on > 0, old > 0, after, chunk}, 0, cut);
+    run_rows(direction, part, {t, t - step, going_on == rows, old == rows, after, chunk}, cut,
+             rows);
+    if (part.meets_each_step) part.meet();
+    // Rows whose scan began at t are through.
+    const T* now = chunk_row(chunk_hh_, direction, steps_.offset(t) - chunk.begin);
+    finish_rows(direction, part, now, true, old, rows);
+  }
 
   int64_t state_offset(int direction, int64_t row) const {
     return (direction * args_.batch + row) * hidden_;
@@ -79,51 +174,57 @@ class BackwardScan {
   int64_t feature_offset(int direction, int64_t t, int64_t row) const {
     return (steps_.offset(t) + row) * features_ + direction * hidden_;
   }
-  const T* d_gates_row(int direction, int64_t t, int64_t row) const {
-    return static_cast<const T*>(args_.d_gates_hh[direction]) +
-           (steps_.offset(t) + row) * G * hidden_;
-  }
   static const T* at(const void* base, int64_t offset) {
     return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
   }
-  T* packed(int direction, int64_t block) const {
-    return packed_ + (direction * blocks_ + block) * G * hidden_ * width_;
+  T* packed_hh(int direction, int64_t block) const {
+    return packed_hh_ + (direction * hh_.blocks + block) * wide_ * hh_.width;
+  }
+  T* packed_ih(int direction, int64_t block) const {
+    return packed_ih_ + (direction * ih_.blocks + block) * wide_ * ih_.width;
   }
 
   void pack(int direction, const Part& part) const {
-    const T* weight = static_cast<const T*>(args_.weight_hh[direction]);
+    // Threads that split rows share the weights, threads that split units need only their own.
     Range blocks = part.blocks;
-    if (!part.meets_each_step) blocks = share(blocks.end, part.rank, part.size);
+    if (!part.meets_each_step) blocks = share(hh_.blocks, part.rank, part.size);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      pack_backward(weight, hidden_, G, units_, b, packed(direction, b));
+      pack_backward(static_cast<const T*>(args_.weight_hh[direction]), wide_, hidden_, hh_.units, b,
+                    packed_hh(direction, b));
     }
-    if (!part.meets_each_step) part.meet();
+    if (args_.d_x != nullptr) {
+      blocks = share(ih_.blocks, part.rank, part.size);
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        pack_backward(static_cast<const T*>(args_.weight_ih[direction]), wide_, input_, ih_.units,
+                      b, packed_ih(direction, b));
+      }
+    }
+    part.meet();
   }
 
-  // Calls finish(row, count, unit, sums) for every vector of units of every tile of rows [begin,
-  // end); sums[r * units_ + u] is W_hh^T times the gate gradients of step `after`, or zero without
-  // such a step.
-  // Before that, fetch(row, count, unit) may ask for what finish will read.
+  // Calls finish(row, count, unit, sums) for every vector of units of every tile of rows
+  // [begin, end); sums[r * units + u] is W_hh^T times the rows of gate gradients at `after`, or
+  // zero without any. Before that, fetch(row, count, unit) may ask for what finish will read.
   template <class Fetch, class Finish>
-  void for_each_unit(int direction, const Part& part, int64_t after, bool has_after, int64_t begin,
-                     int64_t end, Fetch fetch, Finish finish) const {
+  void for_each_unit(int direction, const Part& part, const T* after, int64_t begin, int64_t end,
+                     Fetch fetch, Finish finish) const {
     begin = max_of(begin, part.rows.begin);
     end = min_of(end, part.rows.end);
     for (int64_t block = part.blocks.begin; block < part.blocks.end; ++block) {
-      for_each_tile(begin, end, max_rows(units_), [&](int64_t row, int count, int64_t i) {
+      for_each_tile(begin, end, max_rows(hh_.units), [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
-        if (has_after) {
-          fetch(row, count, block * width_);
+        if (after != nullptr) {
+          fetch(row, count, block * hh_.width);
           const T* rows[kMaxRows];
-          for (int r = 0; r < count; ++r) rows[r] = d_gates_row(direction, after, row + r);
-          const T* weights = packed(direction, block);
-          const T* later = later_of(weights, G * hidden_, units_, i);
-          multiply_for<T>(units_, count)(rows, weights, later, G * hidden_, sums);
+          for (int r = 0; r < count; ++r) rows[r] = after + (row + r) * stride_;
+          const T* weights = packed_hh(direction, block);
+          const T* later = later_of(weights, wide_, hh_.units, i);
+          tile_for<Multiply<T>>(hh_.units, count)(rows, weights, later, wide_, sums);
         } else {
-          for (int j = 0; j < count * units_; ++j) sums[j] = V(T(0));
+          for (int j = 0; j < count * hh_.units; ++j) sums[j] = V(T(0));
         }
-        for (int u = 0; u < units_; ++u) {
-          const int64_t unit = (block * units_ + u) * V::lanes;
+        for (int u = 0; u < hh_.units; ++u) {
+          const int64_t unit = (block * hh_.units + u) * V::lanes;
           if (unit < hidden_) finish(row, count, unit, sums + u);
         }
       });
@@ -133,7 +234,7 @@ class BackwardScan {
   void run_rows(int direction, const Part& part, const Step& step, int64_t begin,
                 int64_t end) const {
     const auto fetch = [&](int64_t row, int count, int64_t unit) {
-      const int64_t bytes = width_ * sizeof(T);
+      const int64_t bytes = hh_.width * sizeof(T);
       for (int r = 0; r < count; ++r) {
         const int64_t n = (steps_.offset(step.t) + row + r) * G * hidden_ + unit;
         const int64_t feature = feature_offset(direction, step.t, row + r) + unit;
@@ -145,7 +246,7 @@ class BackwardScan {
         if (args_.d_output != nullptr) prefetch(at(args_.d_output, feature), bytes);
       }
     };
-    for_each_unit(direction, part, step.after, step.has_after, begin, end, fetch,
+    for_each_unit(direction, part, step.has_after ? step.after : nullptr, begin, end, fetch,
                   [&](int64_t row, int count, int64_t unit, const V* sums) {
                     if (hidden_ - unit >= V::lanes) {
                       differentiate<true>(direction, step, row, count, unit, sums);
@@ -196,7 +297,7 @@ class BackwardScan {
         if (args_.d_extra != nullptr) d_extra = d_extra + load(at(args_.d_extra, feature));
       }
 
-      V dh = sums[r * units_];
+      V dh = sums[r * hh_.units];
       if (args_.d_output != nullptr) dh = dh + load(at(args_.d_output, feature));
       if (!step.has_after) {
         dh = dh + load_or_zero(at(args_.d_h_n, state));
@@ -207,8 +308,9 @@ class BackwardScan {
       V dx[G], dr[G];
       const V direct = Cell::backward(gate, h_prev, h, extra_prev, extra, dh, d_extra, dx, dr);
 
-      T* d_gates = static_cast<T*>(args_.d_gates[direction]) + n;
-      T* d_gates_hh = static_cast<T*>(args_.d_gates_hh[direction]) + n;
+      const int64_t local = steps_.offset(step.t) + row + r - step.chunk.begin;
+      T* d_gates = chunk_row(chunk_, direction, local) + unit;
+      T* d_gates_hh = chunk_row(chunk_hh_, direction, local) + unit;
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         store(d_gates + g * hidden_, dx[g]);
@@ -219,20 +321,21 @@ class BackwardScan {
     }
   }
 
-  // Gradients of the initial states of rows whose scan began at step `first`; -1: they had no step,
-  // and their final states were the initial ones.
-  void finish_rows(int direction, const Part& part, int64_t first, int64_t begin,
+  // Gradients of the initial states of rows whose scan has ended; `first` are the gate gradients of
+  // its first step. Rows without steps have none: their final states were the initial ones.
+  void finish_rows(int direction, const Part& part, const T* first, bool had_steps, int64_t begin,
                    int64_t end) const {
-    const bool had_steps = first >= 0;
+    if (args_.d_h_0 == nullptr && args_.d_c_0 == nullptr) return;
+    const auto fetch = [](int64_t, int, int64_t) {};
     const auto finish = [&](int64_t row, int count, int64_t unit, const V* sums) {
       const int64_t left = min_of(hidden_ - unit, V::lanes);
+      const auto load_or_zero = [left](const T* p) {
+        return p == nullptr ? V(T(0)) : V::load(p, left);
+      };
       for (int r = 0; r < count; ++r) {
         const int64_t state = state_offset(direction, row + r) + unit;
-        const auto load_or_zero = [left](const T* p) {
-          return p == nullptr ? V(T(0)) : V::load(p, left);
-        };
         if (args_.d_h_0 != nullptr) {
-          V dh = sums[r * units_];
+          V dh = sums[r * hh_.units];
           if (!had_steps) {
             dh = load_or_zero(at(args_.d_h_n, state));
           } else if constexpr (Cell::has_direct_path) {
@@ -248,17 +351,165 @@ class BackwardScan {
         }
       }
     };
-    if (args_.d_h_0 == nullptr && args_.d_c_0 == nullptr) return;
-    const auto fetch = [](int64_t, int, int64_t) {};
-    const bool multiplies = had_steps && args_.d_h_0 != nullptr;
-    for_each_unit(direction, part, first, multiplies, begin, end, fetch, finish);
+    for_each_unit(direction, part, args_.d_h_0 == nullptr ? nullptr : first, begin, end, fetch,
+                  finish);
+  }
+
+  // The part's own share of the weight gradients: body(gradient, is_hh, block, rows of the weight).
+  // The same at every call, so that no sum is ever touched by two threads.
+  template <class Body>
+  void for_each_gradient(int direction, const Part& part, Body body) const {
+    const int64_t ih = args_.d_weight_ih[direction] == nullptr ? 0 : gradient_ih_.blocks();
+    const int64_t hh = args_.d_weight_hh[direction] == nullptr ? 0 : gradient_hh_.blocks();
+    if (ih + hh == 0) return;
+    const int cuts = static_cast<int>((part.size + ih + hh - 1) / (ih + hh));
+    const Range items = share((ih + hh) * cuts, part.rank, part.size);
+    for (int64_t i = items.begin; i < items.end; ++i) {
+      const int64_t block = i / cuts;
+      const Range rows = share(wide_, static_cast<int>(i % cuts), cuts);
+      if (block < ih) {
+        body(gradient_ih_, false, block, rows);
+      } else {
+        body(gradient_hh_, true, block - ih, rows);
+      }
+    }
+  }
+
+  // The part's own columns of the bias gradients.
+  Range bias_columns(const Part& part) const {
+    const Range vectors = share((wide_ + V::lanes - 1) / V::lanes, part.rank, part.size);
+    return {vectors.begin * V::lanes, vectors.end * V::lanes};
+  }
+
+  void start_gradients(int direction, const Part& part) const {
+    for_each_gradient(direction, part,
+                      [&](const WeightGradient<T>& gradient, bool, int64_t block, Range rows) {
+                        gradient.clear(direction, block, rows);
+                      });
+    const Range columns = bias_columns(part);
+    for (T* bias : {bias_ih_, bias_hh_}) {
+      std::memset(bias + direction * stride_ + columns.begin, 0,
+                  (columns.end - columns.begin) * sizeof(T));
+    }
+  }
+
+  // Adds a chunk to the gradients of the weights and biases, and writes that of its input.
+  void add_gradients(int direction, const Part& part, const Chunk& chunk, int64_t step) const {
+    const int64_t scratch = direction * threads_ + part.rank;
+    T* panel = panels_ + scratch * chunk_rows() * kMaxVectors * V::lanes;
+    const T** sources = sources_ + scratch * chunk_rows();
+    for_each_gradient(
+        direction, part,
+        [&](const WeightGradient<T>& gradient, bool is_hh, int64_t block, Range rows) {
+          if (is_hh) {
+            find_previous(direction, chunk, step, sources);
+          } else {
+            for (int64_t k = 0; k < chunk.rows; ++k)
+              sources[k] = at(args_.x, (chunk.begin + k) * input_);
+          }
+          gradient.pack(block, sources, chunk.rows, panel);
+          gradient.add(direction, block, rows, chunk_row(is_hh ? chunk_hh_ : chunk_, direction, 0),
+                       stride_, panel, chunk.rows);
+        });
+    if (args_.d_bias_ih[direction] != nullptr) {
+      add_bias(chunk_row(chunk_, direction, 0), chunk.rows, bias_columns(part),
+               bias_ih_ + direction * stride_);
+      if constexpr (Cell::splits_gradient) {
+        add_bias(chunk_row(chunk_hh_, direction, 0), chunk.rows, bias_columns(part),
+                 bias_hh_ + direction * stride_);
+      }
+    }
+    if (args_.d_x != nullptr) write_d_x(direction, part, chunk);
+  }
+
+  // Where h_{t-1} of each row of the chunk lies; null for zeros.
+  void find_previous(int direction, const Chunk& chunk, int64_t step, const T** sources) const {
+    for (int64_t t = chunk.first; t <= chunk.last; ++t) {
+      const int64_t old = steps_.rows(t - step);
+      for (int64_t row = 0; row < steps_.rows(t); ++row) {
+        *sources++ = row < old ? at(args_.output, feature_offset(direction, t - step, row))
+                               : at(args_.h_0, state_offset(direction, row));
+      }
+    }
+  }
+
+  void add_bias(const T* d_gates, int64_t rows, Range columns, T* bias) const {
+    for (int64_t j = columns.begin; j < columns.end; j += V::lanes) {
+      V sum(T(0));  // a sum of short sums loses less than a long one
+      for (int64_t k = 0; k < rows; k += kShortSum) {
+        V part(T(0));
+        for (int64_t i = k; i < min_of(k + kShortSum, rows); ++i) {
+          part = part + V::load(d_gates + i * stride_ + j);
+        }
+        sum = sum + part;
+      }
+      (V::load(bias + j) + sum).store(bias + j);
+    }
+  }
+
+  void write_d_x(int direction, const Part& part, const Chunk& chunk) const {
+    // Each thread its own columns, or its own rows where there are too few columns.
+    const bool by_columns = ih_.blocks >= part.size;
+    const Range blocks =
+        by_columns ? share(ih_.blocks, part.rank, part.size) : Range{0, ih_.blocks};
+    const Range own = by_columns ? Range{0, chunk.rows} : share(chunk.rows, part.rank, part.size);
+    T* d_x = static_cast<T*>(args_.d_x) + (direction * steps_.total() + chunk.begin) * input_;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      for_each_tile(own.begin, own.end, max_rows(ih_.units),
+                    [&](int64_t row, int count, int64_t i) {
+                      V sums[kMaxRows * kMaxVectors];
+                      const T* rows[kMaxRows];
+                      for (int r = 0; r < count; ++r)
+                        rows[r] = chunk_row(chunk_, direction, row + r);
+                      const T* weights = packed_ih(direction, block);
+                      const T* later = later_of(weights, wide_, ih_.units, i);
+                      tile_for<Multiply<T>>(ih_.units, count)(rows, weights, later, wide_, sums);
+                      for (int r = 0; r < count; ++r) {
+                        for (int u = 0; u < ih_.units; ++u) {
+                          const int64_t column = (block * ih_.units + u) * V::lanes;
+                          const int64_t left = input_ - column;
+                          T* target = d_x + (row + r) * input_ + column;
+                          if (left >= V::lanes) {
+                            sums[r * ih_.units + u].store(target);
+                          } else if (left > 0) {
+                            sums[r * ih_.units + u].store(target, left);
+                          }
+                        }
+                      }
+                    });
+    }
+  }
+
+  // The step before the chunk's last one will ask for its gate gradients when the chunk is gone.
+  void keep_last(int direction, const Part& part, const Chunk& chunk, int64_t last) const {
+    const Range rows = share(steps_.rows(last), part.rank, part.size);
+    const T* source = chunk_row(chunk_hh_, direction, steps_.offset(last) - chunk.begin);
+    T* target = carry_gates_ + direction * args_.batch * stride_;
+    std::memcpy(target + rows.begin * stride_, source + rows.begin * stride_,
+                (rows.end - rows.begin) * stride_ * sizeof(T));
+  }
+
+  void write_gradients(int direction, const Part& part) const {
+    for_each_gradient(
+        direction, part,
+        [&](const WeightGradient<T>& gradient, bool is_hh, int64_t block, Range rows) {
+          void* weight = is_hh ? args_.d_weight_hh[direction] : args_.d_weight_ih[direction];
+          gradient.write(direction, block, rows, static_cast<T*>(weight));
+        });
+    if (args_.d_bias_ih[direction] == nullptr) return;
+    const Range columns = bias_columns(part);
+    const int64_t bytes = (min_of(columns.end, wide_) - columns.begin) * sizeof(T);
+    if (bytes <= 0) return;
+    const int64_t own = direction * stride_ + columns.begin;
+    std::memcpy(static_cast<T*>(args_.d_bias_ih[direction]) + columns.begin, bias_ih_ + own, bytes);
+    std::memcpy(static_cast<T*>(args_.d_bias_hh[direction]) + columns.begin, bias_hh_ + own, bytes);
   }
 };
 
 template <class Device, class Cell, class T>
 void backward_dev_impl(const Device& device, const BackwardArgs& args) {
   Workspace workspace;
-  const BackwardScan<Cell, T> scan(args, workspace);
+  const BackwardScan<Cell, T> scan(args, device.threads, workspace);
   run_scan(args, scan.work(), device.threads, scan);
 }
 

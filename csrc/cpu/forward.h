@@ -164,7 +164,7 @@ class ForwardScan {
         const int vectors = units_ * G;
         const T* packed = packed_ih(direction, block);
         const T* later = later_of(packed, input_, vectors, tile++);
-        multiply_for<T>(vectors, gathered)(rows, packed, later, input_, sums);
+        tile_for<Multiply<T>>(vectors, gathered)(rows, packed, later, input_, sums);
         for (int r = 0; r < gathered; ++r) {
           for (int v = 0; v < vectors; ++v) {
             (sums[r * vectors + v] + biases[v]).store(targets[r] + v * V::lanes);
@@ -215,7 +215,7 @@ class ForwardScan {
           for (int r = 0; r < count; ++r) rows[r] = previous + (row + r) * stride;
           const T* packed = packed_hh(direction, block);
           const T* later = later_of(packed, hidden_, vectors, i);
-          multiply_for<T>(vectors, count)(rows, packed, later, hidden_, sums);
+          tile_for<Multiply<T>>(vectors, count)(rows, packed, later, hidden_, sums);
         }
         for (int u = 0; u < units_; ++u) {
           const int64_t unit = (block * units_ + u) * V::lanes;

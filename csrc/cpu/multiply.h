@@ -1,11 +1,12 @@
-// The hot loop: a register tile of the recurrent product.
+// The hot loop: a register tile of a matrix product, MR rows by NV vectors of columns.
 //
-// sums[r][v] = sum over k of rows[r][k] * packed[k][v], for MR batch rows and NV vectors of
-// columns. The MR * NV sums stay in registers for the whole of k; each step loads NV vectors and
-// broadcasts MR scalars for MR * NV multiply-adds. Meanwhile one cache line of `later` a step is
-// brought to L2: weights of large layers come from farther away, and the hardware does not know
-// which come next.
+// The MR * NV sums stay in registers for the whole of the depth; each step loads NV vectors of the
+// packed right side and broadcasts MR scalars of the left one for MR * NV multiply-adds. Meanwhile
+// one cache line of `later` a step is brought to L2: weights of large layers come from farther
+// away, and the hardware does not know which come next.
 #pragma once
+
+#include <utility>
 
 #include "vec.h"
 
@@ -14,25 +15,17 @@ namespace fastrnn::FASTRNN_VARIANT {
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = 8;
 
-// The tallest tile that leaves registers for NV weights and one broadcast.
+// The tallest tile that leaves registers for NV vectors and one broadcast.
 constexpr int max_rows(int vectors) {
   const int rows = (FASTRNN_REGISTERS - vectors - 1) / vectors;
   return rows < kMaxRows ? rows : kMaxRows;
 }
 
-template <class T, int NV, int MR>
-void multiply(const T* const* rows, const T* packed, const T* later, int64_t depth, Vec<T>* sums) {
+// acc[r][v] += sum over k of left(r, k) * packed[k][v].
+template <class T, int NV, int MR, class Left>
+[[gnu::always_inline]] inline void multiply_add(Vec<T> (&acc)[MR][NV], Left left, const T* packed,
+                                                const T* later, int64_t depth) {
   using V = Vec<T>;
-  V acc[MR][NV];
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[r][v] = V(T(0));
-
-  const T* row[MR];
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) row[r] = rows[r];
-
   for (int64_t k = 0; k < depth; ++k, packed += NV * V::lanes, later += V::lanes) {
     __builtin_prefetch(later, 0, 2);
     V w[NV];
@@ -40,53 +33,78 @@ void multiply(const T* const* rows, const T* packed, const T* later, int64_t dep
     for (int v = 0; v < NV; ++v) w[v] = V::load(packed + v * V::lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-      const V a(row[r][k]);
+      const V a(left(r, k));
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] = acc[r][v] + a * w[v];
     }
   }
-
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) sums[r * NV + v] = acc[r][v];
 }
 
+// sums[r][v] = sum over k of rows[r][k] * packed[k][v].
 template <class T>
-using Multiply = void (*)(const T* const* rows, const T* packed, const T* later, int64_t depth,
-                          Vec<T>* sums);
-
-template <class T, int NV, int MR>
-constexpr Multiply<T> multiply_or_null() {
-  if constexpr (MR <= max_rows(NV)) {
-    return multiply<T, NV, MR>;
-  } else {
-    return nullptr;
+struct Multiply {
+  template <int NV, int MR>
+  static void run(const T* const* rows, const T* packed, const T* later, int64_t depth,
+                  Vec<T>* sums) {
+    Vec<T> acc[MR][NV];
+    const T* row[MR];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      row[r] = rows[r];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = Vec<T>(T(0));
+    }
+    multiply_add(acc, [&row](int r, int64_t k) { return row[r][k]; }, packed, later, depth);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sums[r * NV + v] = acc[r][v];
   }
-}
+};
 
-template <class T, int NV>
-constexpr Multiply<T> multiply_of(int rows) {
-  constexpr Multiply<T> table[] = {multiply_or_null<T, NV, 1>(), multiply_or_null<T, NV, 2>(),
-                                   multiply_or_null<T, NV, 3>(), multiply_or_null<T, NV, 4>(),
-                                   multiply_or_null<T, NV, 5>(), multiply_or_null<T, NV, 6>(),
-                                   multiply_or_null<T, NV, 7>(), multiply_or_null<T, NV, 8>()};
-  static_assert(sizeof(table) / sizeof(table[0]) == kMaxRows);
+// target[r][v] += sum over k of columns[k * stride + r] * packed[k][v]: a product with the left
+// side transposed, added to what is there.
+template <class T>
+struct Accumulate {
+  template <int NV, int MR>
+  static void run(const T* columns, int64_t stride, const T* packed, int64_t depth, T* target) {
+    using V = Vec<T>;
+    V acc[MR][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = V(T(0));
+    multiply_add(
+        acc, [columns, stride](int r, int64_t k) { return columns[k * stride + r]; }, packed,
+        packed, depth);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        T* p = target + (r * NV + v) * V::lanes;
+        (V::load(p) + acc[r][v]).store(p);
+      }
+  }
+};
+
+// Kernel::run for a tile of `rows` by `vectors`, both only known at run time.
+template <class Kernel, int NV, int... I>
+auto tile_of(int rows, std::integer_sequence<int, I...>) {
+  static constexpr decltype(&Kernel::template run<1, 1>) table[] = {
+      &Kernel::template run<NV, I + 1>...};
   return table[rows - 1];
 }
-
-// The tile for `rows` batch rows and `vectors` vectors of columns.
-template <class T>
-Multiply<T> multiply_for(int vectors, int rows) {
+template <class Kernel>
+auto tile_for(int vectors, int rows) {
   switch (vectors) {
     case 1:
-      return multiply_of<T, 1>(rows);
+      return tile_of<Kernel, 1>(rows, std::make_integer_sequence<int, max_rows(1)>());
     case 2:
-      return multiply_of<T, 2>(rows);
+      return tile_of<Kernel, 2>(rows, std::make_integer_sequence<int, max_rows(2)>());
     case 3:
-      return multiply_of<T, 3>(rows);
+      return tile_of<Kernel, 3>(rows, std::make_integer_sequence<int, max_rows(3)>());
     default:
-      return multiply_of<T, 4>(rows);
+      return tile_of<Kernel, 4>(rows, std::make_integer_sequence<int, max_rows(4)>());
   }
 }
 

@@ -7,6 +7,13 @@
 
 namespace fastrnn::FASTRNN_VARIANT {
 
+// The first `count` elements of a row, and zeros up to `width`.
+template <class T>
+inline void pack_row(const T* row, int64_t count, int64_t width, T* packed) {
+  if (count > 0) std::memcpy(packed, row, count * sizeof(T));
+  for (int64_t i = count; i < width; ++i) packed[i] = T(0);
+}
+
 // Forward: column (u, g, lane) of block b holds row g*H + unit of W [G*H, depth], k runs over
 // depth.
 template <class T>
@@ -27,17 +34,16 @@ void pack_forward(const T* weight, int64_t hidden, int64_t depth, int gates, int
   }
 }
 
-// Backward: column (u, lane) of block b holds column `unit` of W [G*H, H], k runs over G*H.
+// Backward: column (u, lane) of block b holds column `unit` of W [depth, columns], k runs over
+// depth.
 template <class T>
-void pack_backward(const T* weight, int64_t hidden, int gates, int units, int64_t block,
+void pack_backward(const T* weight, int64_t depth, int64_t columns, int units, int64_t block,
                    T* packed) {
-  constexpr int lanes = Vec<T>::lanes;
-  const int64_t unit = block * units * lanes;
-  const int64_t width = units * lanes;
-  const int64_t count = hidden - unit < width ? hidden - unit : width;
-  for (int64_t k = 0; k < gates * hidden; ++k) {
-    std::memcpy(packed + k * width, weight + k * hidden + unit, count * sizeof(T));
-    for (int64_t i = count; i < width; ++i) packed[k * width + i] = T(0);
+  const int64_t width = units * Vec<T>::lanes;
+  const int64_t first = block * width;
+  const int64_t count = columns - first < width ? columns - first : width;
+  for (int64_t k = 0; k < depth; ++k) {
+    pack_row(weight + k * columns + first, count, width, packed + k * width);
   }
 }
 

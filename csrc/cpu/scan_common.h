@@ -33,9 +33,12 @@ class Steps {
 
   int64_t count() const { return steps_; }
 
+  // N
+  int64_t total() const { return steps_ == 0 ? 0 : offset(steps_ - 1) + rows(steps_ - 1); }
+
   int64_t mean_rows() const {
     if (batch_sizes_ == nullptr || steps_ == 0) return batch_;
-    return (offsets_[steps_ - 1] + batch_sizes_[steps_ - 1] + steps_ - 1) / steps_;
+    return (total() + steps_ - 1) / steps_;
   }
 
   // Rows alive at step t; none before the first step and after the last.

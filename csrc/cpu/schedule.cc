@@ -52,7 +52,9 @@ Plan make_plan(const Work& work, int threads) {
       best_cycles = cycles * passes + region;
     }
   };
-  consider(static_cast<int>(std::min<int64_t>(team, work.rows)), Split::kRows);
+  if (!work.uneven || work.blocks < team) {
+    consider(static_cast<int>(std::min<int64_t>(team, work.rows)), Split::kRows);
+  }
   consider(static_cast<int>(std::min<int64_t>(team, work.blocks)), Split::kUnits);
   return best;
 }

@@ -19,6 +19,7 @@ struct Work {
   int vectors;     // vectors of columns in a block
   int max_rows;    // rows of the tallest register tile
   int directions;
+  bool uneven = false;  // rows live for different times, and threads that split them meet often
 };
 
 struct Plan {

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _gemm, reference
+from . import reference
 from ._ops import CELLS, scan_backward, scan_forward
-from ._ragged import gather, last_rows, mask_from_batch_sizes, previous_rows, scatter
+from ._ragged import gather, mask_from_batch_sizes, scatter
 
 
 class Spec(NamedTuple):
@@ -101,39 +101,8 @@ class _Saved(NamedTuple):
     weights: Sequence[Tensor]
 
 
-def _recurrent_gradient(
-    spec: Spec, direction: int, d_gates: Tensor, output: Tensor, h_0: Tensor | None
-) -> Tensor:
-    """The gradient of w_hh [G*H, H] from d_gates [N, G*H] and output [N, H], of one direction."""
-    if spec.batch_sizes is not None:
-        first = int(spec.batch_sizes[0]) if len(spec.batch_sizes) else 0
-        h_prev = torch.zeros_like(output, memory_format=torch.contiguous_format)
-        if first:
-            early = previous_rows(spec.batch_sizes)
-            if direction == 0:
-                h_prev[first:] = output[early]
-                starts = torch.arange(first)
-            else:
-                h_prev[early] = output[first:]
-                starts = last_rows(spec.batch_sizes)
-            if h_0 is not None:
-                h_prev[starts] = h_0[:first]
-        return _gemm.grad_weight(d_gates, h_prev)
-    # All rows live for all steps: h_{t-1} is the output, shifted by one step.
-    cut = max(len(output) - spec.batch, 0)
-    if direction == 0:
-        late, early, start = d_gates[spec.batch :], output[:cut], d_gates[: spec.batch]
-    else:
-        late, early, start = d_gates[:cut], output[spec.batch :], d_gates[cut:]
-    d_weight = _gemm.grad_weight(late, early)
-    return d_weight if h_0 is None else d_weight.addmm(start.t(), h_0)
-
-
 def layer_backward(
-    spec: Spec,
-    saved: _Saved,
-    grads: Sequence[Tensor | None],
-    wanted: Sequence[bool],
+    spec: Spec, saved: _Saved, grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients of x, h_0, c_0 and the weights, None where not wanted.
 
@@ -141,43 +110,32 @@ def layer_backward(
     """
     want_x, want_h_0, want_c_0, *want_weights = wanted
     each = _split(saved.weights, spec.directions)
-    d_gates, d_gates_hh, d_h_0, d_c_0 = scan_backward(
+    kinds = len(each[0])  # w_ih, w_hh and perhaps both biases
+    want_kind = [any(want_weights[i::kinds]) for i in range(kinds)]
+    d_x, d_h_0, d_c_0, *d_kinds = scan_backward(
         spec.mode,
-        saved.gates,
+        saved.x,
+        [w[0] for w in each],
         [w[1] for w in each],
         saved.h_0,
         saved.c_0,
-        saved.output,
-        saved.extra,
         spec.batch_sizes,
         spec.batch,
+        saved.output,
+        saved.extra,
+        saved.gates,
         *grads,
-        want_h_0,
-        want_c_0,
+        [want_x, want_h_0, want_c_0, *want_kind[:2], any(want_kind[2:])],
     )
-    splits = CELLS[spec.mode].splits_gradient
-    x, output = saved.x.reshape(-1, saved.x.shape[-1]), saved.output.flatten(0, -2)
-    hidden = each[0][1].shape[1]
-    d_x = None
-    d_weights: list[Tensor | None] = []
-    for d, w in enumerate(each):
-        grad = d_gates[d]
-        grad_hh = d_gates_hh[d] if splits else grad
-        wants = want_weights[d * len(w) : (d + 1) * len(w)]
-        if want_x:
-            part = _gemm.grad_input(grad, w[0], x)
-            d_x = part if d_x is None else d_x.add_(part)
-        h_0 = None if saved.h_0 is None else saved.h_0[d]
-        out = output[:, d * hidden : (d + 1) * hidden]
-        d_weights.append(_gemm.grad_weight(grad, x) if wants[0] else None)
-        d_weights.append(_recurrent_gradient(spec, d, grad_hh, out, h_0) if wants[1] else None)
-        if len(w) > 2:
-            d_bias = grad.sum(0) if wants[2] or wants[3] else None
-            d_weights.append(d_bias)
-            # Never the same tensor twice: autograd may take one for .grad and add to it later.
-            d_weights.append(grad_hh.sum(0) if splits or d_bias is None else d_bias.clone())
+    d_weights = [
+        d_kinds[i][d] if want_weights[d * kinds + i] else None
+        for d in range(spec.directions)
+        for i in range(kinds)
+    ]
+    if want_x:
+        d_x = d_x[0] if spec.directions == 1 else d_x.sum(0)
     return [
-        None if d_x is None else d_x.view(saved.x.shape),
+        d_x if want_x else None,
         d_h_0 if want_h_0 else None,
         d_c_0 if want_c_0 else None,
         *d_weights,

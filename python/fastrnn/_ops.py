@@ -33,10 +33,11 @@ _library.define(
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor extra, Tensor gates)"
 )
 _library.define(
-    "scan_backward(str mode, Tensor gates, Tensor[] weight_hh, Tensor? h_0, Tensor? c_0, "
-    "Tensor output, Tensor extra, Tensor? batch_sizes, SymInt batch, Tensor? d_output, "
-    "Tensor? d_h_n, Tensor? d_c_n, Tensor? d_extra, bool want_d_h_0, bool want_d_c_0) "
-    "-> (Tensor d_gates, Tensor d_gates_hh, Tensor d_h_0, Tensor d_c_0)"
+    "scan_backward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor? h_0, "
+    "Tensor? c_0, Tensor? batch_sizes, SymInt batch, Tensor output, Tensor extra, Tensor gates, "
+    "Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_extra, bool[] wanted) "
+    "-> (Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor d_weight_ih, Tensor d_weight_hh, "
+    "Tensor d_bias_ih, Tensor d_bias_hh)"
 )
 
 
@@ -157,75 +158,87 @@ def _scan_forward(
 
 def _backward_outputs(
     mode: str,
-    output: Tensor,
+    x: Tensor,
     weight_hh: list[Tensor],
     batch: int,
-    want_d_h_0: bool,
-    want_d_c_0: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (the part of each direction), h_0, c_0, weight_ih, weight_hh and the biases.
+
+    `wanted` says which of x, h_0, c_0, weight_ih, weight_hh and both biases; the others are empty.
+    """
     cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
-    rows = output.shape[0] if output.dim() == 2 else output.shape[0] * output.shape[1]
-    gates, states = (directions, rows, cell.gates * hidden), (directions, batch, hidden)
-    new = output.new_empty
-    return (
-        new(gates),
-        new(gates if cell.splits_gradient else 0),
-        new(states if want_d_h_0 else 0),
-        new(states if want_d_c_0 else 0),
+    states, wide = (directions, batch, hidden), cell.gates * hidden
+    shapes = (
+        (directions, *x.shape),
+        states,
+        states,
+        (directions, wide, x.shape[-1]),
+        (directions, wide, hidden),
+        (directions, wide),
+        (directions, wide),
     )
+    want = (*wanted, wanted[-1])
+    d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_b_ih, d_b_hh = (
+        x.new_empty(shape if w else 0) for shape, w in zip(shapes, want)
+    )
+    return d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_b_ih, d_b_hh
 
 
 def _scan_backward(
     mode: str,
-    gates: Tensor,
+    x: Tensor,
+    weight_ih: list[Tensor],
     weight_hh: list[Tensor],
     h_0: Tensor | None,
     c_0: Tensor | None,
-    output: Tensor,
-    extra: Tensor,
     batch_sizes: Tensor | None,
     batch: int,
+    output: Tensor,
+    extra: Tensor,
+    gates: Tensor,
     d_output: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
     d_extra: Tensor | None,
-    want_d_h_0: bool,
-    want_d_c_0: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
     cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
-    steps, rows, batch_sizes_address = _layout(output, batch_sizes, batch)
-    wide, sequence, states = cell.gates * hidden, output.shape, (directions, batch, hidden)
+    steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
+    wide, inputs, states = cell.gates * hidden, x.shape[-1], (directions, batch, hidden)
+    sequence = (*x.shape[:-1], directions * hidden)
+    x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
+    weight_ih = [w.contiguous() for w in weight_ih]
     weight_hh = [w.contiguous() for w in weight_hh]
-    h_0, c_0 = _contiguous(h_0), _contiguous(c_0)
     d_output, d_extra = _contiguous(d_output), _contiguous(d_extra)
     d_h_n, d_c_n = _contiguous(d_h_n), _contiguous(d_c_n)
-    results = _backward_outputs(mode, output, weight_hh, batch, want_d_h_0, want_d_c_0)
-    d_gates, d_gates_hh, d_h_0, d_c_0 = results
+    results = _backward_outputs(mode, x, weight_hh, batch, wanted)
+    d_x, d_h_0, d_c_0, *d_weights = results
     if cell.saves_gates:
-        _address("gates", gates, output, directions, rows, wide)
-    if sequence[-1] != directions * hidden:
-        raise ValueError(f"output: expected {directions * hidden} features, got {sequence[-1]}")
-    d_x = [g.data_ptr() for g in d_gates]
+        _address("gates", gates, x, directions, rows, wide)
     _cpu.backward(
         cell.index,
-        _DTYPES[output.dtype],
+        _DTYPES[x.dtype],
         (steps, batch, hidden, directions),
         rows,
         batch_sizes_address,
-        _addresses("weight_hh", weight_hh, output, wide, hidden),
-        _address("h_0", h_0, output, *states),
-        _address("c_0", c_0, output, *states),
+        inputs,
+        x.data_ptr(),
+        _addresses("weight_ih", weight_ih, x, wide, inputs),
+        _addresses("weight_hh", weight_hh, x, wide, hidden),
+        _address("h_0", h_0, x, *states),
+        _address("c_0", c_0, x, *states),
+        _address("output", output, x, *sequence),
         [g.data_ptr() for g in gates],
-        _address("output", output, output, *sequence),
-        _address("extra", extra, output, *sequence) if cell.has_extra else 0,
-        _address("d_output", d_output, output, *sequence),
-        _address("d_h_n", d_h_n, output, *states),
-        _address("d_c_n", d_c_n, output, *states),
-        _address("d_extra", d_extra, output, *sequence),
-        d_x,
-        [g.data_ptr() for g in d_gates_hh] if cell.splits_gradient else d_x,
+        _address("extra", extra, x, *sequence) if cell.has_extra else 0,
+        _address("d_output", d_output, x, *sequence),
+        _address("d_h_n", d_h_n, x, *states),
+        _address("d_c_n", d_c_n, x, *states),
+        _address("d_extra", d_extra, x, *sequence),
+        d_x.data_ptr(),
         d_h_0.data_ptr(),
         d_c_0.data_ptr(),
+        *([part.data_ptr() for part in d] for d in d_weights),
         torch.get_num_threads(),
     )
     return results
@@ -244,10 +257,10 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("fastrnn::scan_backward")
 def _(  # type: ignore[no-untyped-def]
-    mode, gates, weight_hh, h_0, c_0, output, extra, batch_sizes, batch,
-    d_output, d_h_n, d_c_n, d_extra, want_d_h_0, want_d_c_0,
+    mode, x, weight_ih, weight_hh, h_0, c_0, batch_sizes, batch, output, extra, gates,
+    d_output, d_h_n, d_c_n, d_extra, wanted,
 ):  # fmt: skip
-    return _backward_outputs(mode, output, weight_hh, batch, want_d_h_0, want_d_c_0)
+    return _backward_outputs(mode, x, weight_hh, batch, wanted)
 
 
 scan_forward = torch.ops.fastrnn.scan_forward.default

@@ -52,21 +52,6 @@ def mask_from_batch_sizes(batch_sizes: Tensor, batch: int, device: torch.device)
     return torch.arange(batch, device=device) < batch_sizes.to(device).unsqueeze(1)
 
 
-def previous_rows(batch_sizes: Tensor) -> Tensor:
-    """For every row of features from the second step on: its batch row's place a step earlier."""
-    sizes = batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
-    first = int(batch_sizes[0])
-    return torch.arange(first, first + len(sizes)) - sizes
-
-
-def last_rows(batch_sizes: Tensor) -> Tensor:
-    """For every batch row with a step: the place of its last one."""
-    ends = batch_sizes.cumsum(0)
-    rows = torch.arange(int(batch_sizes[0]))
-    lengths = (batch_sizes.unsqueeze(1) > rows).sum(0)
-    return (ends - batch_sizes)[lengths - 1] + rows
-
-
 class _Gather(torch.autograd.Function):
     """x[index] for an index without repetitions, whose gradient is then a plain copy."""
 
