@@ -76,7 +76,7 @@ struct Accumulate {
       for (int v = 0; v < NV; ++v) acc[r][v] = V(T(0));
     multiply_add(
         acc, [columns, stride](int r, int64_t k) { return columns[k * stride + r]; }, packed,
-        packed, depth);
+        target, depth);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4

@@ -213,7 +213,7 @@ def _scan_backward(
     d_output, d_extra = _contiguous(d_output), _contiguous(d_extra)
     d_h_n, d_c_n = _contiguous(d_h_n), _contiguous(d_c_n)
     results = _backward_outputs(mode, x, weight_hh, batch, wanted)
-    d_x, d_h_0, d_c_0, *d_weights = results
+    d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_b_ih, d_b_hh = results
     if cell.saves_gates:
         _address("gates", gates, x, directions, rows, wide)
     _cpu.backward(
@@ -238,7 +238,10 @@ def _scan_backward(
         d_x.data_ptr(),
         d_h_0.data_ptr(),
         d_c_0.data_ptr(),
-        *([part.data_ptr() for part in d] for d in d_weights),
+        [d.data_ptr() for d in d_w_ih],
+        [d.data_ptr() for d in d_w_hh],
+        [d.data_ptr() for d in d_b_ih],
+        [d.data_ptr() for d in d_b_hh],
         torch.get_num_threads(),
     )
     return results
