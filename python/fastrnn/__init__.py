@@ -5,9 +5,11 @@ from importlib.metadata import version as _version
 import torch as _torch  # noqa: F401  # loads the OpenMP runtime that the kernels share
 
 from . import reference
+from ._cells import GRUCell, LSTMCell, RNNCell
 from ._cpu import cpu_variant, cpu_variants
 from ._functions import ElmanFunction, GRUFunction, LSTMFunction
 from ._modules import GRU, LSTM, RNN
+from ._replace import replace, restore
 
 __version__ = _version("fastrnn")
 
@@ -16,9 +18,14 @@ __all__ = [
     "LSTM",
     "RNN",
     "ElmanFunction",
+    "GRUCell",
     "GRUFunction",
+    "LSTMCell",
     "LSTMFunction",
+    "RNNCell",
     "cpu_variant",
     "cpu_variants",
     "reference",
+    "replace",
+    "restore",
 ]

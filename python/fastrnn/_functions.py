@@ -8,14 +8,15 @@ direction, w_ih, w_hh, b_ih, b_hh, or only w_ih, w_hh, as in torch.nn.RNNBase.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
-from ._ops import CELLS, scan_backward, scan_forward
+from ._ops import CELLS, _library, scan_backward, scan_forward
 from ._ragged import gather, mask_from_batch_sizes, scatter
 
 
@@ -26,6 +27,11 @@ class Spec(NamedTuple):
     directions: int
     batch: int  # B; rows without any step exist only here and in the states
     batch_sizes: Tensor | None
+
+
+def transforming() -> bool:
+    """Whether torch.func or forward-mode AD is at work, which no tensor shows by requires_grad."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _split(weights: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]:
@@ -66,10 +72,14 @@ def reference_layer(
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The same layer by its definition: output, h_n and, for an LSTM, c_n and every c_t."""
+    """The same layer by its definition: output, h_n and, for an LSTM, c_n and every c_t.
+
+    mask [T, B] may stand in for batch_sizes; x is [T, B, I] then.
+    """
     each = _split(weights, spec.directions)
-    mask = None
+    index = None
     if spec.batch_sizes is not None:
         mask = mask_from_batch_sizes(spec.batch_sizes, spec.batch, x.device)
         index = mask.flatten().nonzero().squeeze(1)
@@ -84,8 +94,8 @@ def reference_layer(
         states = (h_0, c_0)
     output, final, cells = reference.layer(spec.mode, x, states, each, mask)
     sequences = [output] if cells is None else [output, cells]
-    if mask is not None:
-        sequences = [gather(s.reshape(mask.numel(), -1), index) for s in sequences]
+    if index is not None:
+        sequences = [gather(s.flatten(0, 1), index) for s in sequences]
     return (sequences[0], *final, *sequences[1:])
 
 
@@ -142,6 +152,23 @@ def layer_backward(
     ]
 
 
+def _vmap_by_loop(
+    function: type[torch.autograd.Function], count: int, in_dims: Sequence[Any], args: Sequence[Any]
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """vmap of a function as `count` calls of its kernel."""
+    runs = [
+        function.apply(
+            *(
+                a.select(d, i).contiguous() if isinstance(d, int) else a
+                for a, d in zip(args, in_dims)
+            )
+        )
+        for i in range(count)
+    ]
+    outputs = tuple(None if each[0] is None else torch.stack(each) for each in zip(*runs))
+    return outputs, tuple(None if output is None else 0 for output in outputs)
+
+
 class LayerFunction(torch.autograd.Function):
     """apply(mode, directions, batch, batch_sizes, x, h_0, c_0, *weights).
 
@@ -162,7 +189,8 @@ class LayerFunction(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         spec = Spec(mode, directions, batch, batch_sizes)
-        return layer_forward(spec, x, h_0, c_0, weights, keep=True)
+        with torch._C._AutoDispatchBelowAutograd():
+            return layer_forward(spec, x, h_0, c_0, weights, keep=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -175,17 +203,82 @@ class LayerFunction(torch.autograd.Function):
             ctx.mark_non_differentiable(c_n, extra, gates)
         ctx.mode, ctx.directions, ctx.batch = mode, directions, batch
         ctx.save_for_backward(batch_sizes, x, h_0, c_0, out, extra, gates, *weights)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(batch_sizes, x, h_0, c_0, *weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         batch_sizes, x, h_0, c_0, output, extra, gates, *weights = ctx.saved_tensors
+        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes)
         wanted = ctx.needs_input_grad[4:]
-        spec = (ctx.mode, ctx.directions, ctx.batch, batch_sizes)
+        # torch.compile brings zeros for outputs that have no gradient.
+        grads = grads[:4] if CELLS[ctx.mode].has_cell_state else (*grads[:2], None, None)
         # As a Function of its own, so that backward can be differentiated again.
         d_inputs = LayerBackward.apply(  # type: ignore[no-untyped-call]
-            *spec, wanted, output, extra, gates, *grads[:4], x, h_0, c_0, *weights
+            *spec, wanted, output, extra, gates, *grads, x, h_0, c_0, *weights
         )
         return (None, None, None, None, *d_inputs)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        mode, directions, batch, batch_sizes, *tensors = args
+        if batch_sizes is not None or any(dim is not None for dim in in_dims[7:]):
+            return _vmap_by_loop(cls, info.batch_size, in_dims, args)
+        # All share the weights: their rows run as one batch [..., V*B, features].
+        samples = info.batch_size
+
+        def fold(t: Tensor | None, dim: int | None) -> Tensor | None:
+            if t is None:
+                return None
+            t = t.unsqueeze(1) if dim is None else t.movedim(dim, 1)
+            return t.expand(-1, samples, -1, -1).flatten(1, 2)
+
+        rows = [fold(t, dim) for t, dim in zip(tensors[:3], in_dims[4:7])]
+        given = mode, directions, samples * batch, None, *rows, *tensors[3:]
+        *shown, gates = cls.apply(*given)  # type: ignore[no-untyped-call]
+        outputs = [t if t.dim() == 1 else t.unflatten(1, (samples, batch)) for t in shown]
+        if gates.dim() > 1:
+            gates = (
+                gates.unflatten(1, (len(shown[0]), samples, batch)).transpose(1, 2).flatten(2, 3)
+            )
+        outputs.append(gates)
+        return tuple(outputs), tuple(None if t.dim() == 1 else 1 for t in outputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        batch_sizes, *tensors = ctx.saved_tensors
+        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes)
+        given = [i for i, t in enumerate(tensors) if t is not None]
+
+        def layer(*present: Tensor) -> tuple[Tensor, ...]:
+            x, h_0, c_0, *weights = _place(given, present, len(tensors))
+            return reference_layer(spec, x, h_0, c_0, weights)
+
+        changes = _jvp(layer, given, tensors, tangents[4:])
+        return (*changes, *(None,) * (5 - len(changes)))
+
+
+def _place(given: Sequence[int], present: Sequence[Tensor], count: int) -> list[Any]:
+    """`count` places, None but for the tensors present, which go to those given."""
+    places = dict(zip(given, present))
+    return [places.get(i) for i in range(count)]
+
+
+def _jvp(
+    function: Callable[..., tuple[Tensor, ...]],
+    given: Sequence[int],
+    tensors: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """The change of the function's values along the tangents, None standing for zero."""
+    primals = tuple(t for t in tensors if t is not None)
+    changes = (tangents[i] for i in given)
+    full = tuple(torch.zeros_like(p) if c is None else c for p, c in zip(primals, changes))
+    # By reverse mode twice: torch does not nest forward mode.
+    values, vjp, *_ = torch.func.vjp(function, *primals)
+    transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(v) for v in values))[1]
+    result: tuple[Tensor, ...] = transposed(full)[0]
+    return result
 
 
 class LayerBackward(torch.autograd.Function):
@@ -210,40 +303,58 @@ class LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        mode, directions, batch, batch_sizes, *_ = inputs
+        mode, directions, batch, batch_sizes, ctx.wanted, *_ = inputs
         ctx.spec = mode, directions, batch
-        ctx.count = len(inputs)
         ctx.save_for_backward(batch_sizes, *inputs[8:])
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(batch_sizes, *inputs[8:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *seconds: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(second is None for second in seconds):
-            return (None,) * ctx.count
+    def _definition(
+        ctx: Any, asked: Sequence[bool]
+    ) -> tuple[Callable[..., tuple[Tensor, ...]], list[int], list[Tensor | None]]:
+        """The gradients asked for by the definition, and the tensors they are a function of."""
         batch_sizes, *tensors = ctx.saved_tensors
         mode, directions, batch = ctx.spec
         spec = Spec(mode, directions, batch, batch_sizes)
         given = [i for i, t in enumerate(tensors) if t is not None]
+        inputs = [i for i in given if i >= 4]
 
-        def first_order(*values: Tensor) -> tuple[Tensor, ...]:
-            """The gradients that forward computed, of those inputs whose own gradients came."""
-            full = dict(zip(given, values))
-            inputs = [i for i in given if i >= 4]
+        def gradients(*values: Tensor) -> tuple[Tensor, ...]:
+            full = _place(given, values, len(tensors))
 
             def layer(*present: Tensor) -> tuple[Tensor, ...]:
-                place = dict(zip(inputs, present))
-                weights = [place[i] for i in inputs if i > 6]
-                return reference_layer(spec, place[4], place.get(5), place.get(6), weights)
+                x, h_0, c_0, *weights = _place(inputs, present, len(tensors))[4:]
+                return reference_layer(spec, x, h_0, c_0, weights)
 
             outputs, vjp, *_ = torch.func.vjp(layer, *(full[i] for i in inputs))
-            grads = tuple(full.get(i, torch.zeros_like(o)) for i, o in enumerate(outputs))
-            gradients = dict(zip(inputs, vjp(grads)))
-            return tuple(gradients[4 + i] for i, s in enumerate(seconds) if s is not None)
+            grads = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, full))
+            results = _place(inputs, vjp(grads), len(tensors))[4:]
+            return tuple(result for result, ask in zip(results, asked) if ask)
 
-        vjp = torch.func.vjp(first_order, *(tensors[i] for i in given))[1]
-        results = dict(zip(given, vjp(tuple(s for s in seconds if s is not None))))
-        before = ctx.count - len(tensors)
-        return (None,) * before + tuple(results.get(i) for i in range(len(tensors)))
+        return gradients, given, tensors
+
+    @staticmethod
+    def backward(ctx: Any, *seconds: Tensor | None) -> tuple[Tensor | None, ...]:
+        asked = [second is not None for second in seconds]
+        gradients, given, tensors = LayerBackward._definition(ctx, asked)
+        if not any(asked):
+            return (None,) * (8 + len(tensors))
+        vjp = torch.func.vjp(gradients, *(tensors[i] for i in given))[1]
+        results = vjp(tuple(s for s in seconds if s is not None))
+        return (None,) * 8 + tuple(_place(given, results, len(tensors)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _vmap_by_loop(LayerBackward, info.batch_size, in_dims, args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients, given, tensors = LayerBackward._definition(ctx, ctx.wanted)
+        changes = _jvp(gradients, given, tensors, tangents[8:])
+        asked = [i for i, wanted in enumerate(ctx.wanted) if wanted]
+        return tuple(_place(asked, changes, len(ctx.wanted)))
 
 
 class ElmanFunction(LayerFunction):
@@ -266,3 +377,31 @@ FUNCTIONS: dict[str, type[LayerFunction]] = {
     "GRU": GRUFunction,
     "LSTM": LSTMFunction,
 }
+
+
+def _scan_forward_autograd(
+    mode: str,
+    x: Tensor,
+    weight_ih: list[Tensor],
+    weight_hh: list[Tensor],
+    bias_ih: list[Tensor],
+    bias_hh: list[Tensor],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """The gradient of the bare operator, as compiled graphs and exported programs call it."""
+    kinds = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w]
+    weights = [w for each in zip(*kinds) for w in each]
+    spec = Spec(mode, len(weight_ih), batch, batch_sizes)
+    tensors = [x, *weights] + [s for s in (h_0, c_0) if s is not None]
+    if transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        results = FUNCTIONS[mode].apply(*spec, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
+        return results if keep else (*results[:3], x.new_empty(0), x.new_empty(0))
+    with torch._C._AutoDispatchBelowAutograd():
+        return layer_forward(spec, x, h_0, c_0, weights, keep)
+
+
+_library.impl("scan_forward", _scan_forward_autograd, "Autograd")

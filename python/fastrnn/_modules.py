@@ -13,25 +13,39 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from ._functions import FUNCTIONS, Spec, layer_forward, reference_layer
+from ._functions import FUNCTIONS, Spec, layer_forward, reference_layer, transforming
 from ._ops import has_kernel
-from ._ragged import check_lengths, check_mask, from_mask, gather, scatter
+from ._ragged import check_lengths, check_mask, from_mask, gather, is_per_sample, scatter
 
 States = tuple[Tensor, ...]  # (h,) or (h, c), each [L*D, B, H]
 
 
 def _run_layer(
-    spec: Spec, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor]
+    spec: Spec,
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, States]:
     """One layer, on its kernel where there is one: output and final states."""
     tensors = [x, *weights] + [s for s in (h_0, c_0) if s is not None]
-    if len(weights) // spec.directions in (3, 5) or not all(map(has_kernel, tensors)):
-        output, *states = reference_layer(spec, x, h_0, c_0, weights)[:3]
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    compiling, transformed = torch.compiler.is_compiling(), transforming()
+    if (
+        mask is not None
+        or len(weights) // spec.directions in (3, 5)  # a projection
+        or not all(map(has_kernel, tensors))
+        or (compiling and transformed)  # which torch.compile knows for plain torch only
+    ):
+        output, *states = reference_layer(spec, x, h_0, c_0, weights, mask)[:3]
+    elif compiling:  # the bare operator has a gradient too
+        output, *states = layer_forward(spec, x, h_0, c_0, weights, torch.is_grad_enabled())[:3]
+    elif transformed or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         function = FUNCTIONS[spec.mode]
         output, *states = function.apply(*spec, x, h_0, c_0, *weights)[:3]  # type: ignore[no-untyped-call]
     else:
-        output, *states = layer_forward(spec, x, h_0, c_0, weights, keep=False)[:3]
+        with torch._C._AutoDispatchBelowAutograd():
+            output, *states = layer_forward(spec, x, h_0, c_0, weights, keep=False)[:3]
     return output, tuple(states[: 2 if spec.mode == "LSTM" else 1])
 
 
@@ -44,8 +58,9 @@ class _RNNBase(RNNBase):
         states: States | None,
         batch: int,
         batch_sizes: Tensor | None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, States]:
-        """All layers over x, [T, B, I] or ragged [N, I]."""
+        """All layers over x, [T, B, I], ragged [N, I], or [T, B, I] under mask [T, B]."""
         directions = 2 if self.bidirectional else 1
         spec = Spec(self.mode, directions, batch, batch_sizes)
         # Read by name: the attribute is right whatever a user put in the parameter's place.
@@ -58,7 +73,7 @@ class _RNNBase(RNNBase):
             if states is not None:
                 own = [s[k * directions : (k + 1) * directions] for s in states]
                 h_0, c_0 = own[0], own[1] if len(own) > 1 else None
-            x, final = _run_layer(spec, x, h_0, c_0, weights[k * each : (k + 1) * each])
+            x, final = _run_layer(spec, x, h_0, c_0, weights[k * each : (k + 1) * each], mask)
             finals.append(final)
             if self.dropout and self.training and k < self.num_layers - 1:
                 x = torch.nn.functional.dropout(x, self.dropout)
@@ -118,14 +133,15 @@ class _RNNBase(RNNBase):
         if lengths is not None:
             ends = check_lengths(lengths, batch, steps, input.device)
             mask = torch.arange(steps, device=input.device).unsqueeze(1) < ends
-            ragged = from_mask(mask, self.batch_first)
         elif mask is not None:
             mask = check_mask(mask, shape).to(input.device).reshape(input.shape[:-1])
-            ragged = from_mask(mask.t() if self.batch_first else mask, self.batch_first)
+            mask = mask.t() if self.batch_first else mask
+        if mask is not None and not is_per_sample(mask):
+            ragged, mask = from_mask(mask, self.batch_first), None
 
         if ragged is None:
             x = input.transpose(0, 1) if self.batch_first else input
-            output, final = self._run(x, states, batch, None)
+            output, final = self._run(x, states, batch, None, mask)
             if self.batch_first:
                 output = output.transpose(0, 1)
         else:

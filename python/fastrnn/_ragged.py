@@ -2,8 +2,8 @@
 
 A masked step leaves the state as it is, so a row with holes is the same recurrence as that row with
 its real steps moved together. Every mask, lengths and PackedSequence therefore takes one form: rows
-sorted by their number of steps, longest first, step after step, N rows of features in all. No kernel
-ever sees a padded step.
+sorted by their number of steps, longest first, step after step, N rows of features in all. No
+kernel ever sees a padded step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Ragged(NamedTuple):
     """Where the rows of a ragged batch lie in a padded one."""
 
     rows: Tensor  # int64 [N]: row of the padded [T*B, ...] features
-    batch_sizes: Tensor  # int64 CPU [longest row]: rows alive at each step
+    batch_sizes: Tensor  # int64 CPU [T]: rows alive at each step
     sorted_indices: Tensor  # int64 [B]: rows, longest first
     unsorted_indices: Tensor  # int64 [B]: the way back
 
@@ -31,14 +31,13 @@ def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
     """
     steps, batch = mask.shape
     t, b = mask.nonzero(as_tuple=True)
-    if len(t) == steps * batch:
+    if not torch.compiler.is_compiling() and len(t) == steps * batch:
         return None
     counts = mask.sum(0)
     sorted_indices = torch.argsort(counts, descending=True, stable=True)
     unsorted_indices = torch.empty_like(sorted_indices)
     unsorted_indices[sorted_indices] = torch.arange(batch, device=mask.device)
-    longest = int(counts.max()) if batch else 0
-    batch_sizes = (counts > torch.arange(longest, device=mask.device).unsqueeze(1)).sum(1)
+    batch_sizes = (counts > torch.arange(steps, device=mask.device).unsqueeze(1)).sum(1)
     # The k-th real step of a row stands at its sorted place within the k-th group.
     starts = batch_sizes.cumsum(0) - batch_sizes
     order = mask.cumsum(0)[t, b] - 1
@@ -50,6 +49,18 @@ def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
 def mask_from_batch_sizes(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor:
     """bool [T, B] of the padded form, rows in sorted order."""
     return torch.arange(batch, device=device) < batch_sizes.to(device).unsqueeze(1)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor behind those of torch.func; under vmap it holds the values of all samples."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_per_sample(mask: Tensor) -> bool:
+    """Whether vmap runs over the mask, so that every sample has a number of steps of its own."""
+    return not torch.compiler.is_compiling() and unwrapped(mask).dim() > mask.dim()
 
 
 class _Gather(torch.autograd.Function):
@@ -107,12 +118,16 @@ class _Scatter(torch.autograd.Function):
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of x; no row twice."""
+    if torch.compiler.is_compiling():
+        return x.index_select(0, index)
     result: Tensor = _Gather.apply(x, index)  # type: ignore[no-untyped-call]
     return result
 
 
 def scatter(x: Tensor, index: Tensor, rows: int) -> Tensor:
     """`rows` rows of zeros, with the rows of x at index."""
+    if torch.compiler.is_compiling():
+        return x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x)
     result: Tensor = _Scatter.apply(x, index, rows)  # type: ignore[no-untyped-call]
     return result
 
@@ -131,17 +146,26 @@ def check_lengths(
     lengths: Tensor | Sequence[int], batch: int, steps: int, device: torch.device
 ) -> Tensor:
     """lengths as an int64 tensor [B] on `device`; ValueError unless B integers in [0, T]."""
-    expected = f"lengths: expected {batch} integers (int64) in [0, {steps}]"
     if not isinstance(lengths, Tensor):
         if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
-            raise ValueError(f"{expected}, got {type(lengths).__name__}")
+            raise _wrong_lengths(batch, steps, type(lengths).__name__)
         wrong = [n for n in lengths if not isinstance(n, int) or isinstance(n, bool)]
         if wrong:
-            raise ValueError(f"{expected}, got {wrong[0]!r} ({type(wrong[0]).__name__})")
+            raise _wrong_lengths(batch, steps, f"{wrong[0]!r} ({type(wrong[0]).__name__})")
         lengths = torch.tensor(list(lengths), dtype=torch.int64)
     if lengths.dtype != torch.int64 or lengths.shape != (batch,):
-        raise ValueError(f"{expected}, got {lengths.dtype} {list(lengths.shape)}")
-    if batch and not (0 <= int(lengths.min()) and int(lengths.max()) <= steps):
-        wrong_length = next(n for n in lengths.tolist() if not 0 <= n <= steps)
-        raise ValueError(f"{expected}, got {wrong_length}")
+        raise _wrong_lengths(batch, steps, f"{lengths.dtype} {list(lengths.shape)}")
+    if torch.compiler.is_compiling():
+        inside = ((lengths >= 0) & (lengths <= steps)).all()
+        torch._assert_async(inside, "lengths: expected integers in [0, T]")
+        return lengths.to(device)
+    values = unwrapped(lengths)
+    low, high = (int(values.min()), int(values.max())) if values.numel() else (0, 0)
+    if low < 0 or high > steps:
+        raise _wrong_lengths(batch, steps, str(low if low < 0 else high))
     return lengths.to(device)
+
+
+def _wrong_lengths(batch: int, steps: int, got: str) -> ValueError:
+    # Built only to be raised: sizes in a text are constants to torch.compile.
+    return ValueError(f"lengths: expected {batch} integers (int64) in [0, {steps}], got {got}")

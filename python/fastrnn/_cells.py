@@ -1,0 +1,179 @@
+"""fastrnn.LSTMCell, GRUCell and RNNCell: torch.nn's cells, on one step of the fused layer.
+
+Parameters, initialisation, checks and state_dict are torch.nn's own. A step with few rows runs
+torch's own cell operator, as does whatever the fused layer does not take: torch.compile, autocast,
+a dtype or device without a kernel, and bad input, so that the errors are torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNCellBase
+
+from ._functions import Spec, transforming
+from ._modules import _run_layer
+from ._ops import has_kernel
+
+# The fused layer packs its weights at every call. Where it won in inference and in training against
+# torch's cell (Zen 5, one thread, H = 64 to 512): from this many rows and B * G * H gate values.
+_ROWS, _GATES = 32, 32768
+_ELMAN = {"tanh": ("RNN_TANH", torch.rnn_tanh_cell), "relu": ("RNN_RELU", torch.rnn_relu_cell)}
+
+
+class _CellBase(RNNCellBase):
+    """What the cells share."""
+
+    _gates: int  # G
+
+    def _is_small(self, input: Tensor) -> bool:
+        """Whether a batched step is for torch's operator at once: all that a small step pays."""
+        if input.dim() != 2:
+            return False
+        if torch.compiler.is_compiling():  # which fuses the operator itself
+            return True
+        rows = input.size(0)
+        is_large = rows >= _ROWS and rows * self.hidden_size * self._gates >= _GATES
+        return not (is_large or transforming())  # torch's operators do not support all of these
+
+    def _step(
+        self, mode: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, ...] | None:
+        """The new states from the fused layer, T = 1; None where torch's operator has to run."""
+        batch, is_lstm = input.shape[:-1], mode == "LSTM"
+        if (
+            not (transforming() if input.dim() == 1 else input.dim() == 2)
+            or self._is_small(input)
+            or input.size(-1) != self.input_size
+            or torch.is_autocast_enabled(input.device.type)
+            or (hx is not None and isinstance(hx, Tensor) is is_lstm)
+        ):
+            return None
+        states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        shape = (*batch, self.hidden_size)
+        if len(states) not in (0, 1 + is_lstm) or any(s.shape != shape for s in states):
+            return None
+        weights = [self.weight_ih, self.weight_hh]
+        if self.bias:
+            weights += [self.bias_ih, self.bias_hh]
+        if any(t.dtype != input.dtype or not has_kernel(t) for t in (input, *states, *weights)):
+            return None
+        rows = batch.numel()
+        x, *initial = (t.reshape(1, rows, t.size(-1)) for t in (input, *states))
+        h_0, c_0 = (*initial, None, None)[:2]
+        final = _run_layer(Spec(mode, 1, rows, None), x, h_0, c_0, weights)[1]
+        return tuple(s.reshape(shape) for s in final)
+
+
+_ARGUMENTS = """
+    Constructor, parameters, initial weights and state_dict are those of torch.nn.{name}; a
+    state_dict goes both ways.
+
+    forward(input, hx=None) -> {final}
+
+    Args:
+        input: [B, I], or [I] unbatched.
+        hx: {hx}, [B, H] or [H] unbatched. None means zeros.
+
+    Returns:
+        {final}: shaped like hx.
+
+    Raises:
+        torch.nn.{name}'s own errors for what it refuses.
+"""
+
+
+class LSTMCell(_CellBase):
+    __doc__ = "One step of a long short-term memory; see fastrnn.reference.lstm_cell.\n" + (
+        _ARGUMENTS.format(name="LSTMCell", final="(h_1, c_1)", hx="(h_0, c_0)")
+    )
+
+    _gates = 4
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, self._gates, device, dtype)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if (
+            hx is not None
+            and self._is_small(input)
+            and len(hx) == 2
+            and hx[0].dim() == hx[1].dim() == 2
+        ):
+            weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            return torch.lstm_cell(input, hx, *weights)
+        final = self._step("LSTM", input, hx)
+        if final is None:
+            return nn.LSTMCell.forward(self, input, hx)  # type: ignore[arg-type]
+        return final[0], final[1]
+
+
+class GRUCell(_CellBase):
+    __doc__ = "One step of a gated recurrent unit; see fastrnn.reference.gru_cell.\n" + (
+        _ARGUMENTS.format(name="GRUCell", final="h_1", hx="h_0")
+    )
+
+    _gates = 3
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, self._gates, device, dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if hx is not None and self._is_small(input) and hx.dim() == 2:
+            weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            return torch.gru_cell(input, hx, *weights)
+        final = self._step("GRU", input, hx)
+        if final is None:
+            return nn.GRUCell.forward(self, input, hx)  # type: ignore[arg-type]
+        return final[0]
+
+
+class RNNCell(_CellBase):
+    __doc__ = "One step of an Elman network; see fastrnn.reference.elman_cell.\n" + (
+        _ARGUMENTS.format(name="RNNCell", final="h_1", hx="h_0")
+    )
+    _gates = 1
+    __constants__ = nn.RNNCell.__constants__
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, self._gates, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if self.nonlinearity not in _ELMAN:
+            return nn.RNNCell.forward(self, input, hx)  # type: ignore[arg-type]  # which raises
+        mode, operator = _ELMAN[self.nonlinearity]
+        if hx is not None and self._is_small(input) and hx.dim() == 2:
+            weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            return operator(input, hx, *weights)
+        final = self._step(mode, input, hx)
+        if final is None:
+            return nn.RNNCell.forward(self, input, hx)  # type: ignore[arg-type]
+        return final[0]
