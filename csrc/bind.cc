@@ -24,7 +24,7 @@ using Addresses = std::vector<Address>;  // one per direction
 
 struct CellInfo {
   int index, gates;
-  bool has_cell_state, has_extra, saves_gates, splits_gradient;
+  bool has_cell_state, has_extra, saves_gates;
 };
 
 py::dict cell_infos() {
@@ -32,12 +32,8 @@ py::dict cell_infos() {
   for (int i = 0; i < Cells::size; ++i) {
     Cells::visit(i, [&](auto cell) {
       using Cell = decltype(cell);
-      infos[Cell::mode] = CellInfo{i,
-                                   Cell::gates,
-                                   Cell::has_cell_state,
-                                   Cell::has_extra,
-                                   Cell::saves_gates,
-                                   Cell::splits_gradient};
+      infos[Cell::mode] =
+          CellInfo{i, Cell::gates, Cell::has_cell_state, Cell::has_extra, Cell::saves_gates};
     });
   }
   return infos;
@@ -192,8 +188,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def_readonly("gates", &CellInfo::gates)
       .def_readonly("has_cell_state", &CellInfo::has_cell_state)
       .def_readonly("has_extra", &CellInfo::has_extra)
-      .def_readonly("saves_gates", &CellInfo::saves_gates)
-      .def_readonly("splits_gradient", &CellInfo::splits_gradient);
+      .def_readonly("saves_gates", &CellInfo::saves_gates);
   m.attr("cells") = cell_infos();
 
   m.def("cpu_variant", [] { return std::string(active_variant().name); });

@@ -84,23 +84,13 @@ class BackwardScan {
   }
 
  private:
-  // The columns of a product, cut into blocks of a register tile's width.
-  struct Columns {
-    explicit Columns(int64_t columns)
-        : units(units_per_block<T>(columns, 1)),
-          width(units * V::lanes),
-          blocks((columns + width - 1) / width) {}
-    int units;
-    int64_t width, blocks;
-  };
-
   const BackwardArgs& args_;
   const Steps steps_;
   const int64_t input_, hidden_, wide_, features_;
   const int64_t stride_;  // between rows of gate gradients
   const int64_t chunk_steps_;
   const int threads_;
-  const Columns hh_, ih_;
+  const Columns<T> hh_, ih_;
   const WeightGradient<T> gradient_ih_, gradient_hh_;
   T* packed_hh_;
   T* packed_ih_;

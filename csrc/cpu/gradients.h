@@ -17,41 +17,39 @@ class WeightGradient {
   WeightGradient(int64_t rows, int64_t columns, int directions, Workspace& workspace)
       : rows_(rows),
         columns_(columns),
-        vectors_(units_per_block<T>(columns, 1)),
-        width_(vectors_ * Vec<T>::lanes),
-        blocks_((columns + width_ - 1) / width_),
-        sums_(workspace.take<T>(directions * blocks_ * rows * width_)) {}
+        cut_(columns),
+        sums_(workspace.take<T>(directions * cut_.blocks * rows * cut_.width)) {}
 
-  int64_t blocks() const { return blocks_; }
+  int64_t blocks() const { return cut_.blocks; }
 
   void clear(int direction, int64_t block, Range rows) const {
     std::memset(sums(direction, block, rows.begin), 0,
-                (rows.end - rows.begin) * width_ * sizeof(T));
+                (rows.end - rows.begin) * cut_.width * sizeof(T));
   }
 
   // panel[k] = the block's columns of source[k], zeros where source[k] is null.
   void pack(int64_t block, const T* const* source, int64_t depth, T* panel) const {
-    const int64_t first = block * width_;
-    const int64_t count = min_of(width_, columns_ - first);
-    for (int64_t k = 0; k < depth; ++k, panel += width_) {
+    const int64_t first = block * cut_.width;
+    const int64_t count = min_of(cut_.width, columns_ - first);
+    for (int64_t k = 0; k < depth; ++k, panel += cut_.width) {
       pack_row(source[k] == nullptr ? nullptr : source[k] + first, source[k] == nullptr ? 0 : count,
-               width_, panel);
+               cut_.width, panel);
     }
   }
 
   // Adds the products of `depth` rows of gate gradients with the panel, for rows of the weight.
   void add(int direction, int64_t block, Range rows, const T* d_gates, int64_t stride,
            const T* panel, int64_t depth) const {
-    for_each_tile(rows.begin, rows.end, max_rows(vectors_), [&](int64_t row, int count, int64_t) {
-      tile_for<Accumulate<T>>(vectors_, count)(d_gates + row, stride, panel, depth,
-                                               sums(direction, block, row));
+    for_each_tile(rows.begin, rows.end, max_rows(cut_.units), [&](int64_t row, int count, int64_t) {
+      tile_for<Accumulate<T>>(cut_.units, count)(d_gates + row, stride, panel, depth,
+                                                 sums(direction, block, row));
     });
   }
 
   // The finished sums, into the weight's own layout.
   void write(int direction, int64_t block, Range rows, T* weight) const {
-    const int64_t first = block * width_;
-    const int64_t count = min_of(width_, columns_ - first);
+    const int64_t first = block * cut_.width;
+    const int64_t count = min_of(cut_.width, columns_ - first);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       std::memcpy(weight + row * columns_ + first, sums(direction, block, row), count * sizeof(T));
     }
@@ -59,12 +57,11 @@ class WeightGradient {
 
  private:
   const int64_t rows_, columns_;
-  const int vectors_;
-  const int64_t width_, blocks_;
+  const Columns<T> cut_;
   T* const sums_;
 
   T* sums(int direction, int64_t block, int64_t row) const {
-    return sums_ + ((direction * blocks_ + block) * rows_ + row) * width_;
+    return sums_ + ((direction * cut_.blocks + block) * rows_ + row) * cut_.width;
   }
 };
 

@@ -104,6 +104,17 @@ int units_per_block(int64_t hidden, int gates) {
   return units < 1 ? 1 : units;
 }
 
+// The columns of a product, cut into blocks as wide as a register tile.
+template <class T>
+struct Columns {
+  explicit Columns(int64_t columns)
+      : units(units_per_block<T>(columns, 1)),
+        width(units * Vec<T>::lanes),
+        blocks((columns + width - 1) / width) {}
+  int units;  // vectors of columns in a block
+  int64_t width, blocks;
+};
+
 // Asks for the cache lines of [p, p + bytes).
 inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i <= bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
