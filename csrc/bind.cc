@@ -55,7 +55,9 @@ void set(Pointer (&target)[kMaxDirections], const Addresses& source, int directi
   for (size_t d = 0; d < source.size(); ++d) target[d] = reinterpret_cast<Pointer>(source[d]);
 }
 
-size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? sizeof(float) : sizeof(double); }
+size_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
@@ -74,10 +76,10 @@ void set_input(Args& args, int64_t input, Address x) {
 // Sets the sizes that both passes share; `rows` is the N of the buffers.
 template <class Args>
 void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows,
-               Address batch_sizes) {
+               Address batch_sizes, Address resets) {
   const auto [steps, batch, hidden, directions] = sizes;
   if (cell < 0 || cell >= Cells::size) throw std::invalid_argument("unknown cell");
-  if (dtype != 0 && dtype != 1) throw std::invalid_argument("unknown dtype");
+  if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("unknown dtype");
   if (steps < 0 || batch < 0 || hidden < 1 || directions < 1 || directions > kMaxDirections) {
     throw std::invalid_argument("sizes out of range");
   }
@@ -88,6 +90,7 @@ void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 4> sizes, in
   args.hidden = hidden;
   args.directions = static_cast<int>(directions);
   args.batch_sizes = static_cast<const int64_t*>(pointer(batch_sizes));
+  args.resets = static_cast<const bool*>(pointer(resets));
 
   int64_t expected = steps * batch;
   if (args.batch_sizes != nullptr) {
@@ -111,12 +114,12 @@ void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 4> sizes, in
 }
 
 void forward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Address batch_sizes,
-             int64_t input, Address x, const Addresses& weight_ih, const Addresses& weight_hh,
-             const Addresses& bias_ih, const Addresses& bias_hh, Address h_0, Address c_0,
-             Address output, Address h_n, Address c_n, const Addresses& gates, Address extra,
-             int threads) {
+             Address resets, int64_t input, Address x, const Addresses& weight_ih,
+             const Addresses& weight_hh, const Addresses& bias_ih, const Addresses& bias_hh,
+             Address h_0, Address c_0, Address output, Address h_n, Address c_n,
+             const Addresses& gates, Address extra, int threads) {
   ForwardArgs args{};
-  set_shape(args, cell, dtype, sizes, rows, batch_sizes);
+  set_shape(args, cell, dtype, sizes, rows, batch_sizes, resets);
   set_input(args, input, x);
   set(args.weight_ih, weight_ih, args.directions);
   set(args.weight_hh, weight_hh, args.directions);
@@ -141,14 +144,14 @@ void forward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Ad
 }
 
 void backward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Address batch_sizes,
-              int64_t input, Address x, const Addresses& weight_ih, const Addresses& weight_hh,
-              Address h_0, Address c_0, Address output, const Addresses& gates, Address extra,
-              Address d_output, Address d_h_n, Address d_c_n, Address d_extra, Address d_x,
-              Address d_h_0, Address d_c_0, const Addresses& d_weight_ih,
-              const Addresses& d_weight_hh, const Addresses& d_bias_ih, const Addresses& d_bias_hh,
-              int threads) {
+              Address resets, int64_t input, Address x, const Addresses& weight_ih,
+              const Addresses& weight_hh, Address h_0, Address c_0, Address output,
+              const Addresses& gates, Address extra, Address d_output, Address d_h_n, Address d_c_n,
+              Address d_extra, Address d_x, Address d_h_0, Address d_c_0,
+              const Addresses& d_weight_ih, const Addresses& d_weight_hh,
+              const Addresses& d_bias_ih, const Addresses& d_bias_hh, int threads) {
   BackwardArgs args{};
-  set_shape(args, cell, dtype, sizes, rows, batch_sizes);
+  set_shape(args, cell, dtype, sizes, rows, batch_sizes, resets);
   set_input(args, input, x);
   set(args.weight_ih, weight_ih, args.directions);
   set(args.weight_hh, weight_hh, args.directions);

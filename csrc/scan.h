@@ -10,14 +10,20 @@
 // one after the other. Without batch_sizes all B rows live for T steps and N = T * B. Either way, a
 // buffer over steps is N rows of features, and the rows of one step are contiguous.
 //
-// The caller owns every buffer. All are contiguous and hold the dtype of the scan.
+// A reset marks a step that begins a new segment of its row: nothing goes from the step before it
+// to this one, nor back in the reverse direction. Both enter such a segment with a zero state.
+//
+// The caller owns every buffer. All are contiguous and hold the dtype of the scan, except `extra`
+// and d_extra, which are float32 for the 16-bit dtypes, as is everything that is carried from step
+// to step.
 #pragma once
 
 #include <cstdint>
 
 namespace fastrnn {
 
-enum class DType : int { kFloat32 = 0, kFloat64 = 1 };
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kDTypes = 4;
 
 constexpr int kMaxDirections = 2;
 
@@ -27,6 +33,7 @@ struct ForwardArgs {
   int64_t steps, batch, input, hidden;
   int directions;              // the second one runs from each row's last step to its first
   const int64_t* batch_sizes;  // [T], not increasing, each <= B; null: all rows live for all steps
+  const bool* resets;          // [N] or null: this step begins a new segment of its row
 
   const void* x;                          // [N, I]
   const void* weight_ih[kMaxDirections];  // [G*H, I]
@@ -52,6 +59,7 @@ struct BackwardArgs {
   int64_t steps, batch, input, hidden;
   int directions;
   const int64_t* batch_sizes;
+  const bool* resets;
 
   const void* x;
   const void* weight_ih[kMaxDirections];

@@ -155,7 +155,7 @@ def test_other_dtypes(cell, dtype, fused):
         pytest.skip("relu is not defined for complex numbers")
     ours, theirs = pair(cell, *LARGE[1:], dtype=dtype)
     x, hx = arguments(cell, *LARGE, dtype=dtype)
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
     assert_close(run(ours, x, hx), run(theirs, x, hx), tolerance)
     assert not (fused and dtype.is_complex)
 

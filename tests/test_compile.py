@@ -216,5 +216,7 @@ def test_opcheck_with_gradients(cell, bidirectional, ragged, keep):
     params = list(model.parameters())
     x, sizes = (x.flatten(0, 1)[:8], torch.tensor([3, 3, 2, 0])) if ragged else (x, None)
     weights = [params[i::4] for i in range(4)]
-    args = (cell, x.detach().requires_grad_(), *weights, h_0, c_0, sizes, 3, keep)
+    resets = torch.rand(x.shape[:-1]) < 0.4
+    x = x.detach().requires_grad_()
+    args = (cell, x, *weights, h_0, c_0, sizes, resets, 3, keep, not keep)
     torch.library.opcheck(torch.ops.fastrnn.scan_forward, args)

@@ -22,8 +22,10 @@ def gates_of(mode: str, x: torch.Tensor) -> torch.Tensor:
         None,
         None,
         None,
+        None,
         len(x),
         True,
+        False,
     )
     return output[0] if mode.startswith("RNN") else gates[0]
 

@@ -11,8 +11,9 @@
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-template <class Cell, class T>
+template <class Cell, class S>
 class BackwardScan {
+  using T = Compute<S>;
   using V = Vec<T>;
   static constexpr int G = Cell::gates;
   // Rows of gate gradients in a chunk: a panel of as many rows, one register tile wide, fits into
@@ -23,12 +24,12 @@ class BackwardScan {
  public:
   BackwardScan(const BackwardArgs& args, int threads, Workspace& workspace)
       : args_(args),
-        steps_(args.steps, args.batch, args.batch_sizes, workspace),
+        steps_(args, workspace),
         input_(args.input),
         hidden_(args.hidden),
         wide_(G * args.hidden),
         features_(args.directions * args.hidden),
-        stride_(odd_lines(wide_)),
+        stride_(odd_lines<T>(wide_)),
         chunk_steps_(max_of(1, min_of(args.steps, kChunkRows / max_of(1, args.batch)))),
         threads_(threads),
         hh_(args.hidden),
@@ -49,7 +50,9 @@ class BackwardScan {
     bias_ih_ = workspace.take<T>(directions * stride_);
     bias_hh_ = Cell::splits_gradient ? workspace.take<T>(directions * stride_) : bias_ih_;
     panels_ = workspace.take<T>(directions * threads * chunk_rows() * kMaxVectors * V::lanes);
-    sources_ = workspace.take<const T*>(directions * threads * chunk_rows());
+    sources_ = workspace.take<const S*>(directions * threads * chunk_rows());
+    zeros_ = workspace.take<T>(stride_);
+    std::memset(zeros_, 0, stride_ * sizeof(T));
   }
 
   Work work() const {
@@ -79,7 +82,8 @@ class BackwardScan {
       keep_last(direction, part, chunk, last);
       part.meet();
     }
-    finish_rows(direction, part, nullptr, false, steps_.rows(0), args_.batch);
+    finish_rows(
+        direction, part, false, [](int64_t) { return nullptr; }, steps_.rows(0), args_.batch);
     write_gradients(direction, part);
   }
 
@@ -104,18 +108,13 @@ class BackwardScan {
   T* bias_ih_;  // [D, stride]
   T* bias_hh_;
   T* panels_;
-  const T** sources_;
+  const S** sources_;
+  T* zeros_;  // the gate gradients of a step beyond a reset
 
   // Steps [first, last] in time, which are `rows` rows of features from `begin` on.
   struct Chunk {
     int64_t first, last, begin, rows;
   };
-
-  // An odd number of cache lines: rows then fall into all sets of the cache.
-  static int64_t odd_lines(int64_t columns) {
-    constexpr int64_t line = 64 / sizeof(T);
-    return ((columns + line - 1) / line | 1) * line;
-  }
 
   int64_t chunk_rows() const { return chunk_steps_ * args_.batch; }
 
@@ -155,7 +154,10 @@ class BackwardScan {
     if (part.meets_each_step) part.meet();
     // Rows whose scan began at t are through.
     const T* now = chunk_row(chunk_hh_, direction, steps_.offset(t) - chunk.begin);
-    finish_rows(direction, part, now, true, old, rows);
+    const auto first = [&](int64_t row) {
+      return steps_.cut_before(direction, t, row) ? zeros_ : now + row * stride_;
+    };
+    finish_rows(direction, part, true, first, old, rows);
   }
 
   int64_t state_offset(int direction, int64_t row) const {
@@ -164,7 +166,10 @@ class BackwardScan {
   int64_t feature_offset(int direction, int64_t t, int64_t row) const {
     return (steps_.offset(t) + row) * features_ + direction * hidden_;
   }
-  static const T* at(const void* base, int64_t offset) {
+  static const S* at(const void* base, int64_t offset) {
+    return base == nullptr ? nullptr : static_cast<const S*>(base) + offset;
+  }
+  static const T* extra_at(const void* base, int64_t offset) {
     return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
   }
   T* packed_hh(int direction, int64_t block) const {
@@ -179,13 +184,13 @@ class BackwardScan {
     Range blocks = part.blocks;
     if (!part.meets_each_step) blocks = share(hh_.blocks, part.rank, part.size);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      pack_backward(static_cast<const T*>(args_.weight_hh[direction]), wide_, hidden_, hh_.units, b,
+      pack_backward(static_cast<const S*>(args_.weight_hh[direction]), wide_, hidden_, hh_.units, b,
                     packed_hh(direction, b));
     }
     if (args_.d_x != nullptr) {
       blocks = share(ih_.blocks, part.rank, part.size);
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-        pack_backward(static_cast<const T*>(args_.weight_ih[direction]), wide_, input_, ih_.units,
+        pack_backward(static_cast<const S*>(args_.weight_ih[direction]), wide_, input_, ih_.units,
                       b, packed_ih(direction, b));
       }
     }
@@ -193,20 +198,20 @@ class BackwardScan {
   }
 
   // Calls finish(row, count, unit, sums) for every vector of units of every tile of rows
-  // [begin, end); sums[r * units + u] is W_hh^T times the rows of gate gradients at `after`, or
-  // zero without any. Before that, fetch(row, count, unit) may ask for what finish will read.
-  template <class Fetch, class Finish>
-  void for_each_unit(int direction, const Part& part, const T* after, int64_t begin, int64_t end,
-                     Fetch fetch, Finish finish) const {
+  // [begin, end); sums[r * units + u] is W_hh^T times the gate gradients `after(row)`, or zero
+  // without any. Before that, fetch(row, count, unit) may ask for what finish will read.
+  template <class After, class Fetch, class Finish>
+  void for_each_unit(int direction, const Part& part, bool has_after, After after, int64_t begin,
+                     int64_t end, Fetch fetch, Finish finish) const {
     begin = max_of(begin, part.rows.begin);
     end = min_of(end, part.rows.end);
     for (int64_t block = part.blocks.begin; block < part.blocks.end; ++block) {
       for_each_tile(begin, end, max_rows(hh_.units), [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
-        if (after != nullptr) {
+        if (has_after) {
           fetch(row, count, block * hh_.width);
           const T* rows[kMaxRows];
-          for (int r = 0; r < count; ++r) rows[r] = after + (row + r) * stride_;
+          for (int r = 0; r < count; ++r) rows[r] = after(row + r);
           const T* weights = packed_hh(direction, block);
           const T* later = later_of(weights, wide_, hh_.units, i);
           tile_for<Multiply<T>>(hh_.units, count)(rows, weights, later, wide_, sums);
@@ -236,14 +241,17 @@ class BackwardScan {
         if (args_.d_output != nullptr) prefetch(at(args_.d_output, feature), bytes);
       }
     };
-    for_each_unit(direction, part, step.has_after ? step.after : nullptr, begin, end, fetch,
-                  [&](int64_t row, int count, int64_t unit, const V* sums) {
-                    if (hidden_ - unit >= V::lanes) {
-                      differentiate<true>(direction, step, row, count, unit, sums);
-                    } else {
-                      differentiate<false>(direction, step, row, count, unit, sums);
-                    }
-                  });
+    const auto after = [&](int64_t row) {
+      return steps_.cut_after(direction, step.t, row) ? zeros_ : step.after + row * stride_;
+    };
+    const auto finish = [&](int64_t row, int count, int64_t unit, const V* sums) {
+      if (hidden_ - unit >= V::lanes) {
+        differentiate<true>(direction, step, row, count, unit, sums);
+      } else {
+        differentiate<false>(direction, step, row, count, unit, sums);
+      }
+    };
+    for_each_unit(direction, part, step.has_after, after, begin, end, fetch, finish);
   }
 
   // The cell's backward on one vector of units of some rows. Full: no lane lies beyond H.
@@ -251,12 +259,12 @@ class BackwardScan {
   void differentiate(int direction, const Step& step, int64_t row, int count, int64_t unit,
                      const V* sums) const {
     const int64_t left = hidden_ - unit;
-    const auto load = [left](const T* p) {
+    const auto load = [left](const auto* p) {
       if constexpr (Full) return V::load(p);
       return V::load(p, left);
     };
-    const auto load_or_zero = [&load](const T* p) { return p == nullptr ? V(T(0)) : load(p); };
-    const auto store = [left](T* p, V v) {
+    const auto load_or_zero = [&load](const auto* p) { return p == nullptr ? V(T(0)) : load(p); };
+    const auto store = [left](auto* p, V v) {
       if constexpr (Full) return v.store(p);
       return v.store(p, left);
     };
@@ -268,6 +276,7 @@ class BackwardScan {
       const int64_t before =
           step.has_before ? feature_offset(direction, step.before, row + r) + unit : 0;
 
+      const bool cut = steps_.cut_before(direction, step.t, row + r);
       V gate[G], h_prev(T(0)), h(T(0)), extra_prev(T(0)), extra(T(0)), d_extra(T(0));
       if constexpr (Cell::saves_gates) {
 #pragma GCC unroll 4
@@ -275,16 +284,18 @@ class BackwardScan {
       } else {
         h = load(at(args_.output, feature));
       }
-      if constexpr (Cell::has_extra) extra = load(at(args_.extra, feature));
-      if constexpr (Cell::has_direct_path) {
+      if constexpr (Cell::has_extra) extra = load(extra_at(args_.extra, feature));
+      if (Cell::has_direct_path && !cut) {
         h_prev =
             step.has_before ? load(at(args_.output, before)) : load_or_zero(at(args_.h_0, state));
       }
       if constexpr (Cell::has_cell_state) {
-        extra_prev =
-            step.has_before ? load(at(args_.extra, before)) : load_or_zero(at(args_.c_0, state));
+        if (!cut) {
+          extra_prev = step.has_before ? load(extra_at(args_.extra, before))
+                                       : load_or_zero(at(args_.c_0, state));
+        }
         d_extra = step.has_after ? load(carry_c_ + state) : load_or_zero(at(args_.d_c_n, state));
-        if (args_.d_extra != nullptr) d_extra = d_extra + load(at(args_.d_extra, feature));
+        if (args_.d_extra != nullptr) d_extra = d_extra + load(extra_at(args_.d_extra, feature));
       }
 
       V dh = sums[r * hh_.units];
@@ -306,20 +317,21 @@ class BackwardScan {
         store(d_gates + g * hidden_, dx[g]);
         if constexpr (Cell::splits_gradient) store(d_gates_hh + g * hidden_, dr[g]);
       }
-      if constexpr (Cell::has_direct_path) store(carry_h_ + state, direct);
-      if constexpr (Cell::has_cell_state) store(carry_c_ + state, d_extra);
+      if constexpr (Cell::has_direct_path) store(carry_h_ + state, cut ? V(T(0)) : direct);
+      if constexpr (Cell::has_cell_state) store(carry_c_ + state, cut ? V(T(0)) : d_extra);
     }
   }
 
-  // Gradients of the initial states of rows whose scan has ended; `first` are the gate gradients of
-  // its first step. Rows without steps have none: their final states were the initial ones.
-  void finish_rows(int direction, const Part& part, const T* first, bool had_steps, int64_t begin,
+  // Gradients of the initial states of rows whose scan has ended; first(row) are the gate gradients
+  // of its first step. Rows without steps have none: their final states were the initial ones.
+  template <class First>
+  void finish_rows(int direction, const Part& part, bool had_steps, First first, int64_t begin,
                    int64_t end) const {
     if (args_.d_h_0 == nullptr && args_.d_c_0 == nullptr) return;
     const auto fetch = [](int64_t, int, int64_t) {};
     const auto finish = [&](int64_t row, int count, int64_t unit, const V* sums) {
       const int64_t left = min_of(hidden_ - unit, V::lanes);
-      const auto load_or_zero = [left](const T* p) {
+      const auto load_or_zero = [left](const auto* p) {
         return p == nullptr ? V(T(0)) : V::load(p, left);
       };
       for (int r = 0; r < count; ++r) {
@@ -331,17 +343,18 @@ class BackwardScan {
           } else if constexpr (Cell::has_direct_path) {
             dh = dh + V::load(carry_h_ + state, left);
           }
-          dh.store(static_cast<T*>(args_.d_h_0) + state, left);
+          dh.store(static_cast<S*>(args_.d_h_0) + state, left);
         }
         if constexpr (Cell::has_cell_state) {
           if (args_.d_c_0 != nullptr) {
-            const T* dc = had_steps ? carry_c_ + state : at(args_.d_c_n, state);
-            load_or_zero(dc).store(static_cast<T*>(args_.d_c_0) + state, left);
+            const V dc =
+                had_steps ? load_or_zero(carry_c_ + state) : load_or_zero(at(args_.d_c_n, state));
+            dc.store(static_cast<S*>(args_.d_c_0) + state, left);
           }
         }
       }
     };
-    for_each_unit(direction, part, args_.d_h_0 == nullptr ? nullptr : first, begin, end, fetch,
+    for_each_unit(direction, part, had_steps && args_.d_h_0 != nullptr, first, begin, end, fetch,
                   finish);
   }
 
@@ -387,7 +400,7 @@ class BackwardScan {
   void add_gradients(int direction, const Part& part, const Chunk& chunk, int64_t step) const {
     const int64_t scratch = direction * threads_ + part.rank;
     T* panel = panels_ + scratch * chunk_rows() * kMaxVectors * V::lanes;
-    const T** sources = sources_ + scratch * chunk_rows();
+    const S** sources = sources_ + scratch * chunk_rows();
     for_each_gradient(
         direction, part,
         [&](const WeightGradient<T>& gradient, bool is_hh, int64_t block, Range rows) {
@@ -413,12 +426,13 @@ class BackwardScan {
   }
 
   // Where h_{t-1} of each row of the chunk lies; null for zeros.
-  void find_previous(int direction, const Chunk& chunk, int64_t step, const T** sources) const {
+  void find_previous(int direction, const Chunk& chunk, int64_t step, const S** sources) const {
     for (int64_t t = chunk.first; t <= chunk.last; ++t) {
       const int64_t old = steps_.rows(t - step);
       for (int64_t row = 0; row < steps_.rows(t); ++row) {
-        *sources++ = row < old ? at(args_.output, feature_offset(direction, t - step, row))
-                               : at(args_.h_0, state_offset(direction, row));
+        *sources++ = steps_.cut_before(direction, t, row) ? nullptr
+                     : row < old ? at(args_.output, feature_offset(direction, t - step, row))
+                                 : at(args_.h_0, state_offset(direction, row));
       }
     }
   }
@@ -443,7 +457,7 @@ class BackwardScan {
     const Range blocks =
         by_columns ? share(ih_.blocks, part.rank, part.size) : Range{0, ih_.blocks};
     const Range own = by_columns ? Range{0, chunk.rows} : share(chunk.rows, part.rank, part.size);
-    T* d_x = static_cast<T*>(args_.d_x) + (direction * steps_.total() + chunk.begin) * input_;
+    S* d_x = static_cast<S*>(args_.d_x) + (direction * steps_.total() + chunk.begin) * input_;
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       for_each_tile(own.begin, own.end, max_rows(ih_.units),
                     [&](int64_t row, int count, int64_t i) {
@@ -458,7 +472,7 @@ class BackwardScan {
                         for (int u = 0; u < ih_.units; ++u) {
                           const int64_t column = (block * ih_.units + u) * V::lanes;
                           const int64_t left = input_ - column;
-                          T* target = d_x + (row + r) * input_ + column;
+                          S* target = d_x + (row + r) * input_ + column;
                           if (left >= V::lanes) {
                             sums[r * ih_.units + u].store(target);
                           } else if (left > 0) {
@@ -484,22 +498,21 @@ class BackwardScan {
         direction, part,
         [&](const WeightGradient<T>& gradient, bool is_hh, int64_t block, Range rows) {
           void* weight = is_hh ? args_.d_weight_hh[direction] : args_.d_weight_ih[direction];
-          gradient.write(direction, block, rows, static_cast<T*>(weight));
+          gradient.write(direction, block, rows, static_cast<S*>(weight));
         });
     if (args_.d_bias_ih[direction] == nullptr) return;
     const Range columns = bias_columns(part);
-    const int64_t bytes = (min_of(columns.end, wide_) - columns.begin) * sizeof(T);
-    if (bytes <= 0) return;
+    const int64_t count = min_of(columns.end, wide_) - columns.begin;
     const int64_t own = direction * stride_ + columns.begin;
-    std::memcpy(static_cast<T*>(args_.d_bias_ih[direction]) + columns.begin, bias_ih_ + own, bytes);
-    std::memcpy(static_cast<T*>(args_.d_bias_hh[direction]) + columns.begin, bias_hh_ + own, bytes);
+    convert(bias_ih_ + own, static_cast<S*>(args_.d_bias_ih[direction]) + columns.begin, count);
+    convert(bias_hh_ + own, static_cast<S*>(args_.d_bias_hh[direction]) + columns.begin, count);
   }
 };
 
-template <class Device, class Cell, class T>
+template <class Device, class Cell, class S>
 void backward_dev_impl(const Device& device, const BackwardArgs& args) {
   Workspace workspace;
-  const BackwardScan<Cell, T> scan(args, device.threads, workspace);
+  const BackwardScan<Cell, S> scan(args, device.threads, workspace);
   run_scan(args, scan.work(), device.threads, scan);
 }
 

@@ -23,7 +23,8 @@ std::vector<const CpuVariant*> find_runnable() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     found.push_back(&variant_avx512);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
     found.push_back(&variant_avx2);
 #endif
   found.push_back(&variant_baseline);

@@ -28,7 +28,8 @@ class WeightGradient {
   }
 
   // panel[k] = the block's columns of source[k], zeros where source[k] is null.
-  void pack(int64_t block, const T* const* source, int64_t depth, T* panel) const {
+  template <class S>
+  void pack(int64_t block, const S* const* source, int64_t depth, T* panel) const {
     const int64_t first = block * cut_.width;
     const int64_t count = min_of(cut_.width, columns_ - first);
     for (int64_t k = 0; k < depth; ++k, panel += cut_.width) {
@@ -47,11 +48,12 @@ class WeightGradient {
   }
 
   // The finished sums, into the weight's own layout.
-  void write(int direction, int64_t block, Range rows, T* weight) const {
+  template <class S>
+  void write(int direction, int64_t block, Range rows, S* weight) const {
     const int64_t first = block * cut_.width;
     const int64_t count = min_of(cut_.width, columns_ - first);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      std::memcpy(weight + row * columns_ + first, sums(direction, block, row), count * sizeof(T));
+      convert(sums(direction, block, row), weight + row * columns_ + first, count);
     }
   }
 

@@ -13,25 +13,32 @@ namespace fastrnn {
 namespace FASTRNN_VARIANT {
 namespace {
 
-void forward(const ForwardArgs& args, int threads) {
-  Cells::visit(args.cell, [&](auto cell) {
-    using Cell = decltype(cell);
-    if (args.dtype == DType::kFloat32) {
-      forward_dev_impl<Cpu, Cell, float>({threads}, args);
-    } else {
-      forward_dev_impl<Cpu, Cell, double>({threads}, args);
+// Calls f(cell, element) with objects of the cell's and of the element's type.
+template <class F>
+void visit(int cell, DType dtype, F&& f) {
+  Cells::visit(cell, [&](auto c) {
+    switch (dtype) {
+      case DType::kFloat32:
+        return f(c, float{});
+      case DType::kFloat64:
+        return f(c, double{});
+      case DType::kBFloat16:
+        return f(c, BFloat16{});
+      case DType::kFloat16:
+        return f(c, Float16{});
     }
   });
 }
 
+void forward(const ForwardArgs& args, int threads) {
+  visit(args.cell, args.dtype, [&](auto cell, auto element) {
+    forward_dev_impl<Cpu, decltype(cell), decltype(element)>({threads}, args);
+  });
+}
+
 void backward(const BackwardArgs& args, int threads) {
-  Cells::visit(args.cell, [&](auto cell) {
-    using Cell = decltype(cell);
-    if (args.dtype == DType::kFloat32) {
-      backward_dev_impl<Cpu, Cell, float>({threads}, args);
-    } else {
-      backward_dev_impl<Cpu, Cell, double>({threads}, args);
-    }
+  visit(args.cell, args.dtype, [&](auto cell, auto element) {
+    backward_dev_impl<Cpu, decltype(cell), decltype(element)>({threads}, args);
   });
 }
 

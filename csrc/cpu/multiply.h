@@ -87,6 +87,55 @@ struct Accumulate {
   }
 };
 
+// Lane i of the result is the sum over the lanes of a[i]. Halves are folded onto each other, those
+// of two vectors at a time, until one vector is left.
+template <class T, int W, int... I>
+[[gnu::always_inline]] inline Vec<T> fold(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  constexpr int lanes = Vec<T>::lanes;
+  const auto low = __builtin_shufflevector(a.raw, b.raw, (I & W ? lanes + I - W : I)...);
+  const auto high = __builtin_shufflevector(a.raw, b.raw, (I & W ? lanes + I : I + W)...);
+  return Vec<T>(low + high);
+}
+template <class T, int W = Vec<T>::lanes / 2>
+[[gnu::always_inline]] inline Vec<T> sum_lanes(Vec<T>* a) {
+  if constexpr (W == 0) {
+    return a[0];
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < W; ++i) {
+      a[i] = fold<T, W>(a[i], a[i + W], std::make_integer_sequence<int, Vec<T>::lanes>());
+    }
+    return sum_lanes<T, W / 2>(a);
+  }
+}
+
+// Lane i of the result is row i of `weight`, which has `count` of them, times `row`. For so few
+// rows that packing the weights would take longer than the product.
+template <class S, class T = Compute<S>>
+Vec<T> multiply_unpacked(const T* row, const S* weight, int64_t count, int64_t depth) {
+  using V = Vec<T>;
+  constexpr int lanes = V::lanes;
+  const S* from[lanes];
+  V acc[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    from[i] = weight + (i < count ? i : count - 1) * depth;
+    acc[i] = V(T(0));
+  }
+  int64_t k = 0;
+  for (; k + lanes <= depth; k += lanes) {
+    const V a = V::load(row + k);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) acc[i] = acc[i] + a * V::load(from[i] + k);
+  }
+  if (k < depth) {
+    const V a = V::load(row + k, depth - k);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) acc[i] = acc[i] + a * V::load(from[i] + k, depth - k);
+  }
+  return sum_lanes<T>(acc);
+}
+
 // Kernel::run for a tile of `rows` by `vectors`, both only known at run time.
 template <class Kernel, int NV, int... I>
 auto tile_of(int rows, std::integer_sequence<int, I...>) {

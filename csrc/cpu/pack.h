@@ -8,16 +8,16 @@
 namespace fastrnn::FASTRNN_VARIANT {
 
 // The first `count` elements of a row, and zeros up to `width`.
-template <class T>
-inline void pack_row(const T* row, int64_t count, int64_t width, T* packed) {
-  if (count > 0) std::memcpy(packed, row, count * sizeof(T));
+template <class S, class T>
+inline void pack_row(const S* row, int64_t count, int64_t width, T* packed) {
+  convert(row, packed, count);
   for (int64_t i = count; i < width; ++i) packed[i] = T(0);
 }
 
 // Forward: column (u, g, lane) of block b holds row g*H + unit of W [G*H, depth], k runs over
 // depth.
-template <class T>
-void pack_forward(const T* weight, int64_t hidden, int64_t depth, int gates, int units,
+template <class S, class T>
+void pack_forward(const S* weight, int64_t hidden, int64_t depth, int gates, int units,
                   int64_t block, T* packed) {
   constexpr int lanes = Vec<T>::lanes;
   const int vectors = units * gates;
@@ -25,10 +25,10 @@ void pack_forward(const T* weight, int64_t hidden, int64_t depth, int gates, int
     const int64_t unit = (block * units + v / gates) * lanes;
     const int64_t left = hidden - unit;
     const int count = left < 0 ? 0 : left < lanes ? static_cast<int>(left) : lanes;
-    const T* source = weight + (v % gates * hidden + unit) * depth;
+    const S* source = weight + (v % gates * hidden + unit) * depth;
     for (int64_t k = 0; k < depth; ++k) {
       T* lane = packed + (k * vectors + v) * lanes;
-      for (int i = 0; i < count; ++i) lane[i] = source[i * depth + k];
+      for (int i = 0; i < count; ++i) lane[i] = widen(source[i * depth + k]);
       for (int i = count; i < lanes; ++i) lane[i] = T(0);
     }
   }
@@ -36,8 +36,8 @@ void pack_forward(const T* weight, int64_t hidden, int64_t depth, int gates, int
 
 // Backward: column (u, lane) of block b holds column `unit` of W [depth, columns], k runs over
 // depth.
-template <class T>
-void pack_backward(const T* weight, int64_t depth, int64_t columns, int units, int64_t block,
+template <class S, class T>
+void pack_backward(const S* weight, int64_t depth, int64_t columns, int units, int64_t block,
                    T* packed) {
   const int64_t width = units * Vec<T>::lanes;
   const int64_t first = block * width;

@@ -20,14 +20,18 @@ inline int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 // Steps of ragged rows; see scan.h for the layout.
 class Steps {
  public:
-  Steps(int64_t steps, int64_t batch, const int64_t* batch_sizes, Workspace& workspace)
-      : steps_(steps), batch_(batch), batch_sizes_(batch_sizes) {
-    if (batch_sizes == nullptr) return;
-    offsets_ = workspace.take<int64_t>(steps);
+  template <class Args>
+  Steps(const Args& args, Workspace& workspace)
+      : steps_(args.steps),
+        batch_(args.batch),
+        batch_sizes_(args.batch_sizes),
+        resets_(args.resets) {
+    if (batch_sizes_ == nullptr) return;
+    offsets_ = workspace.take<int64_t>(steps_);
     int64_t sum = 0;
-    for (int64_t t = 0; t < steps; ++t) {
+    for (int64_t t = 0; t < steps_; ++t) {
       offsets_[t] = sum;
-      sum += batch_sizes[t];
+      sum += batch_sizes_[t];
     }
   }
 
@@ -50,9 +54,24 @@ class Steps {
   // The buffer row at which step t begins.
   int64_t offset(int64_t t) const { return batch_sizes_ == nullptr ? t * batch_ : offsets_[t]; }
 
+  // Whether a row's state before step t, in the order of the direction, does not go into it: the
+  // initial state or that of another step.
+  bool cut_before(int direction, int64_t t, int64_t row) const {
+    return direction == 0 ? resets(t, row) : resets(t + 1, row);
+  }
+  // The same of its state after step t; never of its final state.
+  bool cut_after(int direction, int64_t t, int64_t row) const {
+    return direction == 0 ? resets(t + 1, row) : t > 0 && resets(t, row);
+  }
+
  private:
+  bool resets(int64_t t, int64_t row) const {
+    return resets_ != nullptr && row < rows(t) && resets_[offset(t) + row];
+  }
+
   int64_t steps_, batch_;
   const int64_t* batch_sizes_;
+  const bool* resets_;
   int64_t* offsets_ = nullptr;
 };
 
@@ -114,6 +133,14 @@ struct Columns {
   int units;  // vectors of columns in a block
   int64_t width, blocks;
 };
+
+// The length of rows of T so that they are whole vectors and an odd number of cache lines, which
+// makes them fall into all sets of the cache.
+template <class T>
+int64_t odd_lines(int64_t columns) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return ((columns + line - 1) / line | 1) * line;
+}
 
 // Asks for the cache lines of [p, p + bytes).
 inline void prefetch(const void* p, int64_t bytes) {

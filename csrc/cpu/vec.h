@@ -8,6 +8,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#include "element.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
@@ -24,6 +27,8 @@ struct Register<double> {
   typedef double Raw __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   typedef int64_t Int __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
 };
+typedef uint32_t Words __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+typedef uint16_t HalfWords __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
 
 template <class T>
 struct Vec {
@@ -37,21 +42,73 @@ struct Vec {
   Vec(Raw r) : raw(r) {}
   Vec(T value) : raw(value - Raw{}) {}  // x - 0 keeps the sign of zero, x + 0 would not
 
-  static Vec load(const T* p) {
-    Vec v;
-    std::memcpy(&v.raw, p, sizeof(Raw));
-    return v;
+  // From and to memory of any element type that is computed in T.
+  template <class S>
+  static Vec load(const S* p) {
+    static_assert(std::is_same_v<Compute<S>, T>);
+    if constexpr (std::is_same_v<S, T>) {
+      Vec v;
+      std::memcpy(&v.raw, p, sizeof(Raw));
+      return v;
+    } else {
+#if defined(__AVX512F__)
+      if constexpr (std::is_same_v<S, Float16>) {
+        return (Raw)_mm512_maskz_cvtph_ps(0xffff,
+                                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      }
+#elif defined(__F16C__)
+      if constexpr (std::is_same_v<S, Float16>) {
+        return (Raw)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      }
+#endif
+      HalfWords bits;
+      std::memcpy(&bits, p, sizeof(bits));
+      return widen_bits<Raw>(S{}, __builtin_convertvector(bits, Words));
+    }
   }
-  void store(T* p) const { std::memcpy(p, &raw, sizeof(Raw)); }
+  template <class S>
+  void store(S* p) const {
+    static_assert(std::is_same_v<Compute<S>, T>);
+    if constexpr (std::is_same_v<S, T>) {
+      std::memcpy(p, &raw, sizeof(Raw));
+    } else {
+#if defined(__AVX512F__)
+      if constexpr (std::is_same_v<S, Float16>) {
+        const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)raw, _MM_FROUND_TO_NEAREST_INT);
+        return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+      }
+#elif defined(__F16C__)
+      if constexpr (std::is_same_v<S, Float16>) {
+        const __m128i half = _mm256_cvtps_ph((__m256)raw, _MM_FROUND_TO_NEAREST_INT);
+        return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+      }
+#endif
+      const HalfWords bits =
+          __builtin_convertvector((narrow_bits<Raw, Words>(S{}, raw)), HalfWords);
+      std::memcpy(p, &bits, sizeof(bits));
+    }
+  }
 
   // The first `count` lanes only; the others read as zero and are not written.
-  static Vec load(const T* p, int64_t count) {
-    T lane[lanes] = {};
+  template <class S>
+  static Vec load(const S* p, int64_t count) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<S, float>) return (Raw)_mm512_maskz_loadu_ps(mask(count), p);
+    if constexpr (std::is_same_v<S, double>) return (Raw)_mm512_maskz_loadu_pd(mask(count), p);
+#endif
+    S lane[lanes] = {};
     for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
     return load(lane);
   }
-  void store(T* p, int64_t count) const {
-    T lane[lanes];
+  template <class S>
+  void store(S* p, int64_t count) const {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<S, float>)
+      return _mm512_mask_storeu_ps(p, mask(count), (__m512)raw);
+    if constexpr (std::is_same_v<S, double>)
+      return _mm512_mask_storeu_pd(p, mask(count), (__m512d)raw);
+#endif
+    S lane[lanes];
     store(lane);
     for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
   }
@@ -61,6 +118,22 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
   friend Vec operator/(Vec a, Vec b) { return a.raw / b.raw; }
   friend Vec operator-(Vec a) { return -a.raw; }
+
+ private:
+  static uint16_t mask(int64_t count) { return static_cast<uint16_t>((1 << count) - 1); }
 };
+
+// Copies `count` elements from one element type into another that is computed in the same one.
+template <class From, class To>
+inline void convert(const From* from, To* to, int64_t count) {
+  using V = Vec<Compute<From>>;
+  if constexpr (std::is_same_v<From, To>) {
+    if (count > 0) std::memcpy(to, from, count * sizeof(To));
+  } else {
+    int64_t i = 0;
+    for (; i + V::lanes <= count; i += V::lanes) V::load(from + i).store(to + i);
+    if (i < count) V::load(from + i, count - i).store(to + i, count - i);
+  }
+}
 
 }  // namespace fastrnn::FASTRNN_VARIANT

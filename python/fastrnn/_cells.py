@@ -63,7 +63,7 @@ class _CellBase(RNNCellBase):
         rows = batch.numel()
         x, *initial = (t.reshape(1, rows, t.size(-1)) for t in (input, *states))
         h_0, c_0 = (*initial, None, None)[:2]
-        final = _run_layer(Spec(mode, 1, rows, None), x, h_0, c_0, weights)[1]
+        final = _run_layer(Spec(mode, 1, rows, None, None), x, h_0, c_0, weights)[1]
         return tuple(s.reshape(shape) for s in final)
 
 

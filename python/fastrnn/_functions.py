@@ -27,6 +27,7 @@ class Spec(NamedTuple):
     directions: int
     batch: int  # B; rows without any step exist only here and in the states
     batch_sizes: Tensor | None
+    resets: Tensor | None  # bool, laid out as the input: True where a segment of a row begins
 
 
 def transforming() -> bool:
@@ -46,8 +47,12 @@ def layer_forward(
     c_0: Tensor | None,
     weights: Sequence[Tensor],
     keep: bool,
+    all_c: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The fused layer: output, h_n [D, B, H], c_n (LSTM), and with `keep` what backward reads."""
+    """The fused layer: output, h_n [D, B, H], c_n (LSTM), and with `keep` what backward reads.
+
+    For an LSTM that begins with every c_t, which `all_c` asks for alone.
+    """
     each = _split(weights, spec.directions)
     has_bias = len(each[0]) > 2
     results: tuple[Tensor, ...] = scan_forward(
@@ -60,8 +65,10 @@ def layer_forward(
         h_0,
         c_0,
         spec.batch_sizes,
+        spec.resets,
         spec.batch,
         keep,
+        all_c,
     )
     return results
 
@@ -79,11 +86,13 @@ def reference_layer(
     mask [T, B] may stand in for batch_sizes; x is [T, B, I] then.
     """
     each = _split(weights, spec.directions)
-    index = None
+    index, resets = None, spec.resets
     if spec.batch_sizes is not None:
         mask = mask_from_batch_sizes(spec.batch_sizes, spec.batch, x.device)
         index = mask.flatten().nonzero().squeeze(1)
         x = scatter(x, index, mask.numel()).view(*mask.shape, x.shape[-1])
+        if resets is not None:
+            resets = scatter(resets, index, mask.numel()).view(mask.shape)
     hidden = each[0][0].shape[0] // CELLS[spec.mode].gates
     if h_0 is None:
         h_0 = x.new_zeros(spec.directions, spec.batch, each[0][1].shape[1])
@@ -92,7 +101,7 @@ def reference_layer(
         if c_0 is None:
             c_0 = x.new_zeros(spec.directions, spec.batch, hidden)
         states = (h_0, c_0)
-    output, final, cells = reference.layer(spec.mode, x, states, each, mask)
+    output, final, cells = reference.layer(spec.mode, x, states, each, mask, resets)
     sequences = [output] if cells is None else [output, cells]
     if index is not None:
         sequences = [gather(s.flatten(0, 1), index) for s in sequences]
@@ -130,6 +139,7 @@ def layer_backward(
         saved.h_0,
         saved.c_0,
         spec.batch_sizes,
+        spec.resets,
         spec.batch,
         saved.output,
         saved.extra,
@@ -170,10 +180,11 @@ def _vmap_by_loop(
 
 
 class LayerFunction(torch.autograd.Function):
-    """apply(mode, directions, batch, batch_sizes, x, h_0, c_0, *weights).
+    """apply(mode, directions, batch, batch_sizes, resets, x, h_0, c_0, *weights).
 
-    h_0 [D, B, H] and, for an LSTM, c_0 [D, B, H] may be None for zeros. Returns output, laid out as
-    x with D*H features, h_n [D, B, H], c_n [D, B, H] and every c_t, laid out as output (these two
+    resets, laid out as x without its features, is True where a segment of a row begins. h_0
+    [D, B, H] and, for an LSTM, c_0 [D, B, H] may be None for zeros. Returns output, laid out as x
+    with D*H features, h_n [D, B, H], c_n [D, B, H] and every c_t, laid out as output (these two
     only for an LSTM), and a last tensor for backward alone.
     """
 
@@ -183,18 +194,19 @@ class LayerFunction(torch.autograd.Function):
         directions: int,
         batch: int,
         batch_sizes: Tensor | None,
+        resets: Tensor | None,
         x: Tensor,
         h_0: Tensor | None,
         c_0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        spec = Spec(mode, directions, batch, batch_sizes)
+        spec = Spec(mode, directions, batch, batch_sizes, resets)
         with torch._C._AutoDispatchBelowAutograd():
             return layer_forward(spec, x, h_0, c_0, weights, keep=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        mode, directions, batch, batch_sizes, x, h_0, c_0, *weights = inputs
+        mode, directions, batch, batch_sizes, resets, x, h_0, c_0, *weights = inputs
         out, _, c_n, extra, gates = output
         ctx.set_materialize_grads(False)
         if CELLS[mode].has_cell_state:
@@ -202,27 +214,27 @@ class LayerFunction(torch.autograd.Function):
         else:
             ctx.mark_non_differentiable(c_n, extra, gates)
         ctx.mode, ctx.directions, ctx.batch = mode, directions, batch
-        ctx.save_for_backward(batch_sizes, x, h_0, c_0, out, extra, gates, *weights)
+        ctx.save_for_backward(batch_sizes, resets, x, h_0, c_0, out, extra, gates, *weights)
         if forward_ad._current_level >= 0:
-            ctx.save_for_forward(batch_sizes, x, h_0, c_0, *weights)
+            ctx.save_for_forward(batch_sizes, resets, x, h_0, c_0, *weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, x, h_0, c_0, output, extra, gates, *weights = ctx.saved_tensors
-        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes)
-        wanted = ctx.needs_input_grad[4:]
+        batch_sizes, resets, x, h_0, c_0, output, extra, gates, *weights = ctx.saved_tensors
+        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes, resets)
+        wanted = ctx.needs_input_grad[5:]
         # torch.compile brings zeros for outputs that have no gradient.
         grads = grads[:4] if CELLS[ctx.mode].has_cell_state else (*grads[:2], None, None)
         # As a Function of its own, so that backward can be differentiated again.
         d_inputs = LayerBackward.apply(  # type: ignore[no-untyped-call]
             *spec, wanted, output, extra, gates, *grads, x, h_0, c_0, *weights
         )
-        return (None, None, None, None, *d_inputs)
+        return (*(None,) * 5, *d_inputs)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         mode, directions, batch, batch_sizes, *tensors = args
-        if batch_sizes is not None or any(dim is not None for dim in in_dims[7:]):
+        if batch_sizes is not None or any(dim is not None for dim in in_dims[8:]):
             return _vmap_by_loop(cls, info.batch_size, in_dims, args)
         # All share the weights: their rows run as one batch [..., V*B, features].
         samples = info.batch_size
@@ -231,10 +243,10 @@ class LayerFunction(torch.autograd.Function):
             if t is None:
                 return None
             t = t.unsqueeze(1) if dim is None else t.movedim(dim, 1)
-            return t.expand(-1, samples, -1, -1).flatten(1, 2)
+            return t.expand(-1, samples, *t.shape[2:]).flatten(1, 2)
 
-        rows = [fold(t, dim) for t, dim in zip(tensors[:3], in_dims[4:7])]
-        given = mode, directions, samples * batch, None, *rows, *tensors[3:]
+        rows = [fold(t, dim) for t, dim in zip(tensors[:4], in_dims[4:8])]
+        given = mode, directions, samples * batch, None, *rows, *tensors[4:]
         *shown, gates = cls.apply(*given)  # type: ignore[no-untyped-call]
         outputs = [t if t.dim() == 1 else t.unflatten(1, (samples, batch)) for t in shown]
         if gates.dim() > 1:
@@ -246,15 +258,15 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, *tensors = ctx.saved_tensors
-        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes)
+        batch_sizes, resets, *tensors = ctx.saved_tensors
+        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes, resets)
         given = [i for i, t in enumerate(tensors) if t is not None]
 
         def layer(*present: Tensor) -> tuple[Tensor, ...]:
             x, h_0, c_0, *weights = _place(given, present, len(tensors))
             return reference_layer(spec, x, h_0, c_0, weights)
 
-        changes = _jvp(layer, given, tensors, tangents[4:])
+        changes = _jvp(layer, given, tensors, tangents[5:])
         return (*changes, *(None,) * (5 - len(changes)))
 
 
@@ -290,6 +302,7 @@ class LayerBackward(torch.autograd.Function):
         directions: int,
         batch: int,
         batch_sizes: Tensor | None,
+        resets: Tensor | None,
         wanted: Sequence[bool],
         output: Tensor,
         extra: Tensor,
@@ -298,16 +311,16 @@ class LayerBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         grads, (x, h_0, c_0, *weights) = tensors[:4], tensors[4:]
         saved = _Saved(x, h_0, c_0, output, extra, gates, weights)
-        spec = Spec(mode, directions, batch, batch_sizes)
+        spec = Spec(mode, directions, batch, batch_sizes, resets)
         return tuple(layer_backward(spec, saved, grads, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        mode, directions, batch, batch_sizes, ctx.wanted, *_ = inputs
-        ctx.spec = mode, directions, batch
-        ctx.save_for_backward(batch_sizes, *inputs[8:])
+        mode, directions, batch, batch_sizes, resets, ctx.wanted, *_ = inputs
+        ctx.mode, ctx.directions, ctx.batch = mode, directions, batch
+        ctx.save_for_backward(batch_sizes, resets, *inputs[9:])
         if forward_ad._current_level >= 0:
-            ctx.save_for_forward(batch_sizes, *inputs[8:])
+            ctx.save_for_forward(batch_sizes, resets, *inputs[9:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -315,9 +328,8 @@ class LayerBackward(torch.autograd.Function):
         ctx: Any, asked: Sequence[bool]
     ) -> tuple[Callable[..., tuple[Tensor, ...]], list[int], list[Tensor | None]]:
         """The gradients asked for by the definition, and the tensors they are a function of."""
-        batch_sizes, *tensors = ctx.saved_tensors
-        mode, directions, batch = ctx.spec
-        spec = Spec(mode, directions, batch, batch_sizes)
+        batch_sizes, resets, *tensors = ctx.saved_tensors
+        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes, resets)
         given = [i for i, t in enumerate(tensors) if t is not None]
         inputs = [i for i in given if i >= 4]
 
@@ -340,10 +352,10 @@ class LayerBackward(torch.autograd.Function):
         asked = [second is not None for second in seconds]
         gradients, given, tensors = LayerBackward._definition(ctx, asked)
         if not any(asked):
-            return (None,) * (8 + len(tensors))
+            return (None,) * (9 + len(tensors))
         vjp = torch.func.vjp(gradients, *(tensors[i] for i in given))[1]
         results = vjp(tuple(s for s in seconds if s is not None))
-        return (None,) * 8 + tuple(_place(given, results, len(tensors)))
+        return (None,) * 9 + tuple(_place(given, results, len(tensors)))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -352,7 +364,7 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients, given, tensors = LayerBackward._definition(ctx, ctx.wanted)
-        changes = _jvp(gradients, given, tensors, tangents[8:])
+        changes = _jvp(gradients, given, tensors, tangents[9:])
         asked = [i for i, wanted in enumerate(ctx.wanted) if wanted]
         return tuple(_place(asked, changes, len(ctx.wanted)))
 
@@ -389,19 +401,24 @@ def _scan_forward_autograd(
     h_0: Tensor | None,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     batch: int,
     keep: bool,
+    all_c: bool,
 ) -> tuple[Tensor, ...]:
     """The gradient of the bare operator, as compiled graphs and exported programs call it."""
     kinds = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w]
     weights = [w for each in zip(*kinds) for w in each]
-    spec = Spec(mode, len(weight_ih), batch, batch_sizes)
+    spec = Spec(mode, len(weight_ih), batch, batch_sizes, resets)
     tensors = [x, *weights] + [s for s in (h_0, c_0) if s is not None]
     if transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         results = FUNCTIONS[mode].apply(*spec, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
-        return results if keep else (*results[:3], x.new_empty(0), x.new_empty(0))
+        if keep:
+            return results
+        extra = results[3] if all_c else results[3].new_empty(0)
+        return (*results[:3], extra, x.new_empty(0))
     with torch._C._AutoDispatchBelowAutograd():
-        return layer_forward(spec, x, h_0, c_0, weights, keep)
+        return layer_forward(spec, x, h_0, c_0, weights, keep, all_c)
 
 
 _library.impl("scan_forward", _scan_forward_autograd, "Autograd")

@@ -15,7 +15,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._functions import FUNCTIONS, Spec, layer_forward, reference_layer, transforming
 from ._ops import has_kernel
-from ._ragged import check_lengths, check_mask, from_mask, gather, is_per_sample, scatter
+from ._ragged import (
+    check_lengths,
+    check_steps,
+    from_mask,
+    gather,
+    is_per_sample,
+    scatter,
+    segment_starts,
+)
 
 States = tuple[Tensor, ...]  # (h,) or (h, c), each [L*D, B, H]
 
@@ -27,8 +35,9 @@ def _run_layer(
     c_0: Tensor | None,
     weights: Sequence[Tensor],
     mask: Tensor | None = None,
-) -> tuple[Tensor, States]:
-    """One layer, on its kernel where there is one: output and final states."""
+    all_c: bool = False,
+) -> tuple[Tensor, States, Tensor | None]:
+    """One layer, on its kernel where there is one: output, final states, every c_t if wanted."""
     tensors = [x, *weights] + [s for s in (h_0, c_0) if s is not None]
     compiling, transformed = torch.compiler.is_compiling(), transforming()
     if (
@@ -37,49 +46,67 @@ def _run_layer(
         or not all(map(has_kernel, tensors))
         or (compiling and transformed)  # which torch.compile knows for plain torch only
     ):
-        output, *states = reference_layer(spec, x, h_0, c_0, weights, mask)[:3]
+        output, *rest = reference_layer(spec, x, h_0, c_0, weights, mask)
     elif compiling:  # the bare operator has a gradient too
-        output, *states = layer_forward(spec, x, h_0, c_0, weights, torch.is_grad_enabled())[:3]
+        keep = torch.is_grad_enabled()
+        output, *rest = layer_forward(spec, x, h_0, c_0, weights, keep, all_c)
     elif transformed or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         function = FUNCTIONS[spec.mode]
-        output, *states = function.apply(*spec, x, h_0, c_0, *weights)[:3]  # type: ignore[no-untyped-call]
+        output, *rest = function.apply(*spec, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            output, *states = layer_forward(spec, x, h_0, c_0, weights, keep=False)[:3]
-    return output, tuple(states[: 2 if spec.mode == "LSTM" else 1])
+            output, *rest = layer_forward(spec, x, h_0, c_0, weights, keep=False, all_c=all_c)
+    if spec.mode != "LSTM":
+        return output, (rest[0],), None
+    return output, (rest[0], rest[1]), rest[2].to(output.dtype) if all_c else None
+
+
+def _autocast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as torch.autocast hands them to an operator of lower precision."""
+    eligible = torch.float32, torch.bfloat16, torch.float16
+    return tuple(t.to(dtype) if t.dtype in eligible else t for t in tensors)
 
 
 class _RNNBase(RNNBase):
     """What LSTM, GRU and RNN share. States are a tuple here, (h,) or (h, c)."""
 
     def _run(
-        self,
-        x: Tensor,
-        states: States | None,
-        batch: int,
-        batch_sizes: Tensor | None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, States]:
-        """All layers over x, [T, B, I], ragged [N, I], or [T, B, I] under mask [T, B]."""
-        directions = 2 if self.bidirectional else 1
-        spec = Spec(self.mode, directions, batch, batch_sizes)
+        self, spec: Spec, x: Tensor, states: States | None, mask: Tensor | None, all_states: bool
+    ) -> tuple[Tensor, States, list[Tensor]]:
+        """All layers over x, [T, B, I], ragged [N, I], or [T, B, I] under mask [T, B].
+
+        Returns output, final states and, if asked for, the states of every step and layer: c_t of
+        an LSTM, else h_t.
+        """
         # Read by name: the attribute is right whatever a user put in the parameter's place.
         weights = [getattr(self, name) for name in self._flat_weights_names]
+        shown_dtype = None
+        if torch.is_autocast_enabled(x.device.type):
+            if self.mode == "GRU" and x.device.type == "cpu":  # as torch.nn.GRU
+                shown_dtype = x.dtype if states is None else states[0].dtype
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, *weights = _autocast(dtype, x, *weights)
+            states = None if states is None else _autocast(dtype, *states)
         each = len(weights) // self.num_layers
-        finals = []
+        finals, sequences = [], []
         for k in range(self.num_layers):
             h_0: Tensor | None = None
             c_0: Tensor | None = None
             if states is not None:
-                own = [s[k * directions : (k + 1) * directions] for s in states]
+                own = [s[k * spec.directions : (k + 1) * spec.directions] for s in states]
                 h_0, c_0 = own[0], own[1] if len(own) > 1 else None
-            x, final = _run_layer(spec, x, h_0, c_0, weights[k * each : (k + 1) * each], mask)
+            layer = weights[k * each : (k + 1) * each]
+            x, final, cells = _run_layer(spec, x, h_0, c_0, layer, mask, all_states)
             finals.append(final)
+            if all_states:
+                sequences.append(x if cells is None else cells)
             if self.dropout and self.training and k < self.num_layers - 1:
                 x = torch.nn.functional.dropout(x, self.dropout)
-        if self.num_layers == 1:
-            return x, finals[0]
-        return x, tuple(torch.cat(s) for s in zip(*finals))
+        final = finals[0] if self.num_layers == 1 else tuple(map(torch.cat, zip(*finals)))
+        if shown_dtype is not None:
+            x, *sequences = (t.to(shown_dtype) for t in (x, *sequences))
+            final = tuple(s.to(shown_dtype) for s in final)
+        return x, final, sequences
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(input, states[0], batch_sizes)
@@ -99,14 +126,17 @@ class _RNNBase(RNNBase):
         states: States | None,
         lengths: Tensor | Sequence[int] | None,
         mask: Tensor | None,
-    ) -> tuple[Tensor | PackedSequence, States]:
+        reset: Tensor | PackedSequence | None,
+        all_states: bool,
+    ) -> tuple[Any, States, tuple[Any, ...]]:
+        """forward of every module: output, final states, and the states of each layer's steps."""
         if lengths is not None and mask is not None:
             raise ValueError("expected lengths or mask, got both")
         if isinstance(input, PackedSequence):
             if lengths is not None or mask is not None:
                 name = "mask" if lengths is None else "lengths"
                 raise ValueError(f"{name}: expected none with a PackedSequence, which has its own")
-            return self._forward_packed(input, states)
+            return self._forward_packed(input, states, reset, all_states)
 
         if input.dim() not in (2, 3):
             name, noun = ("RNN", " tensor") if self.mode.startswith("RNN") else (self.mode, "")
@@ -129,36 +159,58 @@ class _RNNBase(RNNBase):
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
-        ragged = None
+        def by_step(name: str, given: Any) -> Tensor:  # [T, B]
+            marks = check_steps(name, given, shape).to(input.device).reshape(input.shape[:-1])
+            return marks.t() if self.batch_first else marks
+
+        resets = None if reset is None else by_step("reset", reset)
         if lengths is not None:
             ends = check_lengths(lengths, batch, steps, input.device)
             mask = torch.arange(steps, device=input.device).unsqueeze(1) < ends
         elif mask is not None:
-            mask = check_mask(mask, shape).to(input.device).reshape(input.shape[:-1])
-            mask = mask.t() if self.batch_first else mask
+            mask = by_step("mask", mask)
+        ragged = None
         if mask is not None and not is_per_sample(mask):
-            ragged, mask = from_mask(mask, self.batch_first), None
+            ragged = from_mask(mask, self.batch_first)
+        directions = 2 if self.bidirectional else 1
 
         if ragged is None:
             x = input.transpose(0, 1) if self.batch_first else input
-            output, final = self._run(x, states, batch, None, mask)
-            if self.batch_first:
-                output = output.transpose(0, 1)
+            spec = Spec(self.mode, directions, batch, None, resets)
+            per_sample = mask if mask is not None and is_per_sample(mask) else None
+            output, final, sequences = self._run(spec, x, states, per_sample, all_states)
+
+            def lay_out(sequence: Tensor) -> Tensor:
+                return sequence.transpose(0, 1) if self.batch_first else sequence
         else:
             if states is not None:
                 states = tuple(s.index_select(1, ragged.sorted_indices) for s in states)
+            if resets is not None:
+                assert mask is not None
+                resets = segment_starts(mask, resets)
+                resets = (resets.t() if self.batch_first else resets).flatten()[ragged.rows]
             x = gather(input.reshape(-1, input.shape[-1]), ragged.rows)
-            output, final = self._run(x, states, batch, ragged.batch_sizes)
-            output = scatter(output, ragged.rows, steps * batch).view(*input.shape[:-1], -1)
+            spec = Spec(self.mode, directions, batch, ragged.batch_sizes, resets)
+            output, final, sequences = self._run(spec, x, states, None, all_states)
             final = tuple(s.index_select(1, ragged.unsorted_indices) for s in final)
+
+            def lay_out(sequence: Tensor) -> Tensor:
+                padded = scatter(sequence, ragged.rows, steps * batch)
+                return padded.view(*input.shape[:-1], -1)
+
+        output, *sequences = (lay_out(s) for s in (output, *sequences))
         if not is_batched:
-            output = output.squeeze(batch_dim)
+            output, *sequences = (s.squeeze(batch_dim) for s in (output, *sequences))
             final = tuple(s.squeeze(1) for s in final)
-        return output, final
+        return output, final, tuple(sequences)
 
     def _forward_packed(
-        self, input: PackedSequence, states: States | None
-    ) -> tuple[PackedSequence, States]:
+        self,
+        input: PackedSequence,
+        states: States | None,
+        reset: Tensor | PackedSequence | None,
+        all_states: bool,
+    ) -> tuple[PackedSequence, States, tuple[PackedSequence, ...]]:
         x, batch_sizes, sorted_indices, unsorted_indices = input
         if states is None:
             self.check_input(x, batch_sizes)
@@ -166,17 +218,25 @@ class _RNNBase(RNNBase):
             if sorted_indices is not None:
                 states = tuple(s.index_select(1, sorted_indices) for s in states)
             self._check_states(x, states, batch_sizes)
-        output, final = self._run(x, states, int(batch_sizes[0]), batch_sizes)
+        resets = None
+        if reset is not None:
+            marks = reset.data if isinstance(reset, PackedSequence) else reset
+            resets = check_steps("reset", marks, x.shape[:1]).to(x.device)
+        directions = 2 if self.bidirectional else 1
+        spec = Spec(self.mode, directions, int(batch_sizes[0]), batch_sizes, resets)
+        output, final, sequences = self._run(spec, x, states, None, all_states)
         if unsorted_indices is not None:
             final = tuple(s.index_select(1, unsorted_indices) for s in final)
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
+        packed = (PackedSequence(s, *input[1:]) for s in (output, *sequences))
+        return next(packed), final, tuple(packed)
 
 
 _ARGUMENTS = """
     Constructor, parameters, initial weights and state_dict are those of torch.nn.{name}; a
     state_dict goes both ways.
 
-    forward(input, hx=None, *, lengths=None, mask=None) -> output, {final}
+    forward(input, hx=None, *, lengths=None, mask=None, reset=None, return_states=False)
+        -> output, {final}[, {states}]
 
     Args:
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
@@ -185,20 +245,32 @@ _ARGUMENTS = """
         mask: bool, laid out as the input's first two dimensions, True where a step is real, in any
             pattern. A step that is not real leaves the state as it is and outputs zeros, and what
             stands there in the input never matters.
+        reset: bool, laid out as mask (a PackedSequence, or its data, for a PackedSequence), True
+            where a step begins a new segment of its row, such as an episode or a document. Nothing
+            goes from one segment to another: the forward direction enters a segment, and the
+            reverse direction the segment before it, with a zero state. On a step that is not real
+            it counts for the row's next real one.
+        return_states: whether to return {states} too.
 
     Returns:
         output: laid out as input with D*H features, a PackedSequence for a PackedSequence.
         {final}: the states after each row's last real step, where the reverse direction starts.
+        {states}: {all_states} of every step, a tuple with one entry per layer, laid out as output.
 
     Raises:
-        torch.nn's own errors for what torch.nn refuses; ValueError for a wrong lengths or mask.
+        torch.nn's own errors for what torch.nn refuses; ValueError for a wrong lengths, mask or
+        reset.
 """
 
 
 class LSTM(_RNNBase):
     __doc__ = "A long short-term memory network; see fastrnn.reference.lstm_cell.\n" + (
         _ARGUMENTS.format(
-            name="LSTM", final="(h_n, c_n)", hx="(h_0, c_0), [L*D, B, H] each ([L*D, H] unbatched)"
+            name="LSTM",
+            final="(h_n, c_n)",
+            hx="(h_0, c_0), [L*D, B, H] each ([L*D, H] unbatched)",
+            states="c",
+            all_states="the cell states",
         )
     )
 
@@ -229,12 +301,22 @@ class LSTM(_RNNBase):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        reset: Tensor | PackedSequence | None = None,
+        return_states: bool = False,
+    ) -> Any:
         if hx is not None and len(hx) > 2:
             raise RuntimeError("lstm expects two hidden states")
         states = None if hx is None else tuple(hx)
-        output, (h_n, c_n) = self._forward(input, states, lengths, mask)
-        return output, (h_n, c_n)
+        output, (h_n, c_n), c = self._forward(input, states, lengths, mask, reset, return_states)
+        return (output, (h_n, c_n), c) if return_states else (output, (h_n, c_n))
+
+
+_ONE_STATE = {
+    "final": "h_n",
+    "hx": "h_0 [L*D, B, H] ([L*D, H] unbatched)",
+    "states": "h",
+    "all_states": "the hidden states",
+}
 
 
 class _OneState(_RNNBase):
@@ -247,14 +329,17 @@ class _OneState(_RNNBase):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        output, (h_n,) = self._forward(input, None if hx is None else (hx,), lengths, mask)
-        return output, h_n
+        reset: Tensor | PackedSequence | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        states = None if hx is None else (hx,)
+        output, (h_n,), h = self._forward(input, states, lengths, mask, reset, return_states)
+        return (output, h_n, h) if return_states else (output, h_n)
 
 
 class GRU(_OneState):
     __doc__ = "A gated recurrent unit network; see fastrnn.reference.gru_cell.\n" + (
-        _ARGUMENTS.format(name="GRU", final="h_n", hx="h_0 [L*D, B, H] ([L*D, H] unbatched)")
+        _ARGUMENTS.format(**_ONE_STATE, name="GRU")
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -265,7 +350,7 @@ class GRU(_OneState):
 
 class RNN(_OneState):
     __doc__ = "An Elman network with tanh or relu; see fastrnn.reference.elman_cell.\n" + (
-        _ARGUMENTS.format(name="RNN", final="h_n", hx="h_0 [L*D, B, H] ([L*D, H] unbatched)")
+        _ARGUMENTS.format(**_ONE_STATE, name="RNN")
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -24,18 +24,20 @@ except ImportError as error:
     raise
 
 CELLS = _cpu.cells
-_DTYPES = {torch.float32: 0, torch.float64: 1}
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _library = torch.library.Library("fastrnn", "DEF")
 _library.define(
     "scan_forward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "
-    "Tensor[] bias_hh, Tensor? h_0, Tensor? c_0, Tensor? batch_sizes, SymInt batch, bool keep) "
+    "Tensor[] bias_hh, Tensor? h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? resets, "
+    "SymInt batch, bool keep, bool all_c) "
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor extra, Tensor gates)"
 )
 _library.define(
     "scan_backward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor? h_0, "
-    "Tensor? c_0, Tensor? batch_sizes, SymInt batch, Tensor output, Tensor extra, Tensor gates, "
-    "Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_extra, bool[] wanted) "
+    "Tensor? c_0, Tensor? batch_sizes, Tensor? resets, SymInt batch, Tensor output, "
+    "Tensor extra, Tensor gates, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, "
+    "Tensor? d_extra, bool[] wanted) "
     "-> (Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor d_weight_ih, Tensor d_weight_hh, "
     "Tensor d_bias_ih, Tensor d_bias_hh)"
 )
@@ -46,18 +48,30 @@ def has_kernel(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES
 
 
-def _address(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> int:
-    """Where a contiguous tensor of this shape and like's dtype lies; 0 for None."""
+def _state_dtype(x: Tensor) -> torch.dtype:
+    """In what the kernels carry states from step to step, and keep c_t for backward."""
+    return torch.float32 if x.dtype.itemsize == 2 else x.dtype
+
+
+def _address(
+    name: str,
+    tensor: Tensor | None,
+    like: Tensor,
+    *shape: int,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Where a contiguous tensor of this shape and dtype, else like's, lies; 0 for None."""
     if tensor is None:
         return 0
+    dtype = dtype or like.dtype
     if (
         tensor.shape != shape
-        or tensor.dtype != like.dtype
+        or tensor.dtype != dtype
         or tensor.device != like.device
         or not tensor.is_contiguous()
     ):
         raise ValueError(
-            f"{name}: expected a contiguous {like.dtype} tensor of shape {list(shape)} on "
+            f"{name}: expected a contiguous {dtype} tensor of shape {list(shape)} on "
             f"{like.device}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             + ("" if tensor.is_contiguous() else ", not contiguous")
         )
@@ -94,17 +108,18 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _forward_outputs(
-    mode: str, x: Tensor, weight_hh: list[Tensor], batch: int, keep: bool
+    mode: str, x: Tensor, weight_hh: list[Tensor], batch: int, keep: bool, all_c: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
     rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
     sequence, states = (*x.shape[:-1], directions * hidden), (directions, batch, hidden)
     new = x.new_empty
+    keep_extra = cell.has_extra and (keep or (all_c and cell.has_cell_state))
     return (
         new(sequence),
         new(states),
         new(states if cell.has_cell_state else 0),
-        new(sequence if cell.has_extra and keep else 0),
+        new(sequence if keep_extra else 0, dtype=_state_dtype(x)),
         new((directions, rows, cell.gates * hidden) if cell.saves_gates and keep else 0),
     )
 
@@ -119,18 +134,21 @@ def _scan_forward(
     h_0: Tensor | None,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     batch: int,
     keep: bool,
+    all_c: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
     steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
     wide, inputs, states = cell.gates * hidden, x.shape[-1], (directions, batch, hidden)
     x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
+    resets = _contiguous(resets)
     weight_ih = [w.contiguous() for w in weight_ih]
     weight_hh = [w.contiguous() for w in weight_hh]
     bias_ih = [b.contiguous() for b in bias_ih]
     bias_hh = [b.contiguous() for b in bias_hh]
-    results = _forward_outputs(mode, x, weight_hh, batch, keep)
+    results = _forward_outputs(mode, x, weight_hh, batch, keep, all_c)
     output, h_n, c_n, extra, gates = results
     _cpu.forward(
         cell.index,
@@ -138,6 +156,7 @@ def _scan_forward(
         (steps, batch, hidden, directions),
         rows,
         batch_sizes_address,
+        _address("resets", resets, x, *x.shape[:-1], dtype=torch.bool),
         inputs,
         x.data_ptr(),
         _addresses("weight_ih", weight_ih, x, wide, inputs),
@@ -193,6 +212,7 @@ def _scan_backward(
     h_0: Tensor | None,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     batch: int,
     output: Tensor,
     extra: Tensor,
@@ -208,6 +228,7 @@ def _scan_backward(
     wide, inputs, states = cell.gates * hidden, x.shape[-1], (directions, batch, hidden)
     sequence = (*x.shape[:-1], directions * hidden)
     x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
+    resets = _contiguous(resets)
     weight_ih = [w.contiguous() for w in weight_ih]
     weight_hh = [w.contiguous() for w in weight_hh]
     d_output, d_extra = _contiguous(d_output), _contiguous(d_extra)
@@ -222,6 +243,7 @@ def _scan_backward(
         (steps, batch, hidden, directions),
         rows,
         batch_sizes_address,
+        _address("resets", resets, x, *x.shape[:-1], dtype=torch.bool),
         inputs,
         x.data_ptr(),
         _addresses("weight_ih", weight_ih, x, wide, inputs),
@@ -230,11 +252,11 @@ def _scan_backward(
         _address("c_0", c_0, x, *states),
         _address("output", output, x, *sequence),
         [g.data_ptr() for g in gates],
-        _address("extra", extra, x, *sequence) if cell.has_extra else 0,
+        _address("extra", extra, x, *sequence, dtype=_state_dtype(x)) if cell.has_extra else 0,
         _address("d_output", d_output, x, *sequence),
         _address("d_h_n", d_h_n, x, *states),
         _address("d_c_n", d_c_n, x, *states),
-        _address("d_extra", d_extra, x, *sequence),
+        _address("d_extra", d_extra, x, *sequence, dtype=_state_dtype(x)),
         d_x.data_ptr(),
         d_h_0.data_ptr(),
         d_c_0.data_ptr(),
@@ -253,14 +275,15 @@ _library.impl("scan_backward", _scan_backward, "CPU")
 
 @torch.library.register_fake("fastrnn::scan_forward")
 def _(  # type: ignore[no-untyped-def]
-    mode, x, weight_ih, weight_hh, bias_ih, bias_hh, h_0, c_0, batch_sizes, batch, keep
-):
-    return _forward_outputs(mode, x, weight_hh, batch, keep)
+    mode, x, weight_ih, weight_hh, bias_ih, bias_hh, h_0, c_0, batch_sizes, resets, batch, keep,
+    all_c,
+):  # fmt: skip
+    return _forward_outputs(mode, x, weight_hh, batch, keep, all_c)
 
 
 @torch.library.register_fake("fastrnn::scan_backward")
 def _(  # type: ignore[no-untyped-def]
-    mode, x, weight_ih, weight_hh, h_0, c_0, batch_sizes, batch, output, extra, gates,
+    mode, x, weight_ih, weight_hh, h_0, c_0, batch_sizes, resets, batch, output, extra, gates,
     d_output, d_h_n, d_c_n, d_extra, wanted,
 ):  # fmt: skip
     return _backward_outputs(mode, x, weight_hh, batch, wanted)

@@ -46,6 +46,17 @@ def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
     return Ragged(index, batch_sizes.cpu(), sorted_indices, unsorted_indices)
 
 
+def segment_starts(mask: Tensor, reset: Tensor) -> Tensor:
+    """[T, B]: the real steps of mask that begin a segment.
+
+    A reset on a step that is not real counts for the row's next real one.
+    """
+    segment = reset.cumsum(0)
+    last = torch.where(mask, segment, 0).cummax(0).values  # of the real steps so far
+    before = torch.cat((torch.zeros_like(last[:1]), last[:-1]))
+    return mask & (segment > before)
+
+
 def mask_from_batch_sizes(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor:
     """bool [T, B] of the padded form, rows in sorted order."""
     return torch.arange(batch, device=device) < batch_sizes.to(device).unsqueeze(1)
@@ -132,14 +143,15 @@ def scatter(x: Tensor, index: Tensor, rows: int) -> Tensor:
     return result
 
 
-def check_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
-    """A mask laid out as the input's first dimensions; ValueError for any other."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tuple(shape):
-        got = (
-            f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        )
-        raise ValueError(f"mask: expected a bool tensor of shape {list(shape)}, got {got}")
-    return mask
+def check_steps(name: str, steps: Any, shape: Sequence[int]) -> Tensor:
+    """A bool tensor laid out as the input's first dimensions; ValueError for any other."""
+    if not isinstance(steps, Tensor):
+        got = type(steps).__name__
+    elif steps.dtype != torch.bool or steps.shape != tuple(shape):
+        got = f"{steps.dtype} {list(steps.shape)}"
+    else:
+        return steps
+    raise ValueError(f"{name}: expected a bool tensor of shape {list(shape)}, got {got}")
 
 
 def check_lengths(

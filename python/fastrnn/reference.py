@@ -90,15 +90,28 @@ def scan(
     weights: Sequence[Tensor],
     mask: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
 ) -> tuple[State, State]:
     """A cell over all steps of x [T, B, I], from the last to the first if `reverse`.
 
-    A step that mask [T, B] marks False leaves the state as it is and shows zeros.
+    A step that mask [T, B] marks False leaves the state as it is and shows zeros. A step that reset
+    [T, B] marks True begins a new segment: the scan enters it, or in reverse the segment before it,
+    with a zero state. On a step that is not real, a reset counts for the row's next real one.
     Returns the states of every step, each [T, B, P or H], and the final state, each [B, P or H].
     """
     steps = range(len(x) - 1, -1, -1) if reverse else range(len(x))
     shown: list[State] = [()] * len(x)
+    everywhere = x.new_ones(x.shape[1], dtype=torch.bool)
+    between = begun = ~everywhere  # rows at a boundary; rows that have had a real step
     for t in steps:
+        if reset is not None:
+            real = everywhere if mask is None else mask[t]
+            if not reverse:
+                between = between | reset[t]
+            state = tuple(torch.where((between & real).unsqueeze(-1), 0, s) for s in state)
+            between, begun = between & ~real, begun | real
+            if reverse:
+                between = (between | reset[t]) & begun
         after = _step(mode, x[t], state, weights)
         if mask is None:
             state = shown[t] = after
@@ -117,18 +130,19 @@ def layer(
     states: State,
     weights: Sequence[Sequence[Tensor]],
     mask: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, State, Tensor | None]:
     """One layer in all its directions.
 
-    x [T, B, I]; states h_0 [D, B, P] and, for an LSTM, c_0 [D, B, H]; weights one sequence per
-    direction. Returns output [T, B, D*P], the final states like `states`, and all c_t [T, B, D*H]
-    (LSTM) or None.
+    x [T, B, I]; mask and reset [T, B] as in `scan`; states h_0 [D, B, P] and, for an LSTM, c_0
+    [D, B, H]; weights one sequence per direction. Returns output [T, B, D*P], the final states like
+    `states`, and all c_t [T, B, D*H] (LSTM) or None.
     """
     if mask is not None:
         # A where() alone would let NaN through: its gradient is 0 * NaN.
         x = torch.where(mask.unsqueeze(-1), x, 0)
     runs = [
-        scan(mode, x, tuple(s[d] for s in states), w, mask, reverse=d == 1)
+        scan(mode, x, tuple(s[d] for s in states), w, mask, d == 1, reset)
         for d, w in enumerate(weights)
     ]
     sequences = [torch.cat(s, -1) for s in zip(*(shown for shown, _ in runs))]
@@ -145,6 +159,7 @@ def rnn(
     num_layers: int = 1,
     bidirectional: bool = False,
     mask: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """A whole torch.nn.LSTM, GRU or RNN without dropout.
 
@@ -155,6 +170,7 @@ def rnn(
         weights: as in torch.nn.RNNBase: layer by layer, direction by direction w_ih, w_hh, b_ih,
             b_hh, w_hr, where biases and projection may be absent.
         mask: bool [T, B], True where a step is real.
+        reset: bool [T, B], True where a step begins a new segment of its row.
 
     Returns:
         output [T, B, D*P] and the final states, shaped like hx.
@@ -171,7 +187,7 @@ def rnn(
     finals = []
     for k in range(0, len(groups), directions):
         own = slice(k, k + directions)
-        x, final, _ = layer(mode, x, tuple(s[own] for s in states), groups[own], mask)
+        x, final, _ = layer(mode, x, tuple(s[own] for s in states), groups[own], mask, reset)
         finals.append(final)
     last = tuple(torch.cat(s) for s in zip(*finals))
     return x, (last[0], last[1]) if mode == "LSTM" else last[0]
