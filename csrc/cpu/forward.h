@@ -23,7 +23,7 @@ class ForwardScan {
   static constexpr int64_t kProjectedRows = 256;
   // Up to so many rows in all steps, packing the weights takes longer than reading them as they
   // lie.
-  static constexpr int64_t kFewRows = 8;
+  static constexpr int64_t kFewRows = 32;
 
  public:
   ForwardScan(const ForwardArgs& args, Workspace& workspace)

@@ -17,9 +17,9 @@ from ._functions import Spec, transforming
 from ._modules import _run_layer
 from ._ops import has_kernel
 
-# The fused layer packs its weights at every call. Where it won in inference and in training against
-# torch's cell (Zen 5, one thread, H = 64 to 512): from this many rows and B * G * H gate values.
-_ROWS, _GATES = 32, 32768
+# Where the fused layer won against torch's cell (Zen 5, one and two threads, H = 64 to 512): from so
+# many rows, hidden units and B * G * H gate values.
+_INFERENCE, _TRAINING = (4, 256, 4096), (32, 1, 32768)
 _ELMAN = {"tanh": ("RNN_TANH", torch.rnn_tanh_cell), "relu": ("RNN_RELU", torch.rnn_relu_cell)}
 
 
@@ -34,8 +34,11 @@ class _CellBase(RNNCellBase):
             return False
         if torch.compiler.is_compiling():  # which fuses the operator itself
             return True
-        rows = input.size(0)
-        is_large = rows >= _ROWS and rows * self.hidden_size * self._gates >= _GATES
+        rows, hidden = input.size(0), self.hidden_size
+        least_rows, least_hidden, least = _TRAINING if torch.is_grad_enabled() else _INFERENCE
+        is_large = (
+            rows >= least_rows and hidden >= least_hidden and rows * hidden * self._gates >= least
+        )
         return not (is_large or transforming())  # torch's operators do not support all of these
 
     def _step(

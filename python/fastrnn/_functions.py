@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference
-from ._ops import CELLS, _library, scan_backward, scan_forward
+from ._ops import (
+    CELLS,
+    _library,
+    is_plain,
+    scan_backward,
+    scan_backward_cpu,
+    scan_forward,
+    scan_forward_cpu,
+)
 from ._ragged import gather, mask_from_batch_sizes, scatter
 
 
@@ -55,7 +63,9 @@ def layer_forward(
     """
     each = _split(weights, spec.directions)
     has_bias = len(each[0]) > 2
-    results: tuple[Tensor, ...] = scan_forward(
+    plain = not torch.compiler.is_compiling() and is_plain(x, h_0, c_0, *weights)
+    scan: Callable[..., tuple[Tensor, ...]] = scan_forward_cpu if plain else scan_forward
+    return scan(
         spec.mode,
         x,
         [w[0] for w in each],
@@ -70,7 +80,6 @@ def layer_forward(
         keep,
         all_c,
     )
-    return results
 
 
 def reference_layer(
@@ -131,7 +140,9 @@ def layer_backward(
     each = _split(saved.weights, spec.directions)
     kinds = len(each[0])  # w_ih, w_hh and perhaps both biases
     want_kind = [any(want_weights[i::kinds]) for i in range(kinds)]
-    d_x, d_h_0, d_c_0, *d_kinds = scan_backward(
+    plain = not torch.compiler.is_compiling() and is_plain(saved.x, *grads, *saved.weights)
+    scan: Callable[..., tuple[Tensor, ...]] = scan_backward_cpu if plain else scan_backward
+    d_x, d_h_0, d_c_0, *d_kinds = scan(
         spec.mode,
         saved.x,
         [w[0] for w in each],

@@ -79,7 +79,11 @@ class _RNNBase(RNNBase):
         an LSTM, else h_t.
         """
         # Read by name: the attribute is right whatever a user put in the parameter's place.
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        own = self._parameters
+        weights = [
+            w if (w := own.get(name)) is not None else getattr(self, name)
+            for name in self._flat_weights_names
+        ]
         shown_dtype = None
         if torch.is_autocast_enabled(x.device.type):
             if self.mode == "GRU" and x.device.type == "cpu":  # as torch.nn.GRU
@@ -93,8 +97,10 @@ class _RNNBase(RNNBase):
             h_0: Tensor | None = None
             c_0: Tensor | None = None
             if states is not None:
-                own = [s[k * spec.directions : (k + 1) * spec.directions] for s in states]
-                h_0, c_0 = own[0], own[1] if len(own) > 1 else None
+                h_0, c_0 = (*states, None)[:2]
+                if h_0 is not None and self.num_layers > 1:
+                    part = slice(k * spec.directions, (k + 1) * spec.directions)
+                    h_0, c_0 = h_0[part], None if c_0 is None else c_0[part]
             layer = weights[k * each : (k + 1) * each]
             x, final, cells = _run_layer(spec, x, h_0, c_0, layer, mask, all_states)
             finals.append(final)

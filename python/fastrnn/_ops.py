@@ -26,6 +26,8 @@ except ImportError as error:
 CELLS = _cpu.cells
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 _library = torch.library.Library("fastrnn", "DEF")
 _library.define(
     "scan_forward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "
@@ -45,7 +47,25 @@ _library.define(
 
 def has_kernel(x: Tensor) -> bool:
     """Whether the scan has a compiled kernel for x's device and dtype."""
-    return x.device.type == "cpu" and x.dtype in _DTYPES
+    return x.is_cpu and x.dtype in _DTYPES
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors means no more than its kernel.
+
+    Then the operator can be left out, which takes as long as the whole of a small step.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._autograd._profiler_enabled()
+        and all(
+            t is None
+            or (type(t) in _PLAIN and t.is_cpu and not t.is_neg() and not t._is_zerotensor())
+            for t in tensors
+        )
+    )
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
@@ -54,32 +74,29 @@ def _state_dtype(x: Tensor) -> torch.dtype:
 
 
 def _address(
-    name: str,
-    tensor: Tensor | None,
-    like: Tensor,
-    *shape: int,
-    dtype: torch.dtype | None = None,
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> int:
-    """Where a contiguous tensor of this shape and dtype, else like's, lies; 0 for None."""
+    """Where a contiguous CPU tensor of this dtype and shape lies; 0 for None."""
     if tensor is None:
         return 0
-    dtype = dtype or like.dtype
     if (
-        tensor.shape != shape
-        or tensor.dtype != dtype
-        or tensor.device != like.device
-        or not tensor.is_contiguous()
+        tensor.shape == shape
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.is_contiguous()
     ):
-        raise ValueError(
-            f"{name}: expected a contiguous {dtype} tensor of shape {list(shape)} on "
-            f"{like.device}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            + ("" if tensor.is_contiguous() else ", not contiguous")
-        )
-    return tensor.data_ptr()
+        return tensor.data_ptr()
+    raise ValueError(
+        f"{name}: expected a contiguous {dtype} tensor of shape {list(shape)} on cpu, got "
+        f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        + ("" if tensor.is_contiguous() else ", not contiguous")
+    )
 
 
-def _addresses(name: str, tensors: list[Tensor], like: Tensor, *shape: int) -> list[int]:
-    return [_address(name, tensor, like, *shape) for tensor in tensors]
+def _addresses(
+    name: str, tensors: list[Tensor], dtype: torch.dtype, shape: tuple[int, ...]
+) -> list[int]:
+    return [_address(name, tensor, dtype, shape) for tensor in tensors]
 
 
 def _layout(x: Tensor, batch_sizes: Tensor | None, batch: int) -> tuple[int, int, int]:
@@ -142,6 +159,7 @@ def _scan_forward(
     cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
     steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
     wide, inputs, states = cell.gates * hidden, x.shape[-1], (directions, batch, hidden)
+    dtype = x.dtype
     x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
     resets = _contiguous(resets)
     weight_ih = [w.contiguous() for w in weight_ih]
@@ -152,19 +170,19 @@ def _scan_forward(
     output, h_n, c_n, extra, gates = results
     _cpu.forward(
         cell.index,
-        _DTYPES[x.dtype],
+        _DTYPES[dtype],
         (steps, batch, hidden, directions),
         rows,
         batch_sizes_address,
-        _address("resets", resets, x, *x.shape[:-1], dtype=torch.bool),
+        _address("resets", resets, torch.bool, x.shape[:-1]),
         inputs,
         x.data_ptr(),
-        _addresses("weight_ih", weight_ih, x, wide, inputs),
-        _addresses("weight_hh", weight_hh, x, wide, hidden),
-        _addresses("bias_ih", bias_ih, x, wide),
-        _addresses("bias_hh", bias_hh, x, wide),
-        _address("h_0", h_0, x, *states),
-        _address("c_0", c_0, x, *states),
+        _addresses("weight_ih", weight_ih, dtype, (wide, inputs)),
+        _addresses("weight_hh", weight_hh, dtype, (wide, hidden)),
+        _addresses("bias_ih", bias_ih, dtype, (wide,)),
+        _addresses("bias_hh", bias_hh, dtype, (wide,)),
+        _address("h_0", h_0, dtype, states),
+        _address("c_0", c_0, dtype, states),
         output.data_ptr(),
         h_n.data_ptr(),
         c_n.data_ptr(),
@@ -226,7 +244,7 @@ def _scan_backward(
     cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
     steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
     wide, inputs, states = cell.gates * hidden, x.shape[-1], (directions, batch, hidden)
-    sequence = (*x.shape[:-1], directions * hidden)
+    sequence, dtype = (*x.shape[:-1], directions * hidden), x.dtype
     x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
     resets = _contiguous(resets)
     weight_ih = [w.contiguous() for w in weight_ih]
@@ -236,27 +254,27 @@ def _scan_backward(
     results = _backward_outputs(mode, x, weight_hh, batch, wanted)
     d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_b_ih, d_b_hh = results
     if cell.saves_gates:
-        _address("gates", gates, x, directions, rows, wide)
+        _address("gates", gates, dtype, (directions, rows, wide))
     _cpu.backward(
         cell.index,
-        _DTYPES[x.dtype],
+        _DTYPES[dtype],
         (steps, batch, hidden, directions),
         rows,
         batch_sizes_address,
-        _address("resets", resets, x, *x.shape[:-1], dtype=torch.bool),
+        _address("resets", resets, torch.bool, x.shape[:-1]),
         inputs,
         x.data_ptr(),
-        _addresses("weight_ih", weight_ih, x, wide, inputs),
-        _addresses("weight_hh", weight_hh, x, wide, hidden),
-        _address("h_0", h_0, x, *states),
-        _address("c_0", c_0, x, *states),
-        _address("output", output, x, *sequence),
+        _addresses("weight_ih", weight_ih, dtype, (wide, inputs)),
+        _addresses("weight_hh", weight_hh, dtype, (wide, hidden)),
+        _address("h_0", h_0, dtype, states),
+        _address("c_0", c_0, dtype, states),
+        _address("output", output, dtype, sequence),
         [g.data_ptr() for g in gates],
-        _address("extra", extra, x, *sequence, dtype=_state_dtype(x)) if cell.has_extra else 0,
-        _address("d_output", d_output, x, *sequence),
-        _address("d_h_n", d_h_n, x, *states),
-        _address("d_c_n", d_c_n, x, *states),
-        _address("d_extra", d_extra, x, *sequence, dtype=_state_dtype(x)),
+        _address("extra", extra, _state_dtype(x), sequence) if cell.has_extra else 0,
+        _address("d_output", d_output, dtype, sequence),
+        _address("d_h_n", d_h_n, dtype, states),
+        _address("d_c_n", d_c_n, dtype, states),
+        _address("d_extra", d_extra, _state_dtype(x), sequence),
         d_x.data_ptr(),
         d_h_0.data_ptr(),
         d_c_0.data_ptr(),
@@ -291,3 +309,5 @@ def _(  # type: ignore[no-untyped-def]
 
 scan_forward = torch.ops.fastrnn.scan_forward.default
 scan_backward = torch.ops.fastrnn.scan_backward.default
+scan_forward_cpu = _scan_forward
+scan_backward_cpu = _scan_backward
