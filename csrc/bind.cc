@@ -75,12 +75,13 @@ void set_input(Args& args, int64_t input, Address x) {
 
 // Sets the sizes that both passes share; `rows` is the N of the buffers.
 template <class Args>
-void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows,
+void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows,
                Address batch_sizes, Address resets) {
-  const auto [steps, batch, hidden, directions] = sizes;
+  const auto [steps, batch, hidden, shown, directions] = sizes;
   if (cell < 0 || cell >= Cells::size) throw std::invalid_argument("unknown cell");
   if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("unknown dtype");
-  if (steps < 0 || batch < 0 || hidden < 1 || directions < 1 || directions > kMaxDirections) {
+  if (steps < 0 || batch < 0 || hidden < 1 || shown < 1 || directions < 1 ||
+      directions > kMaxDirections) {
     throw std::invalid_argument("sizes out of range");
   }
   args.cell = cell;
@@ -88,6 +89,7 @@ void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 4> sizes, in
   args.steps = steps;
   args.batch = batch;
   args.hidden = hidden;
+  args.shown = shown;
   args.directions = static_cast<int>(directions);
   args.batch_sizes = static_cast<const int64_t*>(pointer(batch_sizes));
   args.resets = static_cast<const bool*>(pointer(resets));
@@ -113,16 +115,29 @@ void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 4> sizes, in
   }
 }
 
-void forward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Address batch_sizes,
+// Sets the weights that both passes share.
+template <class Args>
+void set_weights(Args& args, const Addresses& weight_ih, const Addresses& weight_hh,
+                 const Addresses& weight_hr) {
+  set(args.weight_ih, weight_ih, args.directions);
+  set(args.weight_hh, weight_hh, args.directions);
+  set_optional(args.weight_hr, weight_hr, args.directions);
+  bool has_direct_path = false;
+  Cells::visit(args.cell, [&](auto c) { has_direct_path = decltype(c)::has_direct_path; });
+  if (weight_hr.empty() ? args.shown != args.hidden : has_direct_path) {
+    throw std::invalid_argument("this cell and these sizes have no such projection");
+  }
+}
+
+void forward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, Address batch_sizes,
              Address resets, int64_t input, Address x, const Addresses& weight_ih,
-             const Addresses& weight_hh, const Addresses& bias_ih, const Addresses& bias_hh,
-             Address h_0, Address c_0, Address output, Address h_n, Address c_n,
-             const Addresses& gates, Address extra, int threads) {
+             const Addresses& weight_hh, const Addresses& weight_hr, const Addresses& bias_ih,
+             const Addresses& bias_hh, Address h_0, Address c_0, Address output, Address h_n,
+             Address c_n, const Addresses& gates, Address extra, int threads) {
   ForwardArgs args{};
   set_shape(args, cell, dtype, sizes, rows, batch_sizes, resets);
   set_input(args, input, x);
-  set(args.weight_ih, weight_ih, args.directions);
-  set(args.weight_hh, weight_hh, args.directions);
+  set_weights(args, weight_ih, weight_hh, weight_hr);
   set_optional(args.bias_ih, bias_ih, args.directions);
   set_optional(args.bias_hh, bias_hh, args.directions);
   set_optional(args.gates, gates, args.directions);
@@ -135,7 +150,7 @@ void forward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Ad
   const CpuVariant& variant = active_variant();
   py::gil_scoped_release release;
   const size_t sequence = rows * args.directions * args.hidden * size_of(args.dtype);
-  prefer_large_pages(args.output, sequence);
+  prefer_large_pages(args.output, rows * args.directions * args.shown * size_of(args.dtype));
   if (args.extra != nullptr) prefer_large_pages(args.extra, sequence);
   for (int d = 0; args.gates[0] != nullptr && d < args.directions; ++d) {
     prefer_large_pages(args.gates[d], gates_of(cell) * sequence / args.directions);
@@ -143,21 +158,22 @@ void forward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Ad
   variant.forward(args, threads);
 }
 
-void backward(int cell, int dtype, std::array<int64_t, 4> sizes, int64_t rows, Address batch_sizes,
+void backward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, Address batch_sizes,
               Address resets, int64_t input, Address x, const Addresses& weight_ih,
-              const Addresses& weight_hh, Address h_0, Address c_0, Address output,
-              const Addresses& gates, Address extra, Address d_output, Address d_h_n, Address d_c_n,
-              Address d_extra, Address d_x, Address d_h_0, Address d_c_0,
-              const Addresses& d_weight_ih, const Addresses& d_weight_hh,
-              const Addresses& d_bias_ih, const Addresses& d_bias_hh, int threads) {
+              const Addresses& weight_hh, const Addresses& weight_hr, Address h_0, Address c_0,
+              Address output, const Addresses& gates, Address extra, Address d_output,
+              Address d_h_n, Address d_c_n, Address d_extra, Address d_x, Address d_h_0,
+              Address d_c_0, const Addresses& d_weight_ih, const Addresses& d_weight_hh,
+              const Addresses& d_weight_hr, const Addresses& d_bias_ih, const Addresses& d_bias_hh,
+              int threads) {
   BackwardArgs args{};
   set_shape(args, cell, dtype, sizes, rows, batch_sizes, resets);
   set_input(args, input, x);
-  set(args.weight_ih, weight_ih, args.directions);
-  set(args.weight_hh, weight_hh, args.directions);
+  set_weights(args, weight_ih, weight_hh, weight_hr);
   set_optional(args.gates, gates, args.directions);
   set_optional(args.d_weight_ih, d_weight_ih, args.directions);
   set_optional(args.d_weight_hh, d_weight_hh, args.directions);
+  set_optional(args.d_weight_hr, d_weight_hr, args.directions);
   set_optional(args.d_bias_ih, d_bias_ih, args.directions);
   set_optional(args.d_bias_hh, d_bias_hh, args.directions);
   args.h_0 = pointer(h_0);

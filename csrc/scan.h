@@ -2,8 +2,8 @@
 // everything that a scan is told; the device code behind forward_dev_impl / backward_dev_impl reads
 // nothing else.
 //
-// Sizes: T steps, B batch rows, I input features, H hidden units, D directions, G gates of the
-// cell, N steps of all rows.
+// Sizes: T steps, B batch rows, I input features, H hidden units, P features of h (H unless it is
+// projected), D directions, G gates of the cell, N steps of all rows.
 //
 // Rows may end at different steps. They are then sorted by length, longest first, and stored
 // without padding, as in torch's PackedSequence: batch_sizes[t] rows are alive at step t and lie
@@ -30,22 +30,23 @@ constexpr int kMaxDirections = 2;
 struct ForwardArgs {
   int cell;  // index into cells/registry.h
   DType dtype;
-  int64_t steps, batch, input, hidden;
+  int64_t steps, batch, input, hidden, shown;  // T, B, I, H, P
   int directions;              // the second one runs from each row's last step to its first
   const int64_t* batch_sizes;  // [T], not increasing, each <= B; null: all rows live for all steps
   const bool* resets;          // [N] or null: this step begins a new segment of its row
 
   const void* x;                          // [N, I]
   const void* weight_ih[kMaxDirections];  // [G*H, I]
-  const void* weight_hh[kMaxDirections];  // [G*H, H]
+  const void* weight_hh[kMaxDirections];  // [G*H, P]
+  const void* weight_hr[kMaxDirections];  // [P, H] projects h; null: P = H. Not with a direct path.
   const void* bias_ih[kMaxDirections];    // [G*H] or null
   const void* bias_hh[kMaxDirections];    // the same
-  const void* h_0;                        // [D, B, H] or null for zeros
-  const void* c_0;                        // the same; only cells with a cell state
+  const void* h_0;                        // [D, B, P] or null for zeros
+  const void* c_0;                        // [D, B, H] or null; only cells with a cell state
 
-  void* output;  // [N, D*H]: every h_t
-  void* h_n;     // [D, B, H]: h after each row's last step. Must not alias h_0.
-  void* c_n;     // the same; only cells with a cell state
+  void* output;  // [N, D*P]: every h_t
+  void* h_n;     // [D, B, P]: h after each row's last step. Must not alias h_0.
+  void* c_n;     // [D, B, H]; only cells with a cell state
 
   // What backward needs of each step, or null if there will be no backward.
   void* gates[kMaxDirections];  // [N, G*H]: the activated gates; only cells that save them
@@ -56,7 +57,7 @@ struct ForwardArgs {
 struct BackwardArgs {
   int cell;
   DType dtype;
-  int64_t steps, batch, input, hidden;
+  int64_t steps, batch, input, hidden, shown;
   int directions;
   const int64_t* batch_sizes;
   const bool* resets;
@@ -64,6 +65,7 @@ struct BackwardArgs {
   const void* x;
   const void* weight_ih[kMaxDirections];
   const void* weight_hh[kMaxDirections];
+  const void* weight_hr[kMaxDirections];
   const void* h_0;
   const void* c_0;
   const void* output;
@@ -71,17 +73,18 @@ struct BackwardArgs {
   const void* extra;
 
   // Incoming gradients; null means zero.
-  const void* d_output;  // [N, D*H]
-  const void* d_h_n;     // [D, B, H]
+  const void* d_output;  // [N, D*P]
+  const void* d_h_n;     // [D, B, P]
   const void* d_c_n;     // [D, B, H]
   const void* d_extra;   // [N, D*H]; only cells whose extra is the cell state
 
   // Outgoing gradients; null if not wanted.
   void* d_x;                          // [D, N, I]: the part of each direction, to be added up
-  void* d_h_0;                        // [D, B, H]
+  void* d_h_0;                        // [D, B, P]
   void* d_c_0;                        // [D, B, H]
   void* d_weight_ih[kMaxDirections];  // [G*H, I]
-  void* d_weight_hh[kMaxDirections];  // [G*H, H]
+  void* d_weight_hh[kMaxDirections];  // [G*H, P]
+  void* d_weight_hr[kMaxDirections];  // [P, H]
   void* d_bias_ih[kMaxDirections];    // [G*H]
   void* d_bias_hh[kMaxDirections];    // [G*H]
 };

@@ -19,6 +19,7 @@ def gates_of(mode: str, x: torch.Tensor) -> torch.Tensor:
         [x.new_zeros(wide, 1)],
         [],
         [],
+        [],
         None,
         None,
         None,

@@ -211,17 +211,30 @@ def test_wrong_reset(packed):
             model(x, reset=wrong)
 
 
-def test_proj_size_and_other_dtypes():
-    model = fastrnn.LSTM(3, 5, proj_size=2, bidirectional=True, dtype=torch.float64)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(9, 4, 3, 5, 2), (1, 2, 3, 64, 40), (30, 9, 33, 129, 70)], ids=str
+)
+def test_projection(bidirectional, sizes, masked):
+    """Against the definition, for every number of threads."""
+    T, B, inputs_, hidden, shown = sizes
+    options = {"bidirectional": bidirectional, "dtype": torch.float64}
+    model = make(fastrnn, "LSTM", inputs_, hidden, proj_size=shown, **options)
     x, hx = inputs(model, T, B)
-    reset = make_reset(T, B)
-    output, _ = model(x, hx, reset=reset)
-    last = reset[:, 2].nonzero()[-1, 0]
-    entering = tuple(h[:, 2:3].clone() for h in hx)
-    for h in entering:
-        h[0] = 0
-    expected, _ = model(x[last:, 2:3], entering)
-    assert_close({"": output[last:, 2:3].detach()}, {"": expected.detach()})
+    options = {"reset": make_reset(T, B), "mask": make_mask("holes", T, B) if masked else None}
+
+    def definition(x, hx, **options):
+        params = list(model.parameters())
+        return reference.rnn("LSTM", x, hx, params, bidirectional=bidirectional, **options)
+
+    expected = run(model, x, hx, forward=definition, **options)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert_close(run(model, x, hx, **options), expected, 1e-12)
+    finally:
+        torch.set_num_threads(before)
 
 
 # States of every step.

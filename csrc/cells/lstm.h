@@ -26,6 +26,11 @@ struct Lstm {
   }
 
   template <class V>
+  static V hidden(const V (&gate)[4], V c) {
+    return gate[3] * tanh(c);
+  }
+
+  template <class V>
   static V backward(const V (&gate)[4], V, V, V c_prev, V c, V dh, V& dc, V (&dx)[4], V (&dr)[4]) {
     const V i = gate[0], f = gate[1], g = gate[2], o = gate[3];
     const V tanh_c = tanh(c);

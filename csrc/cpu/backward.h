@@ -1,6 +1,8 @@
 // The backward scan on the CPU, in the shape of the forward one: a register tile computes the part
 // of dh_t that comes through W_hh from the following step, and the cell turns dh_t into gate
 // gradients. Some steps at a time, these go on into the gradients of the input and of the weights.
+// Where h is projected, its gradient is completed first and a second product per step takes it to
+// the units.
 #pragma once
 
 #include "gradients.h"
@@ -27,20 +29,27 @@ class BackwardScan {
         steps_(args, workspace),
         input_(args.input),
         hidden_(args.hidden),
+        shown_(args.shown),
         wide_(G * args.hidden),
-        features_(args.directions * args.hidden),
+        projects_(args.weight_hr[0] != nullptr),
         stride_(odd_lines<T>(wide_)),
         chunk_steps_(max_of(1, min_of(args.steps, kChunkRows / max_of(1, args.batch)))),
         threads_(threads),
-        hh_(args.hidden),
+        hh_(args.shown),
         ih_(args.input),
+        hr_(args.hidden),
         gradient_ih_(wide_, args.input, args.directions, workspace),
-        gradient_hh_(wide_, args.hidden, args.directions, workspace) {
+        gradient_hh_(wide_, args.shown, args.directions, workspace),
+        gradient_hr_(projects_ ? args.shown : 0, args.hidden, args.directions, workspace) {
     const size_t directions = args.directions;
     const size_t states = directions * args.batch * hidden_;
+    const size_t projected = projects_ ? directions * chunk_rows() : 0;
     packed_hh_ = workspace.take<T>(directions * hh_.blocks * wide_ * hh_.width);
     packed_ih_ =
         workspace.take<T>(args.d_x == nullptr ? 0 : directions * ih_.blocks * wide_ * ih_.width);
+    packed_hr_ = workspace.take<T>(projects_ ? directions * hr_.blocks * shown_ * hr_.width : 0);
+    chunk_h_ = workspace.take<T>(projected * stride_);
+    chunk_hidden_ = workspace.take<T>(projected * stride_);
     carry_h_ = workspace.take<T>(Cell::has_direct_path ? states : 0);
     carry_c_ = workspace.take<T>(Cell::has_cell_state ? states : 0);
     carry_gates_ = workspace.take<T>(directions * args.batch * stride_);
@@ -90,13 +99,15 @@ class BackwardScan {
  private:
   const BackwardArgs& args_;
   const Steps steps_;
-  const int64_t input_, hidden_, wide_, features_;
+  const int64_t input_, hidden_, shown_, wide_;
+  const bool projects_;
   const int64_t stride_;  // between rows of gate gradients
   const int64_t chunk_steps_;
   const int threads_;
-  const Columns<T> hh_, ih_;
-  const WeightGradient<T> gradient_ih_, gradient_hh_;
+  const Columns<T> hh_, ih_, hr_;
+  const WeightGradient<T> gradient_ih_, gradient_hh_, gradient_hr_;
   T* packed_hh_;
+  T* packed_hr_;
   T* packed_ih_;
   // What a step hands to the one before it: [D, B, H], and the gate gradients of a chunk's last
   // step.
@@ -105,7 +116,9 @@ class BackwardScan {
   T* carry_gates_;
   T* chunk_;  // [D, rows of a chunk, stride]
   T* chunk_hh_;
-  T* bias_ih_;  // [D, stride]
+  T* chunk_h_;       // the same rows: gradients of a projected h
+  T* chunk_hidden_;  // and what it was projected from
+  T* bias_ih_;       // [D, stride]
   T* bias_hh_;
   T* panels_;
   const S** sources_;
@@ -160,11 +173,13 @@ class BackwardScan {
     finish_rows(direction, part, true, first, old, rows);
   }
 
-  int64_t state_offset(int direction, int64_t row) const {
-    return (direction * args_.batch + row) * hidden_;
+  // In [D, B, columns]
+  int64_t state_offset(int direction, int64_t row, int64_t columns) const {
+    return (direction * args_.batch + row) * columns;
   }
-  int64_t feature_offset(int direction, int64_t t, int64_t row) const {
-    return (steps_.offset(t) + row) * features_ + direction * hidden_;
+  // In [N, D*columns]
+  int64_t feature_offset(int direction, int64_t t, int64_t row, int64_t columns) const {
+    return ((steps_.offset(t) + row) * args_.directions + direction) * columns;
   }
   static const S* at(const void* base, int64_t offset) {
     return base == nullptr ? nullptr : static_cast<const S*>(base) + offset;
@@ -175,6 +190,9 @@ class BackwardScan {
   T* packed_hh(int direction, int64_t block) const {
     return packed_hh_ + (direction * hh_.blocks + block) * wide_ * hh_.width;
   }
+  T* packed_hr(int direction, int64_t block) const {
+    return packed_hr_ + (direction * hr_.blocks + block) * shown_ * hr_.width;
+  }
   T* packed_ih(int direction, int64_t block) const {
     return packed_ih_ + (direction * ih_.blocks + block) * wide_ * ih_.width;
   }
@@ -184,8 +202,15 @@ class BackwardScan {
     Range blocks = part.blocks;
     if (!part.meets_each_step) blocks = share(hh_.blocks, part.rank, part.size);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      pack_backward(static_cast<const S*>(args_.weight_hh[direction]), wide_, hidden_, hh_.units, b,
+      pack_backward(static_cast<const S*>(args_.weight_hh[direction]), wide_, shown_, hh_.units, b,
                     packed_hh(direction, b));
+    }
+    if (projects_) {
+      blocks = share(hr_.blocks, part.rank, part.size);
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        pack_backward(static_cast<const S*>(args_.weight_hr[direction]), shown_, hidden_, hr_.units,
+                      b, packed_hr(direction, b));
+      }
     }
     if (args_.d_x != nullptr) {
       blocks = share(ih_.blocks, part.rank, part.size);
@@ -197,12 +222,12 @@ class BackwardScan {
     part.meet();
   }
 
-  // Calls finish(row, count, unit, sums) for every vector of units of every tile of rows
+  // Calls finish(row, count, column, sums) for every vector of columns of h of every tile of rows
   // [begin, end); sums[r * units + u] is W_hh^T times the gate gradients `after(row)`, or zero
-  // without any. Before that, fetch(row, count, unit) may ask for what finish will read.
+  // without any. Before that, fetch(row, count, column) may ask for what finish will read.
   template <class After, class Fetch, class Finish>
-  void for_each_unit(int direction, const Part& part, bool has_after, After after, int64_t begin,
-                     int64_t end, Fetch fetch, Finish finish) const {
+  void for_each_column(int direction, const Part& part, bool has_after, After after, int64_t begin,
+                       int64_t end, Fetch fetch, Finish finish) const {
     begin = max_of(begin, part.rows.begin);
     end = min_of(end, part.rows.end);
     for (int64_t block = part.blocks.begin; block < part.blocks.end; ++block) {
@@ -219,8 +244,8 @@ class BackwardScan {
           for (int j = 0; j < count * hh_.units; ++j) sums[j] = V(T(0));
         }
         for (int u = 0; u < hh_.units; ++u) {
-          const int64_t unit = (block * hh_.units + u) * V::lanes;
-          if (unit < hidden_) finish(row, count, unit, sums + u);
+          const int64_t column = (block * hh_.units + u) * V::lanes;
+          if (column < shown_) finish(row, count, column, sums + u);
         }
       });
     }
@@ -232,7 +257,7 @@ class BackwardScan {
       const int64_t bytes = hh_.width * sizeof(T);
       for (int r = 0; r < count; ++r) {
         const int64_t n = (steps_.offset(step.t) + row + r) * G * hidden_ + unit;
-        const int64_t feature = feature_offset(direction, step.t, row + r) + unit;
+        const int64_t feature = feature_offset(direction, step.t, row + r, shown_) + unit;
         if constexpr (Cell::saves_gates) {
           for (int g = 0; g < G; ++g) {
             prefetch(at(args_.gates[direction], n + g * hidden_), bytes);
@@ -244,20 +269,82 @@ class BackwardScan {
     const auto after = [&](int64_t row) {
       return steps_.cut_after(direction, step.t, row) ? zeros_ : step.after + row * stride_;
     };
-    const auto finish = [&](int64_t row, int count, int64_t unit, const V* sums) {
-      if (hidden_ - unit >= V::lanes) {
-        differentiate<true>(direction, step, row, count, unit, sums);
+    const auto finish = [&](int64_t row, int count, int64_t column, const V* sums) {
+      if (projects_) {
+        keep_shown(direction, step, row, count, column, sums);
+      } else if (hidden_ - column >= V::lanes) {
+        differentiate<true>(direction, step, row, count, column, sums, hh_.units);
       } else {
-        differentiate<false>(direction, step, row, count, unit, sums);
+        differentiate<false>(direction, step, row, count, column, sums, hh_.units);
       }
     };
-    for_each_unit(direction, part, step.has_after, after, begin, end, fetch, finish);
+    for_each_column(direction, part, step.has_after, after, begin, end, fetch, finish);
+    if (projects_) {
+      if (part.meets_each_step) part.meet();
+      run_projected_rows(direction, part, step, begin, end);
+    }
   }
 
-  // The cell's backward on one vector of units of some rows. Full: no lane lies beyond H.
+  // The gradient of a projected h_t, complete.
+  void keep_shown(int direction, const Step& step, int64_t row, int count, int64_t column,
+                  const V* sums) const {
+    const int64_t left = min_of(shown_ - column, V::lanes);
+    for (int r = 0; r < count; ++r) {
+      V dh = sums[r * hh_.units];
+      if (args_.d_output != nullptr) {
+        dh = dh + V::load(at(args_.d_output,
+                             feature_offset(direction, step.t, row + r, shown_) + column),
+                          left);
+      }
+      if (!step.has_after && args_.d_h_n != nullptr) {
+        dh = dh + V::load(at(args_.d_h_n, state_offset(direction, row + r, shown_) + column), left);
+      }
+      const int64_t local = steps_.offset(step.t) + row + r - step.chunk.begin;
+      dh.store(chunk_row(chunk_h_, direction, local) + column);
+    }
+  }
+
+  // W_hr^T takes it to the units, where the cell takes over.
+  void run_projected_rows(int direction, const Part& part, const Step& step, int64_t begin,
+                          int64_t end) const {
+    const Range blocks = hr_blocks(part);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const auto run_tile = [&](int64_t row, int count, int64_t i) {
+        V sums[kMaxRows * kMaxVectors];
+        const T* rows[kMaxRows];
+        const int64_t local = steps_.offset(step.t) + row - step.chunk.begin;
+        for (int r = 0; r < count; ++r) rows[r] = chunk_row(chunk_h_, direction, local + r);
+        const T* weights = packed_hr(direction, block);
+        const T* later = later_of(weights, shown_, hr_.units, i);
+        tile_for<Multiply<T>>(hr_.units, count)(rows, weights, later, shown_, sums);
+        for (int u = 0; u < hr_.units; ++u) {
+          const int64_t unit = (block * hr_.units + u) * V::lanes;
+          if (hidden_ - unit >= V::lanes) {
+            differentiate<true>(direction, step, row, count, unit, sums + u, hr_.units);
+          } else if (hidden_ > unit) {
+            differentiate<false>(direction, step, row, count, unit, sums + u, hr_.units);
+          }
+        }
+      };
+      for_each_tile(max_of(begin, part.rows.begin), min_of(end, part.rows.end), max_rows(hr_.units),
+                    run_tile);
+    }
+  }
+
+  Range hr_blocks(const Part& part) const {
+    return part.meets_each_step ? share(hr_.blocks, part.rank, part.size) : Range{0, hr_.blocks};
+  }
+  // The part's own units of the cell state.
+  Range unit_range(const Part& part) const {
+    const Range blocks = projects_ ? hr_blocks(part) : part.blocks;
+    return {min_of(blocks.begin * hr_.width, hidden_), min_of(blocks.end * hr_.width, hidden_)};
+  }
+
+  // The cell's backward on one vector of units of some rows; sums[r * stride] is what reaches h by
+  // a product. Full: no lane lies beyond H.
   template <bool Full>
   void differentiate(int direction, const Step& step, int64_t row, int count, int64_t unit,
-                     const V* sums) const {
+                     const V* sums, int stride) const {
     const int64_t left = hidden_ - unit;
     const auto load = [left](const auto* p) {
       if constexpr (Full) return V::load(p);
@@ -271,10 +358,10 @@ class BackwardScan {
 
     for (int r = 0; r < count; ++r) {
       const int64_t n = (steps_.offset(step.t) + row + r) * G * hidden_ + unit;
-      const int64_t state = state_offset(direction, row + r) + unit;
-      const int64_t feature = feature_offset(direction, step.t, row + r) + unit;
+      const int64_t state = state_offset(direction, row + r, hidden_) + unit;
+      const int64_t feature = feature_offset(direction, step.t, row + r, hidden_) + unit;
       const int64_t before =
-          step.has_before ? feature_offset(direction, step.before, row + r) + unit : 0;
+          step.has_before ? feature_offset(direction, step.before, row + r, hidden_) + unit : 0;
 
       const bool cut = steps_.cut_before(direction, step.t, row + r);
       V gate[G], h_prev(T(0)), h(T(0)), extra_prev(T(0)), extra(T(0)), d_extra(T(0));
@@ -298,18 +385,22 @@ class BackwardScan {
         if (args_.d_extra != nullptr) d_extra = d_extra + load(extra_at(args_.d_extra, feature));
       }
 
-      V dh = sums[r * hh_.units];
-      if (args_.d_output != nullptr) dh = dh + load(at(args_.d_output, feature));
-      if (!step.has_after) {
-        dh = dh + load_or_zero(at(args_.d_h_n, state));
-      } else if constexpr (Cell::has_direct_path) {
-        dh = dh + load(carry_h_ + state);
+      V dh = sums[r * stride];
+      if (!projects_) {
+        if (args_.d_output != nullptr) dh = dh + load(at(args_.d_output, feature));
+        if (!step.has_after) dh = dh + load_or_zero(at(args_.d_h_n, state));
       }
+      if (Cell::has_direct_path && step.has_after) dh = dh + load(carry_h_ + state);
 
       V dx[G], dr[G];
       const V direct = Cell::backward(gate, h_prev, h, extra_prev, extra, dh, d_extra, dx, dr);
 
       const int64_t local = steps_.offset(step.t) + row + r - step.chunk.begin;
+      if constexpr (Cell::has_cell_state) {
+        if (projects_) {
+          Cell::hidden(gate, extra).store(chunk_row(chunk_hidden_, direction, local) + unit);
+        }
+      }
       T* d_gates = chunk_row(chunk_, direction, local) + unit;
       T* d_gates_hh = chunk_row(chunk_hh_, direction, local) + unit;
 #pragma GCC unroll 4
@@ -327,53 +418,63 @@ class BackwardScan {
   template <class First>
   void finish_rows(int direction, const Part& part, bool had_steps, First first, int64_t begin,
                    int64_t end) const {
-    if (args_.d_h_0 == nullptr && args_.d_c_0 == nullptr) return;
-    const auto fetch = [](int64_t, int, int64_t) {};
-    const auto finish = [&](int64_t row, int count, int64_t unit, const V* sums) {
-      const int64_t left = min_of(hidden_ - unit, V::lanes);
-      const auto load_or_zero = [left](const auto* p) {
-        return p == nullptr ? V(T(0)) : V::load(p, left);
-      };
-      for (int r = 0; r < count; ++r) {
-        const int64_t state = state_offset(direction, row + r) + unit;
-        if (args_.d_h_0 != nullptr) {
+    if (args_.d_h_0 != nullptr) {
+      const auto fetch = [](int64_t, int, int64_t) {};
+      const auto finish = [&](int64_t row, int count, int64_t column, const V* sums) {
+        const int64_t left = min_of(shown_ - column, V::lanes);
+        for (int r = 0; r < count; ++r) {
+          const int64_t state = state_offset(direction, row + r, shown_) + column;
           V dh = sums[r * hh_.units];
           if (!had_steps) {
-            dh = load_or_zero(at(args_.d_h_n, state));
+            dh = args_.d_h_n == nullptr ? V(T(0)) : V::load(at(args_.d_h_n, state), left);
           } else if constexpr (Cell::has_direct_path) {
             dh = dh + V::load(carry_h_ + state, left);
           }
           dh.store(static_cast<S*>(args_.d_h_0) + state, left);
         }
-        if constexpr (Cell::has_cell_state) {
-          if (args_.d_c_0 != nullptr) {
-            const V dc =
-                had_steps ? load_or_zero(carry_c_ + state) : load_or_zero(at(args_.d_c_n, state));
-            dc.store(static_cast<S*>(args_.d_c_0) + state, left);
-          }
+      };
+      for_each_column(direction, part, had_steps, first, begin, end, fetch, finish);
+    }
+    if (args_.d_c_0 != nullptr && Cell::has_cell_state) {
+      const Range own = unit_range(part);
+      const int64_t count = own.end - own.begin;
+      const int64_t last = min_of(end, part.rows.end);
+      for (int64_t row = max_of(begin, part.rows.begin); row < last; ++row) {
+        const int64_t state = state_offset(direction, row, hidden_) + own.begin;
+        S* d_c_0 = static_cast<S*>(args_.d_c_0) + state;
+        if (had_steps) {
+          convert(carry_c_ + state, d_c_0, count);
+        } else if (args_.d_c_n != nullptr) {
+          convert(at(args_.d_c_n, state), d_c_0, count);
+        } else {
+          std::memset(d_c_0, 0, count * sizeof(S));
         }
       }
-    };
-    for_each_unit(direction, part, had_steps && args_.d_h_0 != nullptr, first, begin, end, fetch,
-                  finish);
+    }
   }
 
-  // The part's own share of the weight gradients: body(gradient, is_hh, block, rows of the weight).
-  // The same at every call, so that no sum is ever touched by two threads.
+  enum class Weight { kInput, kRecurrent, kProjection };
+
+  // The part's own share of the weight gradients: body(gradient, weight, block, rows of the
+  // weight). The same at every call, so that no sum is ever touched by two threads.
   template <class Body>
   void for_each_gradient(int direction, const Part& part, Body body) const {
     const int64_t ih = args_.d_weight_ih[direction] == nullptr ? 0 : gradient_ih_.blocks();
     const int64_t hh = args_.d_weight_hh[direction] == nullptr ? 0 : gradient_hh_.blocks();
-    if (ih + hh == 0) return;
-    const int cuts = static_cast<int>((part.size + ih + hh - 1) / (ih + hh));
-    const Range items = share((ih + hh) * cuts, part.rank, part.size);
+    const int64_t hr = args_.d_weight_hr[direction] == nullptr ? 0 : gradient_hr_.blocks();
+    const int64_t blocks = ih + hh + hr;
+    if (blocks == 0) return;
+    const int cuts = static_cast<int>((part.size + blocks - 1) / blocks);
+    const Range items = share(blocks * cuts, part.rank, part.size);
     for (int64_t i = items.begin; i < items.end; ++i) {
       const int64_t block = i / cuts;
-      const Range rows = share(wide_, static_cast<int>(i % cuts), cuts);
+      const int cut = static_cast<int>(i % cuts);
       if (block < ih) {
-        body(gradient_ih_, false, block, rows);
+        body(gradient_ih_, Weight::kInput, block, share(wide_, cut, cuts));
+      } else if (block < ih + hh) {
+        body(gradient_hh_, Weight::kRecurrent, block - ih, share(wide_, cut, cuts));
       } else {
-        body(gradient_hh_, true, block - ih, rows);
+        body(gradient_hr_, Weight::kProjection, block - ih - hh, share(shown_, cut, cuts));
       }
     }
   }
@@ -386,7 +487,7 @@ class BackwardScan {
 
   void start_gradients(int direction, const Part& part) const {
     for_each_gradient(direction, part,
-                      [&](const WeightGradient<T>& gradient, bool, int64_t block, Range rows) {
+                      [&](const WeightGradient<T>& gradient, Weight, int64_t block, Range rows) {
                         gradient.clear(direction, block, rows);
                       });
     const Range columns = bias_columns(part);
@@ -403,16 +504,24 @@ class BackwardScan {
     const S** sources = sources_ + scratch * chunk_rows();
     for_each_gradient(
         direction, part,
-        [&](const WeightGradient<T>& gradient, bool is_hh, int64_t block, Range rows) {
-          if (is_hh) {
-            find_previous(direction, chunk, step, sources);
+        [&](const WeightGradient<T>& gradient, Weight weight, int64_t block, Range rows) {
+          const T* left = chunk_row(chunk_, direction, 0);
+          if (weight == Weight::kProjection) {
+            const T* hidden = chunk_row(chunk_hidden_, direction, 0);
+            left = chunk_row(chunk_h_, direction, 0);
+            gradient.pack(
+                block, [&](int64_t k) { return hidden + k * stride_; }, chunk.rows, panel);
           } else {
-            for (int64_t k = 0; k < chunk.rows; ++k)
-              sources[k] = at(args_.x, (chunk.begin + k) * input_);
+            if (weight == Weight::kRecurrent) {
+              left = chunk_row(chunk_hh_, direction, 0);
+              find_previous(direction, chunk, step, sources);
+            } else {
+              for (int64_t k = 0; k < chunk.rows; ++k)
+                sources[k] = at(args_.x, (chunk.begin + k) * input_);
+            }
+            gradient.pack(block, [&](int64_t k) { return sources[k]; }, chunk.rows, panel);
           }
-          gradient.pack(block, sources, chunk.rows, panel);
-          gradient.add(direction, block, rows, chunk_row(is_hh ? chunk_hh_ : chunk_, direction, 0),
-                       stride_, panel, chunk.rows);
+          gradient.add(direction, block, rows, left, stride_, panel, chunk.rows);
         });
     if (args_.d_bias_ih[direction] != nullptr) {
       add_bias(chunk_row(chunk_, direction, 0), chunk.rows, bias_columns(part),
@@ -431,8 +540,9 @@ class BackwardScan {
       const int64_t old = steps_.rows(t - step);
       for (int64_t row = 0; row < steps_.rows(t); ++row) {
         *sources++ = steps_.cut_before(direction, t, row) ? nullptr
-                     : row < old ? at(args_.output, feature_offset(direction, t - step, row))
-                                 : at(args_.h_0, state_offset(direction, row));
+                     : row < old
+                         ? at(args_.output, feature_offset(direction, t - step, row, shown_))
+                         : at(args_.h_0, state_offset(direction, row, shown_));
       }
     }
   }
@@ -496,9 +606,11 @@ class BackwardScan {
   void write_gradients(int direction, const Part& part) const {
     for_each_gradient(
         direction, part,
-        [&](const WeightGradient<T>& gradient, bool is_hh, int64_t block, Range rows) {
-          void* weight = is_hh ? args_.d_weight_hh[direction] : args_.d_weight_ih[direction];
-          gradient.write(direction, block, rows, static_cast<S*>(weight));
+        [&](const WeightGradient<T>& gradient, Weight weight, int64_t block, Range rows) {
+          void* const* targets = weight == Weight::kInput       ? args_.d_weight_ih
+                                 : weight == Weight::kRecurrent ? args_.d_weight_hh
+                                                                : args_.d_weight_hr;
+          gradient.write(direction, block, rows, static_cast<S*>(targets[direction]));
         });
     if (args_.d_bias_ih[direction] == nullptr) return;
     const Range columns = bias_columns(part);

@@ -4,7 +4,8 @@
 //
 // W_ih x runs through the same tiles, a few steps ahead, into a buffer that stays in cache: a
 // projection of the whole sequence would be written to memory and read back, and inference would
-// need room for it.
+// need room for it. A projection of h (LSTM only) is a second product per step, after the first is
+// complete.
 #pragma once
 
 #include "math.h"
@@ -31,28 +32,33 @@ class ForwardScan {
         steps_(args, workspace),
         input_(args.input),
         hidden_(args.hidden),
-        features_(args.directions * args.hidden),
-        stride_(odd_lines<T>(args.hidden)),
+        shown_(args.shown),
+        projects_(args.weight_hr[0] != nullptr),
+        stride_(odd_lines<T>(max_of(args.hidden, args.shown))),
         units_(units_per_block<T>(args.hidden, G)),
         width_(units_ * G * V::lanes),
         blocks_((args.hidden + units_ * V::lanes - 1) / (units_ * V::lanes)),
+        hr_(args.shown),
         ahead_(max_of(1, min_of(args.steps, kProjectedRows / max_of(1, args.batch)))),
         packs_(args.steps * args.batch > kFewRows) {
     const int64_t states = args.directions * args.batch * stride_;
     const int64_t rows = args.directions * ahead_ * args.batch;
     if (packs_) {
       packed_ih_ = workspace.take<T>(args.directions * blocks_ * input_ * width_);
-      packed_hh_ = workspace.take<T>(args.directions * blocks_ * hidden_ * width_);
+      packed_hh_ = workspace.take<T>(args.directions * blocks_ * shown_ * width_);
+      packed_hr_ =
+          workspace.take<T>(projects_ ? args.directions * hr_.blocks * hidden_ * hr_.width : 0);
     }
     projected_ = workspace.take<T>(rows * blocks_ * width_);
     widened_ = workspace.take<T>(kWidens ? rows * input_ : 0);
     for (T*& h : h_) h = workspace.take<T>(states);
     cell_ = workspace.take<T>(Cell::has_cell_state ? states : 0);
+    unprojected_ = workspace.take<T>(projects_ ? states : 0);
   }
 
   Work work() const {
     const int vectors = units_ * G;
-    return {args_.steps, steps_.mean_rows(), input_ + hidden_, blocks_,
+    return {args_.steps, steps_.mean_rows(), input_ + shown_, blocks_,
             vectors,     max_rows(vectors),  args_.directions};
   }
 
@@ -66,6 +72,10 @@ class ForwardScan {
       if (i % ahead_ == 0) project(direction, part, t, step, min_of(ahead_, steps_.count() - i));
       const int64_t rows = steps_.rows(t);
       run_rows(direction, part, t, i, rows);
+      if (projects_) {
+        if (part.meets_each_step) part.meet();
+        project_hidden(direction, part, t, i, rows);
+      }
       // Rows that end here leave their final state.
       copy_final(direction, part, t, min_of(rows, steps_.rows(t + step)), rows);
       if (part.meets_each_step) part.meet();
@@ -77,36 +87,48 @@ class ForwardScan {
 
   const ForwardArgs& args_;
   const Steps steps_;
-  const int64_t input_, hidden_, features_;
+  const int64_t input_, hidden_, shown_;
+  const bool projects_;
   const int64_t stride_;  // between rows of states
   const int units_;       // vectors of hidden units in a block
   const int64_t width_;   // columns of a block: its units, all gates
   const int64_t blocks_;
+  const Columns<T> hr_;
   const int64_t ahead_;  // steps projected at once
   const bool packs_;
   T* packed_ih_ = nullptr;
   T* packed_hh_ = nullptr;
+  T* packed_hr_ = nullptr;
   T* projected_;
   T* widened_;  // x of the steps projected at once, in T
   // What a step hands to the next, [D, B, stride]: h, read from one and written to the other, and
   // the cell state. Zero where a reset stands between them.
   T* h_[2];
   T* cell_;
+  T* unprojected_;  // o * tanh(c) of this step
 
   int64_t state_offset(int direction, int64_t row) const {
     return (direction * args_.batch + row) * stride_;
   }
-  // Row `row` of [D, B, H]
+  // Row `row` of [D, B, columns]
   template <class Pointer>
-  auto final_state(Pointer* base, int direction, int64_t row) const {
+  auto state_row(Pointer* base, int direction, int64_t row, int64_t columns) const {
     using Element = std::conditional_t<std::is_const_v<Pointer>, const S, S>;
-    return static_cast<Element*>(base) + (direction * args_.batch + row) * hidden_;
+    return static_cast<Element*>(base) + (direction * args_.batch + row) * columns;
+  }
+  // Row `row` of step t of [N, D*columns]
+  template <class Element>
+  Element* step_row(Element* base, int direction, int64_t t, int64_t row, int64_t columns) const {
+    return base + ((steps_.offset(t) + row) * args_.directions + direction) * columns;
   }
   T* packed_ih(int direction, int64_t block) const {
     return packed_ih_ + (direction * blocks_ + block) * input_ * width_;
   }
   T* packed_hh(int direction, int64_t block) const {
-    return packed_hh_ + (direction * blocks_ + block) * hidden_ * width_;
+    return packed_hh_ + (direction * blocks_ + block) * shown_ * width_;
+  }
+  T* packed_hr(int direction, int64_t block) const {
+    return packed_hr_ + (direction * hr_.blocks + block) * hidden_ * hr_.width;
   }
   // W_ih x + b_ih of one row for one block, in the order of the tile's columns; slot counts steps
   // ahead.
@@ -120,6 +142,15 @@ class ForwardScan {
     const int64_t units = units_ * V::lanes;
     return {min_of(part.blocks.begin * units, hidden_), min_of(part.blocks.end * units, hidden_)};
   }
+  // The part's blocks of features of h, if it is projected, and all its own features.
+  Range shown_blocks(const Part& part) const {
+    return part.meets_each_step ? share(hr_.blocks, part.rank, part.size) : Range{0, hr_.blocks};
+  }
+  Range shown_range(const Part& part) const {
+    if (!projects_) return unit_range(part);
+    const Range blocks = shown_blocks(part);
+    return {min_of(blocks.begin * hr_.width, shown_), min_of(blocks.end * hr_.width, shown_)};
+  }
 
   void pack(int direction, const Part& part) const {
     const S* weight_ih = static_cast<const S*>(args_.weight_ih[direction]);
@@ -129,68 +160,74 @@ class ForwardScan {
     if (!part.meets_each_step) blocks = share(blocks.end, part.rank, part.size);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       pack_forward(weight_ih, hidden_, input_, G, units_, b, packed_ih(direction, b));
-      pack_forward(weight_hh, hidden_, hidden_, G, units_, b, packed_hh(direction, b));
+      pack_forward(weight_hh, hidden_, shown_, G, units_, b, packed_hh(direction, b));
+    }
+    if (!projects_) return;
+    blocks = share(hr_.blocks, part.rank, part.size);
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      pack_forward(static_cast<const S*>(args_.weight_hr[direction]), shown_, hidden_, 1, hr_.units,
+                   b, packed_hr(direction, b));
     }
   }
 
   // Both buffers of h begin with h_0: in one direction rows begin at different steps. Rows without
   // any step keep their initial states.
   void start_states(int direction, const Part& part) const {
-    const Range units = unit_range(part);
-    const int64_t count = units.end - units.begin;
-    const int64_t padded = (units.end == hidden_ ? stride_ : units.end) - units.begin;
     const int64_t first = direction == 0 ? 0 : steps_.count() - 1;
     for (int64_t row = part.rows.begin; row < part.rows.end; ++row) {
-      const int64_t offset = state_offset(direction, row) + units.begin;
       const bool cut = steps_.cut_before(direction, first, row);
-      const auto start = [&](const void* initial, T* target) {
-        std::memset(target + offset, 0, padded * sizeof(T));
+      const auto start = [&](const void* initial, Range own, int64_t columns, T* target) {
+        const bool is_last = own.begin < own.end && own.end == columns;
+        const int64_t end = is_last ? stride_ : own.end;
+        target += state_offset(direction, row);
+        std::memset(target + own.begin, 0, (end - own.begin) * sizeof(T));
         if (initial != nullptr && !cut) {
-          convert(final_state(initial, direction, row) + units.begin, target + offset, count);
+          convert(state_row(initial, direction, row, columns) + own.begin, target + own.begin,
+                  own.end - own.begin);
         }
       };
-      for (T* h : h_) start(args_.h_0, h);
-      if constexpr (Cell::has_cell_state) start(args_.c_0, cell_);
-      if (row >= steps_.rows(0)) {
-        S* h_n = final_state(args_.h_n, direction, row) + units.begin;
-        convert(h_[0] + offset, h_n, count);
-        copy_cell(direction, row, units);
-      }
+      for (T* h : h_) start(args_.h_0, shown_range(part), shown_, h);
+      if constexpr (Cell::has_cell_state) start(args_.c_0, unit_range(part), hidden_, cell_);
+      if (row < steps_.rows(0)) continue;
+      const Range own = shown_range(part);
+      convert(h_[0] + state_offset(direction, row) + own.begin,
+              state_row(args_.h_n, direction, row, shown_) + own.begin, own.end - own.begin);
+      copy_cell(direction, part, row);
     }
   }
 
   void copy_final(int direction, const Part& part, int64_t t, int64_t begin, int64_t end) const {
-    const Range units = unit_range(part);
+    const Range own = shown_range(part);
     for (int64_t row = max_of(begin, part.rows.begin); row < min_of(end, part.rows.end); ++row) {
-      const S* output = static_cast<const S*>(args_.output) + (steps_.offset(t) + row) * features_ +
-                        direction * hidden_;
-      convert(output + units.begin, final_state(args_.h_n, direction, row) + units.begin,
-              units.end - units.begin);
-      copy_cell(direction, row, units);
+      convert(step_row(static_cast<const S*>(args_.output), direction, t, row, shown_) + own.begin,
+              state_row(args_.h_n, direction, row, shown_) + own.begin, own.end - own.begin);
+      copy_cell(direction, part, row);
     }
   }
 
-  void copy_cell(int direction, int64_t row, Range units) const {
+  void copy_cell(int direction, const Part& part, int64_t row) const {
     if constexpr (Cell::has_cell_state) {
-      convert(cell_ + state_offset(direction, row) + units.begin,
-              final_state(args_.c_n, direction, row) + units.begin, units.end - units.begin);
+      const Range own = unit_range(part);
+      convert(cell_ + state_offset(direction, row) + own.begin,
+              state_row(args_.c_n, direction, row, hidden_) + own.begin, own.end - own.begin);
     }
   }
 
-  // sums[r * vectors + v] = the block's columns of a weight times row r.
-  void multiply(const S* weight, const T* packed, int64_t block, const T* const* rows, int count,
-                int64_t depth, int64_t tile, V* sums) const {
-    const int vectors = units_ * G;
+  // sums[r * vectors + v] = the block's columns of a weight [gates * columns, depth] times row r.
+  void multiply(const S* weight, int gates, int64_t columns, int units, const T* packed,
+                int64_t block, const T* const* rows, int count, int64_t depth, int64_t tile,
+                V* sums) const {
+    const int vectors = units * gates;
     if (packs_) {
       const T* later = later_of(packed, depth, vectors, tile);
       return tile_for<Multiply<T>>(vectors, count)(rows, packed, later, depth, sums);
     }
     for (int v = 0; v < vectors; ++v) {
-      const int64_t unit = (block * units_ + v / G) * V::lanes;
-      if (unit >= hidden_) continue;
-      const S* own = weight + (v % G * hidden_ + unit) * depth;
+      const int64_t unit = (block * units + v / gates) * V::lanes;
+      if (unit >= columns) continue;
+      const S* own = weight + (v % gates * columns + unit) * depth;
       for (int r = 0; r < count; ++r) {
-        sums[r * vectors + v] = multiply_unpacked(rows[r], own, hidden_ - unit, depth);
+        sums[r * vectors + v] = multiply_unpacked(rows[r], own, columns - unit, depth);
       }
     }
   }
@@ -229,8 +266,8 @@ class ForwardScan {
       int64_t tile = 0;
       const auto multiply_gathered = [&] {
         V sums[kMaxRows * kMaxVectors];
-        multiply(static_cast<const S*>(args_.weight_ih[direction]), packed_ih(direction, block),
-                 block, rows, gathered, input_, tile++, sums);
+        multiply(static_cast<const S*>(args_.weight_ih[direction]), G, hidden_, units_,
+                 packed_ih(direction, block), block, rows, gathered, input_, tile++, sums);
         for (int r = 0; r < gathered; ++r) {
           for (int v = 0; v < vectors; ++v) {
             (sums[r * vectors + v] + biases[v]).store(targets[r] + v * V::lanes);
@@ -275,8 +312,8 @@ class ForwardScan {
         } else {
           const T* rows[kMaxRows];
           for (int r = 0; r < count; ++r) rows[r] = h + state_offset(direction, row + r);
-          multiply(static_cast<const S*>(args_.weight_hh[direction]), packed_hh(direction, block),
-                   block, rows, count, hidden_, index, sums);
+          multiply(static_cast<const S*>(args_.weight_hh[direction]), G, hidden_, units_,
+                   packed_hh(direction, block), block, rows, count, shown_, index, sums);
         }
         for (int u = 0; u < units_; ++u) {
           const int64_t unit = (block * units_ + u) * V::lanes;
@@ -297,6 +334,34 @@ class ForwardScan {
         }
       };
       for_each_tile(part.rows.begin, min_of(end, part.rows.end), max_rows(vectors), run_tile);
+    }
+  }
+
+  // h_t = W_hr times what run_rows left, for the part's rows and features.
+  void project_hidden(int direction, const Part& part, int64_t t, int64_t i, int64_t end) const {
+    const Range blocks = shown_blocks(part);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const auto run_tile = [&](int64_t row, int count, int64_t index) {
+        V sums[kMaxRows * kMaxVectors];
+        const T* rows[kMaxRows];
+        for (int r = 0; r < count; ++r) rows[r] = unprojected_ + state_offset(direction, row + r);
+        multiply(static_cast<const S*>(args_.weight_hr[direction]), 1, shown_, hr_.units,
+                 packed_hr(direction, block), block, rows, count, hidden_, index, sums);
+        for (int r = 0; r < count; ++r) {
+          S* output = step_row(static_cast<S*>(args_.output), direction, t, row + r, shown_);
+          T* h_next = h_[(i + 1) % 2] + state_offset(direction, row + r);
+          const bool cut = steps_.cut_after(direction, t, row + r);
+          for (int u = 0; u < hr_.units; ++u) {
+            const int64_t column = (block * hr_.units + u) * V::lanes;
+            const int64_t left = min_of(shown_ - column, V::lanes);
+            if (left <= 0) break;
+            const V h = sums[r * hr_.units + u];
+            h.store(output + column, left);
+            (cut ? V(T(0)) : h).store(h_next + column);
+          }
+        }
+      };
+      for_each_tile(part.rows.begin, min_of(end, part.rows.end), max_rows(hr_.units), run_tile);
     }
   }
 
@@ -321,11 +386,13 @@ class ForwardScan {
     };
 
     const int64_t n = steps_.offset(tile.t) + tile.row;
-    const int64_t feature = n * features_ + tile.direction * hidden_ + tile.unit;
+    const int64_t features = args_.directions * hidden_;
+    const int64_t feature = n * features + tile.direction * hidden_ + tile.unit;
     const int64_t state = state_offset(tile.direction, tile.row) + tile.unit;
     const T* h_prev = h_[tile.i % 2] + state;
     T* h_next = h_[(tile.i + 1) % 2] + state;
     T* cell = cell_ + state;
+    T* unprojected = unprojected_ + state;
     S* output = static_cast<S*>(args_.output) + feature;
     T* extra = args_.extra == nullptr ? nullptr : static_cast<T*>(args_.extra) + feature;
     S* gates = static_cast<S*>(args_.gates[tile.direction]);
@@ -343,7 +410,6 @@ class ForwardScan {
 
       const V h = Cell::forward(x, recurrent, direct, kept);
 
-      store(output + r * features_, h);
       if constexpr (Cell::saves_gates) {
         if (gates != nullptr) {
 #pragma GCC unroll 4
@@ -351,10 +417,15 @@ class ForwardScan {
         }
       }
       if constexpr (Cell::has_extra) {
-        if (extra != nullptr) store(extra + r * features_, kept);
+        if (extra != nullptr) store(extra + r * features, kept);
       }
       const bool cut = steps_.cut_after(tile.direction, tile.t, tile.row + r);
-      (cut ? V(T(0)) : h).store(h_next + r * stride_);
+      if (projects_) {
+        h.store(unprojected + r * stride_);
+      } else {
+        store(output + r * features, h);
+        (cut ? V(T(0)) : h).store(h_next + r * stride_);
+      }
       if constexpr (Cell::has_cell_state) (cut ? V(T(0)) : kept).store(cell + r * stride_);
     }
   }

@@ -27,14 +27,15 @@ class WeightGradient {
                 (rows.end - rows.begin) * cut_.width * sizeof(T));
   }
 
-  // panel[k] = the block's columns of source[k], zeros where source[k] is null.
-  template <class S>
-  void pack(int64_t block, const S* const* source, int64_t depth, T* panel) const {
+  // panel[k] = the block's columns of source(k), zeros where that is null.
+  template <class Source>
+  void pack(int64_t block, Source source, int64_t depth, T* panel) const {
     const int64_t first = block * cut_.width;
     const int64_t count = min_of(cut_.width, columns_ - first);
     for (int64_t k = 0; k < depth; ++k, panel += cut_.width) {
-      pack_row(source[k] == nullptr ? nullptr : source[k] + first, source[k] == nullptr ? 0 : count,
-               cut_.width, panel);
+      const auto* row = source(k);
+      pack_row(row == nullptr ? nullptr : row + first, row == nullptr ? 0 : count, cut_.width,
+               panel);
     }
   }
 

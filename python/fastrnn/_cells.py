@@ -17,8 +17,8 @@ from ._functions import Spec, transforming
 from ._modules import _run_layer
 from ._ops import has_kernel
 
-# Where the fused layer won against torch's cell (Zen 5, one and two threads, H = 64 to 512): from so
-# many rows, hidden units and B * G * H gate values.
+# Where the fused layer won against torch's cell (Zen 5, one and two threads, H = 64 to 512): from
+# so many rows, hidden units and B * G * H gate values.
 _INFERENCE, _TRAINING = (4, 256, 4096), (32, 1, 32768)
 _ELMAN = {"tanh": ("RNN_TANH", torch.rnn_tanh_cell), "relu": ("RNN_RELU", torch.rnn_relu_cell)}
 
@@ -45,18 +45,22 @@ class _CellBase(RNNCellBase):
         self, mode: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, ...] | None:
         """The new states from the fused layer, T = 1; None where torch's operator has to run."""
-        batch, is_lstm = input.shape[:-1], mode == "LSTM"
+        is_lstm = mode == "LSTM"
         if (
             not (transforming() if input.dim() == 1 else input.dim() == 2)
             or self._is_small(input)
+            or not has_kernel(input)  # before autocast, which does not know every device
             or input.size(-1) != self.input_size
             or torch.is_autocast_enabled(input.device.type)
             or (hx is not None and isinstance(hx, Tensor) is is_lstm)
         ):
             return None
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        batch = input.shape[:-1]
         shape = (*batch, self.hidden_size)
-        if len(states) not in (0, 1 + is_lstm) or any(s.shape != shape for s in states):
+        if hx is not None and len(states) != 1 + is_lstm:
+            return None
+        if not all(isinstance(s, Tensor) and s.shape == shape for s in states):
             return None
         weights = [self.weight_ih, self.weight_hh]
         if self.bias:

@@ -3,7 +3,7 @@
 Layout. Without batch_sizes the input is [T, B, I] and all rows live for T steps. With batch_sizes,
 an int64 CPU tensor [T], it is [N, I] without padding, rows sorted longest first, as
 PackedSequence.data. Sequences come out laid out as the input. `weights` are, direction by
-direction, w_ih, w_hh, b_ih, b_hh, or only w_ih, w_hh, as in torch.nn.RNNBase.
+direction, w_ih, w_hh, b_ih, b_hh, w_hr, as in torch.nn.RNNBase; biases and w_hr may be absent.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def layer_forward(
     For an LSTM that begins with every c_t, which `all_c` asks for alone.
     """
     each = _split(weights, spec.directions)
-    has_bias = len(each[0]) > 2
+    kinds = len(each[0])
     plain = not torch.compiler.is_compiling() and is_plain(x, h_0, c_0, *weights)
     scan: Callable[..., tuple[Tensor, ...]] = scan_forward_cpu if plain else scan_forward
     return scan(
@@ -70,8 +70,9 @@ def layer_forward(
         x,
         [w[0] for w in each],
         [w[1] for w in each],
-        [w[2] for w in each] if has_bias else [],
-        [w[3] for w in each] if has_bias else [],
+        [w[-1] for w in each] if kinds % 2 else [],
+        [w[2] for w in each] if kinds > 3 else [],
+        [w[3] for w in each] if kinds > 3 else [],
         h_0,
         c_0,
         spec.batch_sizes,
@@ -138,15 +139,17 @@ def layer_backward(
     """
     want_x, want_h_0, want_c_0, *want_weights = wanted
     each = _split(saved.weights, spec.directions)
-    kinds = len(each[0])  # w_ih, w_hh and perhaps both biases
+    kinds = len(each[0])  # w_ih, w_hh, perhaps both biases, perhaps w_hr
     want_kind = [any(want_weights[i::kinds]) for i in range(kinds)]
+    want_hr, want_bias = kinds % 2 == 1 and want_kind[-1], kinds > 3 and any(want_kind[2:4])
     plain = not torch.compiler.is_compiling() and is_plain(saved.x, *grads, *saved.weights)
     scan: Callable[..., tuple[Tensor, ...]] = scan_backward_cpu if plain else scan_backward
-    d_x, d_h_0, d_c_0, *d_kinds = scan(
+    d_x, d_h_0, d_c_0, d_ih, d_hh, d_hr, *d_biases = scan(
         spec.mode,
         saved.x,
         [w[0] for w in each],
         [w[1] for w in each],
+        [w[-1] for w in each] if kinds % 2 else [],
         saved.h_0,
         saved.c_0,
         spec.batch_sizes,
@@ -156,8 +159,9 @@ def layer_backward(
         saved.extra,
         saved.gates,
         *grads,
-        [want_x, want_h_0, want_c_0, *want_kind[:2], any(want_kind[2:])],
+        [want_x, want_h_0, want_c_0, *want_kind[:2], want_hr, want_bias],
     )
+    d_kinds = [d_ih, d_hh, *(d_biases if kinds > 3 else []), d_hr]
     d_weights = [
         d_kinds[i][d] if want_weights[d * kinds + i] else None
         for d in range(spec.directions)
@@ -407,6 +411,7 @@ def _scan_forward_autograd(
     x: Tensor,
     weight_ih: list[Tensor],
     weight_hh: list[Tensor],
+    weight_hr: list[Tensor],
     bias_ih: list[Tensor],
     bias_hh: list[Tensor],
     h_0: Tensor | None,
@@ -418,7 +423,7 @@ def _scan_forward_autograd(
     all_c: bool,
 ) -> tuple[Tensor, ...]:
     """The gradient of the bare operator, as compiled graphs and exported programs call it."""
-    kinds = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w]
+    kinds = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w]
     weights = [w for each in zip(*kinds) for w in each]
     spec = Spec(mode, len(weight_ih), batch, batch_sizes, resets)
     tensors = [x, *weights] + [s for s in (h_0, c_0) if s is not None]

@@ -28,6 +28,16 @@ from ._ragged import (
 States = tuple[Tensor, ...]  # (h,) or (h, c), each [L*D, B, H]
 
 
+def _check_devices(x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor]) -> None:
+    for name, tensors in (("hidden", states), ("parameter", weights)):
+        for t in tensors:
+            if t is not None and t.device != x.device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input tensor at "
+                    f"{x.device} and {name} tensor at {t.device}"
+                )
+
+
 def _run_layer(
     spec: Spec,
     x: Tensor,
@@ -42,10 +52,10 @@ def _run_layer(
     compiling, transformed = torch.compiler.is_compiling(), transforming()
     if (
         mask is not None
-        or len(weights) // spec.directions in (3, 5)  # a projection
         or not all(map(has_kernel, tensors))
         or (compiling and transformed)  # which torch.compile knows for plain torch only
     ):
+        _check_devices(x, (h_0, c_0), weights)
         output, *rest = reference_layer(spec, x, h_0, c_0, weights, mask)
     elif compiling:  # the bare operator has a gradient too
         keep = torch.is_grad_enabled()
@@ -85,7 +95,7 @@ class _RNNBase(RNNBase):
             for name in self._flat_weights_names
         ]
         shown_dtype = None
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             if self.mode == "GRU" and x.device.type == "cpu":  # as torch.nn.GRU
                 shown_dtype = x.dtype if states is None else states[0].dtype
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -113,6 +123,16 @@ class _RNNBase(RNNBase):
             x, *sequences = (t.to(shown_dtype) for t in (x, *sequences))
             final = tuple(s.to(shown_dtype) for s in final)
         return x, final, sequences
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        # functional_call puts weights in place that _flat_weights never sees, of another dtype too.
+        flat = self._flat_weights
+        if input.dtype != flat[0].dtype:  # type: ignore[union-attr]
+            self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        try:
+            super().check_input(input, batch_sizes)
+        finally:
+            self._flat_weights = flat
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(input, states[0], batch_sizes)
@@ -290,6 +310,8 @@ class LSTM(_RNNBase):
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(input, states, batch_sizes)
+        if len(states) > 2:
+            raise RuntimeError("lstm expects two hidden states")
 
     @staticmethod
     def _check_dims(states: States, expected: int) -> None:
@@ -310,9 +332,7 @@ class LSTM(_RNNBase):
         reset: Tensor | PackedSequence | None = None,
         return_states: bool = False,
     ) -> Any:
-        if hx is not None and len(hx) > 2:
-            raise RuntimeError("lstm expects two hidden states")
-        states = None if hx is None else tuple(hx)
+        states = None if hx is None else (hx[0], hx[1], *hx[2:])
         output, (h_n, c_n), c = self._forward(input, states, lengths, mask, reset, return_states)
         return (output, (h_n, c_n), c) if return_states else (output, (h_n, c_n))
 
@@ -367,9 +387,8 @@ class RNN(_OneState):
             args = args[:3] + args[4:]
         else:
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
-        if self.nonlinearity not in modes:
+        if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(
                 f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'."
             )
-        super().__init__(modes[self.nonlinearity], *args, **kwargs)
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)

@@ -10,6 +10,8 @@ custom_op decorator.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -30,18 +32,17 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("fastrnn", "DEF")
 _library.define(
-    "scan_forward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "
-    "Tensor[] bias_hh, Tensor? h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? resets, "
-    "SymInt batch, bool keep, bool all_c) "
+    "scan_forward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] weight_hr, "
+    "Tensor[] bias_ih, Tensor[] bias_hh, Tensor? h_0, Tensor? c_0, Tensor? batch_sizes, "
+    "Tensor? resets, SymInt batch, bool keep, bool all_c) "
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor extra, Tensor gates)"
 )
 _library.define(
-    "scan_backward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor? h_0, "
-    "Tensor? c_0, Tensor? batch_sizes, Tensor? resets, SymInt batch, Tensor output, "
-    "Tensor extra, Tensor gates, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, "
-    "Tensor? d_extra, bool[] wanted) "
-    "-> (Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor d_weight_ih, Tensor d_weight_hh, "
-    "Tensor d_bias_ih, Tensor d_bias_hh)"
+    "scan_backward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] weight_hr, "
+    "Tensor? h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? resets, SymInt batch, Tensor output, "
+    "Tensor extra, Tensor gates, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_extra, "
+    "bool[] wanted) -> (Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor d_weight_ih, "
+    "Tensor d_weight_hh, Tensor d_weight_hr, Tensor d_bias_ih, Tensor d_bias_hh)"
 )
 
 
@@ -73,18 +74,11 @@ def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype.itemsize == 2 else x.dtype
 
 
-def _address(
-    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
-) -> int:
+def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Where a contiguous CPU tensor of this dtype and shape lies; 0 for None."""
     if tensor is None:
         return 0
-    if (
-        tensor.shape == shape
-        and tensor.dtype is dtype
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-    ):
+    if tensor.shape == shape and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous():
         return tensor.data_ptr()
     raise ValueError(
         f"{name}: expected a contiguous {dtype} tensor of shape {list(shape)} on cpu, got "
@@ -124,20 +118,33 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+class _Sizes(NamedTuple):
+    """What the shapes of the weights say."""
+
+    directions: int
+    hidden: int  # H
+    shown: int  # P, the features of h
+    wide: int  # G * H
+
+
+def _sizes(mode: str, weight_hh: list[Tensor]) -> _Sizes:
+    wide, shown = weight_hh[0].shape
+    return _Sizes(len(weight_hh), wide // CELLS[mode].gates, shown, wide)
+
+
 def _forward_outputs(
     mode: str, x: Tensor, weight_hh: list[Tensor], batch: int, keep: bool, all_c: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
+    cell, (directions, hidden, shown, wide) = CELLS[mode], _sizes(mode, weight_hh)
     rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
-    sequence, states = (*x.shape[:-1], directions * hidden), (directions, batch, hidden)
-    new = x.new_empty
+    steps, new = x.shape[:-1], x.new_empty
     keep_extra = cell.has_extra and (keep or (all_c and cell.has_cell_state))
     return (
-        new(sequence),
-        new(states),
-        new(states if cell.has_cell_state else 0),
-        new(sequence if keep_extra else 0, dtype=_state_dtype(x)),
-        new((directions, rows, cell.gates * hidden) if cell.saves_gates and keep else 0),
+        new((*steps, directions * shown)),
+        new((directions, batch, shown)),
+        new((directions, batch, hidden) if cell.has_cell_state else 0),
+        new((*steps, directions * hidden) if keep_extra else 0, dtype=_state_dtype(x)),
+        new((directions, rows, wide) if cell.saves_gates and keep else 0),
     )
 
 
@@ -146,6 +153,7 @@ def _scan_forward(
     x: Tensor,
     weight_ih: list[Tensor],
     weight_hh: list[Tensor],
+    weight_hr: list[Tensor],
     bias_ih: list[Tensor],
     bias_hh: list[Tensor],
     h_0: Tensor | None,
@@ -156,14 +164,15 @@ def _scan_forward(
     keep: bool,
     all_c: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
+    cell, (directions, hidden, shown, wide) = CELLS[mode], _sizes(mode, weight_hh)
     steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
-    wide, inputs, states = cell.gates * hidden, x.shape[-1], (directions, batch, hidden)
+    inputs = x.shape[-1]
     dtype = x.dtype
     x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
     resets = _contiguous(resets)
     weight_ih = [w.contiguous() for w in weight_ih]
     weight_hh = [w.contiguous() for w in weight_hh]
+    weight_hr = [w.contiguous() for w in weight_hr]
     bias_ih = [b.contiguous() for b in bias_ih]
     bias_hh = [b.contiguous() for b in bias_hh]
     results = _forward_outputs(mode, x, weight_hh, batch, keep, all_c)
@@ -171,18 +180,19 @@ def _scan_forward(
     _cpu.forward(
         cell.index,
         _DTYPES[dtype],
-        (steps, batch, hidden, directions),
+        (steps, batch, hidden, shown, directions),
         rows,
         batch_sizes_address,
         _address("resets", resets, torch.bool, x.shape[:-1]),
         inputs,
         x.data_ptr(),
         _addresses("weight_ih", weight_ih, dtype, (wide, inputs)),
-        _addresses("weight_hh", weight_hh, dtype, (wide, hidden)),
+        _addresses("weight_hh", weight_hh, dtype, (wide, shown)),
+        _addresses("weight_hr", weight_hr, dtype, (shown, hidden)),
         _addresses("bias_ih", bias_ih, dtype, (wide,)),
         _addresses("bias_hh", bias_hh, dtype, (wide,)),
-        _address("h_0", h_0, dtype, states),
-        _address("c_0", c_0, dtype, states),
+        _address("h_0", h_0, dtype, (directions, batch, shown)),
+        _address("c_0", c_0, dtype, (directions, batch, hidden)),
         output.data_ptr(),
         h_n.data_ptr(),
         c_n.data_ptr(),
@@ -199,27 +209,23 @@ def _backward_outputs(
     weight_hh: list[Tensor],
     batch: int,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (the part of each direction), h_0, c_0, weight_ih, weight_hh and the biases.
+) -> tuple[Tensor, ...]:
+    """Gradients of x (the part of each direction), h_0, c_0, the three weights and the biases.
 
-    `wanted` says which of x, h_0, c_0, weight_ih, weight_hh and both biases; the others are empty.
+    `wanted` says which of x, h_0, c_0, each weight and both biases; the others are empty.
     """
-    cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
-    states, wide = (directions, batch, hidden), cell.gates * hidden
+    directions, hidden, shown, wide = _sizes(mode, weight_hh)
     shapes = (
         (directions, *x.shape),
-        states,
-        states,
+        (directions, batch, shown),
+        (directions, batch, hidden),
         (directions, wide, x.shape[-1]),
-        (directions, wide, hidden),
+        (directions, wide, shown),
+        (directions, shown, hidden),
         (directions, wide),
         (directions, wide),
     )
-    want = (*wanted, wanted[-1])
-    d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_b_ih, d_b_hh = (
-        x.new_empty(shape if w else 0) for shape, w in zip(shapes, want)
-    )
-    return d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_b_ih, d_b_hh
+    return tuple(x.new_empty(shape if w else 0) for shape, w in zip(shapes, (*wanted, wanted[-1])))
 
 
 def _scan_backward(
@@ -227,6 +233,7 @@ def _scan_backward(
     x: Tensor,
     weight_ih: list[Tensor],
     weight_hh: list[Tensor],
+    weight_hr: list[Tensor],
     h_0: Tensor | None,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
@@ -241,45 +248,50 @@ def _scan_backward(
     d_extra: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    cell, directions, hidden = CELLS[mode], len(weight_hh), weight_hh[0].shape[1]
+    cell, (directions, hidden, shown, wide) = CELLS[mode], _sizes(mode, weight_hh)
     steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
-    wide, inputs, states = cell.gates * hidden, x.shape[-1], (directions, batch, hidden)
-    sequence, dtype = (*x.shape[:-1], directions * hidden), x.dtype
+    inputs = x.shape[-1]
+    dtype = x.dtype
+    sequence, states = (*x.shape[:-1], directions * shown), (directions, batch, shown)
+    cells, cell_states = (*x.shape[:-1], directions * hidden), (directions, batch, hidden)
     x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
     resets = _contiguous(resets)
     weight_ih = [w.contiguous() for w in weight_ih]
     weight_hh = [w.contiguous() for w in weight_hh]
+    weight_hr = [w.contiguous() for w in weight_hr]
     d_output, d_extra = _contiguous(d_output), _contiguous(d_extra)
     d_h_n, d_c_n = _contiguous(d_h_n), _contiguous(d_c_n)
     results = _backward_outputs(mode, x, weight_hh, batch, wanted)
-    d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_b_ih, d_b_hh = results
+    d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_w_hr, d_b_ih, d_b_hh = results
     if cell.saves_gates:
         _address("gates", gates, dtype, (directions, rows, wide))
     _cpu.backward(
         cell.index,
         _DTYPES[dtype],
-        (steps, batch, hidden, directions),
+        (steps, batch, hidden, shown, directions),
         rows,
         batch_sizes_address,
         _address("resets", resets, torch.bool, x.shape[:-1]),
         inputs,
         x.data_ptr(),
         _addresses("weight_ih", weight_ih, dtype, (wide, inputs)),
-        _addresses("weight_hh", weight_hh, dtype, (wide, hidden)),
+        _addresses("weight_hh", weight_hh, dtype, (wide, shown)),
+        _addresses("weight_hr", weight_hr, dtype, (shown, hidden)),
         _address("h_0", h_0, dtype, states),
-        _address("c_0", c_0, dtype, states),
+        _address("c_0", c_0, dtype, cell_states),
         _address("output", output, dtype, sequence),
         [g.data_ptr() for g in gates],
-        _address("extra", extra, _state_dtype(x), sequence) if cell.has_extra else 0,
+        _address("extra", extra, _state_dtype(x), cells) if cell.has_extra else 0,
         _address("d_output", d_output, dtype, sequence),
         _address("d_h_n", d_h_n, dtype, states),
-        _address("d_c_n", d_c_n, dtype, states),
-        _address("d_extra", d_extra, _state_dtype(x), sequence),
+        _address("d_c_n", d_c_n, dtype, cell_states),
+        _address("d_extra", d_extra, _state_dtype(x), cells),
         d_x.data_ptr(),
         d_h_0.data_ptr(),
         d_c_0.data_ptr(),
         [d.data_ptr() for d in d_w_ih],
         [d.data_ptr() for d in d_w_hh],
+        [d.data_ptr() for d in d_w_hr],
         [d.data_ptr() for d in d_b_ih],
         [d.data_ptr() for d in d_b_hh],
         torch.get_num_threads(),
@@ -293,16 +305,16 @@ _library.impl("scan_backward", _scan_backward, "CPU")
 
 @torch.library.register_fake("fastrnn::scan_forward")
 def _(  # type: ignore[no-untyped-def]
-    mode, x, weight_ih, weight_hh, bias_ih, bias_hh, h_0, c_0, batch_sizes, resets, batch, keep,
-    all_c,
+    mode, x, weight_ih, weight_hh, weight_hr, bias_ih, bias_hh, h_0, c_0, batch_sizes, resets,
+    batch, keep, all_c,
 ):  # fmt: skip
     return _forward_outputs(mode, x, weight_hh, batch, keep, all_c)
 
 
 @torch.library.register_fake("fastrnn::scan_backward")
 def _(  # type: ignore[no-untyped-def]
-    mode, x, weight_ih, weight_hh, h_0, c_0, batch_sizes, resets, batch, output, extra, gates,
-    d_output, d_h_n, d_c_n, d_extra, wanted,
+    mode, x, weight_ih, weight_hh, weight_hr, h_0, c_0, batch_sizes, resets, batch, output, extra,
+    gates, d_output, d_h_n, d_c_n, d_extra, wanted,
 ):  # fmt: skip
     return _backward_outputs(mode, x, weight_hh, batch, wanted)
 
