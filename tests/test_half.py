@@ -92,11 +92,11 @@ def test_special_values(half):
         model.weight_hh_l0.fill_(0)
         output = model(x.view(1, -1, 1))[0].flatten()
         few = torch.cat([model(part.view(1, -1, 1))[0].flatten() for part in x[::401].split(5)])
-    expected = torch.relu(x)
-    finite = ~expected.isnan()
-    assert torch.equal(output.isnan(), expected.isnan())
-    assert torch.equal(output[finite], expected[finite])
-    assert torch.equal(few[finite[::401]], expected[::401][finite[::401]])
+    # Processors that multiply pairs of bfloat16 take subnormal ones for zero.
+    tiny = torch.finfo(half).tiny if fastrnn.cpu_variant() == "avx512bf16" else 0
+    for actual, given in ((output, x), (few, x[::401])):
+        expected = torch.relu(given)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tiny, equal_nan=True)
 
 
 @pytest.mark.parametrize("half", HALF, ids=str)

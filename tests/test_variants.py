@@ -24,7 +24,10 @@ def python(variant: str, *args: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("variant", fastrnn.cpu_variants())
 def test_variant(variant):
-    tests = [str(Path(__file__).with_name(name)) for name in ("test_tiles.py", "test_masked.py")]
+    tests = [
+        str(Path(__file__).with_name(name))
+        for name in ("test_tiles.py", "test_masked.py", "test_half.py")
+    ]
     result = python(variant, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
 

@@ -16,7 +16,10 @@ namespace fastrnn::FASTRNN_VARIANT {
 template <class Cell, class S>
 class BackwardScan {
   using T = Compute<S>;
+  using F = Factor<S>;
   using V = Vec<T>;
+  // Gate gradients are kept as factors of products too, where these have another type.
+  static constexpr bool kNarrows = !std::is_same_v<F, T>;
   static constexpr int G = Cell::gates;
   // Rows of gate gradients in a chunk: a panel of as many rows, one register tile wide, fits into
   // L1.
@@ -44,24 +47,28 @@ class BackwardScan {
     const size_t directions = args.directions;
     const size_t states = directions * args.batch * hidden_;
     const size_t projected = projects_ ? directions * chunk_rows() : 0;
-    packed_hh_ = workspace.take<T>(directions * hh_.blocks * wide_ * hh_.width);
-    packed_ih_ =
-        workspace.take<T>(args.d_x == nullptr ? 0 : directions * ih_.blocks * wide_ * ih_.width);
-    packed_hr_ = workspace.take<T>(projects_ ? directions * hr_.blocks * shown_ * hr_.width : 0);
+    packed_hh_ = workspace.take<F>(directions * hh_.blocks * packed_depth<F>(wide_) * hh_.width);
+    packed_ih_ = workspace.take<F>(
+        args.d_x == nullptr ? 0 : directions * ih_.blocks * packed_depth<F>(wide_) * ih_.width);
+    packed_hr_ = workspace.take<F>(
+        projects_ ? directions * hr_.blocks * packed_depth<F>(shown_) * hr_.width : 0);
     chunk_h_ = workspace.take<T>(projected * stride_);
     chunk_hidden_ = workspace.take<T>(projected * stride_);
     carry_h_ = workspace.take<T>(Cell::has_direct_path ? states : 0);
     carry_c_ = workspace.take<T>(Cell::has_cell_state ? states : 0);
-    carry_gates_ = workspace.take<T>(directions * args.batch * stride_);
+    carry_gates_ = workspace.take<F>(directions * args.batch * stride_);
     chunk_ = workspace.take<T>(directions * chunk_rows() * stride_);
     chunk_hh_ =
         Cell::splits_gradient ? workspace.take<T>(directions * chunk_rows() * stride_) : chunk_;
+    factors_ = take_factors(chunk_, directions, workspace);
+    factors_hh_ = chunk_hh_ == chunk_ ? factors_ : take_factors(chunk_hh_, directions, workspace);
+    factors_h_ = projects_ ? take_factors(chunk_h_, directions, workspace) : nullptr;
     bias_ih_ = workspace.take<T>(directions * stride_);
     bias_hh_ = Cell::splits_gradient ? workspace.take<T>(directions * stride_) : bias_ih_;
     panels_ = workspace.take<T>(directions * threads * chunk_rows() * kMaxVectors * V::lanes);
     sources_ = workspace.take<const S*>(directions * threads * chunk_rows());
-    zeros_ = workspace.take<T>(stride_);
-    std::memset(zeros_, 0, stride_ * sizeof(T));
+    zeros_ = workspace.take<F>(stride_);
+    std::memset(zeros_, 0, stride_ * sizeof(F));
   }
 
   Work work() const {
@@ -106,23 +113,26 @@ class BackwardScan {
   const int threads_;
   const Columns<T> hh_, ih_, hr_;
   const WeightGradient<T> gradient_ih_, gradient_hh_, gradient_hr_;
-  T* packed_hh_;
-  T* packed_hr_;
-  T* packed_ih_;
+  F* packed_hh_;
+  F* packed_hr_;
+  F* packed_ih_;
   // What a step hands to the one before it: [D, B, H], and the gate gradients of a chunk's last
   // step.
   T* carry_h_;
   T* carry_c_;
-  T* carry_gates_;
+  F* carry_gates_;
   T* chunk_;  // [D, rows of a chunk, stride]
   T* chunk_hh_;
+  F* factors_;  // the same as factors of products
+  F* factors_hh_;
+  F* factors_h_;
   T* chunk_h_;       // the same rows: gradients of a projected h
   T* chunk_hidden_;  // and what it was projected from
   T* bias_ih_;       // [D, stride]
   T* bias_hh_;
   T* panels_;
   const S** sources_;
-  T* zeros_;  // the gate gradients of a step beyond a reset
+  F* zeros_;  // the gate gradients of a step beyond a reset
 
   // Steps [first, last] in time, which are `rows` rows of features from `begin` on.
   struct Chunk {
@@ -136,7 +146,17 @@ class BackwardScan {
     return {first, last, begin, steps_.offset(last) + steps_.rows(last) - begin};
   }
 
-  T* chunk_row(T* base, int direction, int64_t row) const {
+  F* take_factors(T* chunk, size_t directions, Workspace& workspace) const {
+    if constexpr (kNarrows) {
+      const size_t count = directions * chunk_rows() * stride_;
+      return static_cast<F*>(std::memset(workspace.take<F>(count), 0, count * sizeof(F)));
+    } else {
+      return chunk;
+    }
+  }
+
+  template <class Element>
+  Element* chunk_row(Element* base, int direction, int64_t row) const {
     return base + (direction * chunk_rows() + row) * stride_;
   }
 
@@ -144,7 +164,7 @@ class BackwardScan {
   struct Step {
     int64_t t, before;
     bool has_after, has_before;
-    const T* after;  // the gate gradients of the step after t
+    const F* after;  // the gate gradients of the step after t
     const Chunk& chunk;
   };
 
@@ -153,10 +173,10 @@ class BackwardScan {
     const int64_t rows = steps_.rows(t);
     const int64_t going_on = min_of(rows, steps_.rows(t + step));  // their scan has a step after t
     const int64_t old = min_of(rows, steps_.rows(t - step));       // their scan has a step before t
-    const T* after = nullptr;
+    const F* after = nullptr;
     if (going_on > 0) {
       const bool inside = chunk.first <= t + step && t + step <= chunk.last;
-      after = inside ? chunk_row(chunk_hh_, direction, steps_.offset(t + step) - chunk.begin)
+      after = inside ? chunk_row(factors_hh_, direction, steps_.offset(t + step) - chunk.begin)
                      : carry_gates_ + direction * args_.batch * stride_;
     }
     // At most one of the two lies between: rows end in one direction and begin in the other.
@@ -166,7 +186,7 @@ class BackwardScan {
              rows);
     if (part.meets_each_step) part.meet();
     // Rows whose scan began at t are through.
-    const T* now = chunk_row(chunk_hh_, direction, steps_.offset(t) - chunk.begin);
+    const F* now = chunk_row(factors_hh_, direction, steps_.offset(t) - chunk.begin);
     const auto first = [&](int64_t row) {
       return steps_.cut_before(direction, t, row) ? zeros_ : now + row * stride_;
     };
@@ -187,14 +207,14 @@ class BackwardScan {
   static const T* extra_at(const void* base, int64_t offset) {
     return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
   }
-  T* packed_hh(int direction, int64_t block) const {
-    return packed_hh_ + (direction * hh_.blocks + block) * wide_ * hh_.width;
+  F* packed_hh(int direction, int64_t block) const {
+    return packed_hh_ + (direction * hh_.blocks + block) * packed_depth<F>(wide_) * hh_.width;
   }
-  T* packed_hr(int direction, int64_t block) const {
-    return packed_hr_ + (direction * hr_.blocks + block) * shown_ * hr_.width;
+  F* packed_hr(int direction, int64_t block) const {
+    return packed_hr_ + (direction * hr_.blocks + block) * packed_depth<F>(shown_) * hr_.width;
   }
-  T* packed_ih(int direction, int64_t block) const {
-    return packed_ih_ + (direction * ih_.blocks + block) * wide_ * ih_.width;
+  F* packed_ih(int direction, int64_t block) const {
+    return packed_ih_ + (direction * ih_.blocks + block) * packed_depth<F>(wide_) * ih_.width;
   }
 
   void pack(int direction, const Part& part) const {
@@ -235,11 +255,11 @@ class BackwardScan {
         V sums[kMaxRows * kMaxVectors];
         if (has_after) {
           fetch(row, count, block * hh_.width);
-          const T* rows[kMaxRows];
+          const F* rows[kMaxRows];
           for (int r = 0; r < count; ++r) rows[r] = after(row + r);
-          const T* weights = packed_hh(direction, block);
-          const T* later = later_of(weights, wide_, hh_.units, i);
-          tile_for<Multiply<T>>(hh_.units, count)(rows, weights, later, wide_, sums);
+          const F* weights = packed_hh(direction, block);
+          const F* later = later_of(weights, wide_, hh_.units, i);
+          tile_for<Multiply<F>>(hh_.units, count)(rows, weights, later, wide_, sums);
         } else {
           for (int j = 0; j < count * hh_.units; ++j) sums[j] = V(T(0));
         }
@@ -301,6 +321,7 @@ class BackwardScan {
       }
       const int64_t local = steps_.offset(step.t) + row + r - step.chunk.begin;
       dh.store(chunk_row(chunk_h_, direction, local) + column);
+      if constexpr (kNarrows) dh.store(chunk_row(factors_h_, direction, local) + column);
     }
   }
 
@@ -311,12 +332,12 @@ class BackwardScan {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const auto run_tile = [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
-        const T* rows[kMaxRows];
+        const F* rows[kMaxRows];
         const int64_t local = steps_.offset(step.t) + row - step.chunk.begin;
-        for (int r = 0; r < count; ++r) rows[r] = chunk_row(chunk_h_, direction, local + r);
-        const T* weights = packed_hr(direction, block);
-        const T* later = later_of(weights, shown_, hr_.units, i);
-        tile_for<Multiply<T>>(hr_.units, count)(rows, weights, later, shown_, sums);
+        for (int r = 0; r < count; ++r) rows[r] = chunk_row(factors_h_, direction, local + r);
+        const F* weights = packed_hr(direction, block);
+        const F* later = later_of(weights, shown_, hr_.units, i);
+        tile_for<Multiply<F>>(hr_.units, count)(rows, weights, later, shown_, sums);
         for (int u = 0; u < hr_.units; ++u) {
           const int64_t unit = (block * hr_.units + u) * V::lanes;
           if (hidden_ - unit >= V::lanes) {
@@ -407,6 +428,12 @@ class BackwardScan {
       for (int g = 0; g < G; ++g) {
         store(d_gates + g * hidden_, dx[g]);
         if constexpr (Cell::splits_gradient) store(d_gates_hh + g * hidden_, dr[g]);
+        if constexpr (kNarrows) {
+          store(chunk_row(factors_, direction, local) + unit + g * hidden_, dx[g]);
+          if constexpr (Cell::splits_gradient) {
+            store(chunk_row(factors_hh_, direction, local) + unit + g * hidden_, dr[g]);
+          }
+        }
       }
       if constexpr (Cell::has_direct_path) store(carry_h_ + state, cut ? V(T(0)) : direct);
       if constexpr (Cell::has_cell_state) store(carry_c_ + state, cut ? V(T(0)) : d_extra);
@@ -572,12 +599,12 @@ class BackwardScan {
       for_each_tile(own.begin, own.end, max_rows(ih_.units),
                     [&](int64_t row, int count, int64_t i) {
                       V sums[kMaxRows * kMaxVectors];
-                      const T* rows[kMaxRows];
+                      const F* rows[kMaxRows];
                       for (int r = 0; r < count; ++r)
-                        rows[r] = chunk_row(chunk_, direction, row + r);
-                      const T* weights = packed_ih(direction, block);
-                      const T* later = later_of(weights, wide_, ih_.units, i);
-                      tile_for<Multiply<T>>(ih_.units, count)(rows, weights, later, wide_, sums);
+                        rows[r] = chunk_row(factors_, direction, row + r);
+                      const F* weights = packed_ih(direction, block);
+                      const F* later = later_of(weights, wide_, ih_.units, i);
+                      tile_for<Multiply<F>>(ih_.units, count)(rows, weights, later, wide_, sums);
                       for (int r = 0; r < count; ++r) {
                         for (int u = 0; u < ih_.units; ++u) {
                           const int64_t column = (block * ih_.units + u) * V::lanes;
@@ -597,10 +624,10 @@ class BackwardScan {
   // The step before the chunk's last one will ask for its gate gradients when the chunk is gone.
   void keep_last(int direction, const Part& part, const Chunk& chunk, int64_t last) const {
     const Range rows = share(steps_.rows(last), part.rank, part.size);
-    const T* source = chunk_row(chunk_hh_, direction, steps_.offset(last) - chunk.begin);
-    T* target = carry_gates_ + direction * args_.batch * stride_;
+    const F* source = chunk_row(factors_hh_, direction, steps_.offset(last) - chunk.begin);
+    F* target = carry_gates_ + direction * args_.batch * stride_;
     std::memcpy(target + rows.begin * stride_, source + rows.begin * stride_,
-                (rows.end - rows.begin) * stride_ * sizeof(T));
+                (rows.end - rows.begin) * stride_ * sizeof(F));
   }
 
   void write_gradients(int direction, const Part& part) const {

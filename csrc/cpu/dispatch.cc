@@ -10,7 +10,7 @@ namespace fastrnn {
 
 extern const CpuVariant variant_baseline;
 #if defined(FASTRNN_X86)
-extern const CpuVariant variant_avx2, variant_avx512;
+extern const CpuVariant variant_avx2, variant_avx512, variant_avx512bf16;
 #endif
 
 namespace {
@@ -21,6 +21,7 @@ std::vector<const CpuVariant*> find_runnable() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&variant_avx512bf16);
     found.push_back(&variant_avx512);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

@@ -29,6 +29,20 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::Type;
 
+// The type of the factors of a product of tensors of S, whose sums are Compute<S>.
+template <class S>
+struct FactorOf {
+  using Type = Compute<S>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct FactorOf<BFloat16> {
+  using Type = BFloat16;
+};
+#endif
+template <class S>
+using Factor = typename FactorOf<S>::Type;
+
 template <class To, class From>
 [[gnu::always_inline]] inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -81,14 +95,17 @@ template <class F, class U>
   return result | ((bits >> 16) & 0x8000);
 }
 
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
-inline float widen(BFloat16 value) { return widen_bits<float>(value, uint32_t{value.bits}); }
-inline float widen(Float16 value) {
+// One element into another type that is computed in the same one.
+template <class E>
+inline void convert(E from, E& to) {
+  to = from;
+}
+inline void convert(BFloat16 from, float& to) { to = widen_bits<float>(from, uint32_t{from.bits}); }
+inline void convert(Float16 from, float& to) {
 #if defined(__F16C__)
-  return _cvtsh_ss(value.bits);
+  to = _cvtsh_ss(from.bits);
 #else
-  return widen_bits<float>(value, uint32_t{value.bits});
+  to = widen_bits<float>(from, uint32_t{from.bits});
 #endif
 }
 

@@ -18,6 +18,7 @@ namespace fastrnn::FASTRNN_VARIANT {
 template <class Cell, class S>
 class ForwardScan {
   using T = Compute<S>;
+  using F = Factor<S>;
   using V = Vec<T>;
   static constexpr int G = Cell::gates;
   // Rows projected at once: enough to use the tallest tiles and to read W_ih rarely.
@@ -31,6 +32,7 @@ class ForwardScan {
       : args_(args),
         steps_(args, workspace),
         input_(args.input),
+        input_stride_(packed_depth<F>(args.input)),
         hidden_(args.hidden),
         shown_(args.shown),
         projects_(args.weight_hr[0] != nullptr),
@@ -44,16 +46,17 @@ class ForwardScan {
     const int64_t states = args.directions * args.batch * stride_;
     const int64_t rows = args.directions * ahead_ * args.batch;
     if (packs_) {
-      packed_ih_ = workspace.take<T>(args.directions * blocks_ * input_ * width_);
-      packed_hh_ = workspace.take<T>(args.directions * blocks_ * shown_ * width_);
-      packed_hr_ =
-          workspace.take<T>(projects_ ? args.directions * hr_.blocks * hidden_ * hr_.width : 0);
+      packed_ih_ = workspace.take<F>(args.directions * blocks_ * packed_depth<F>(input_) * width_);
+      packed_hh_ = workspace.take<F>(args.directions * blocks_ * packed_depth<F>(shown_) * width_);
+      packed_hr_ = workspace.take<F>(
+          projects_ ? args.directions * hr_.blocks * packed_depth<F>(hidden_) * hr_.width : 0);
     }
     projected_ = workspace.take<T>(rows * blocks_ * width_);
-    widened_ = workspace.take<T>(kWidens ? rows * input_ : 0);
-    for (T*& h : h_) h = workspace.take<T>(states);
+    copied_ = workspace.take<F>(kCopies ? rows * input_stride_ : 0);
+    for (F*& h : h_) h = workspace.take<F>(states);
+    direct_ = workspace.take<T>(kKeepsDirect ? states : 0);
     cell_ = workspace.take<T>(Cell::has_cell_state ? states : 0);
-    unprojected_ = workspace.take<T>(projects_ ? states : 0);
+    unprojected_ = workspace.take<F>(projects_ ? states : 0);
   }
 
   Work work() const {
@@ -83,11 +86,14 @@ class ForwardScan {
   }
 
  private:
-  static constexpr bool kWidens = !std::is_same_v<S, T>;
+  // x is copied into its factors where these have another type or whole pairs.
+  static constexpr bool kCopies = !std::is_same_v<S, F> || Step<F>::values > 1;
+  // Where h is rounded as a factor, the direct path takes it from elsewhere.
+  static constexpr bool kKeepsDirect = Cell::has_direct_path && !std::is_same_v<F, T>;
 
   const ForwardArgs& args_;
   const Steps steps_;
-  const int64_t input_, hidden_, shown_;
+  const int64_t input_, input_stride_, hidden_, shown_;
   const bool projects_;
   const int64_t stride_;  // between rows of states
   const int units_;       // vectors of hidden units in a block
@@ -96,16 +102,17 @@ class ForwardScan {
   const Columns<T> hr_;
   const int64_t ahead_;  // steps projected at once
   const bool packs_;
-  T* packed_ih_ = nullptr;
-  T* packed_hh_ = nullptr;
-  T* packed_hr_ = nullptr;
+  F* packed_ih_ = nullptr;
+  F* packed_hh_ = nullptr;
+  F* packed_hr_ = nullptr;
   T* projected_;
-  T* widened_;  // x of the steps projected at once, in T
+  F* copied_;  // x of the steps projected at once
   // What a step hands to the next, [D, B, stride]: h, read from one and written to the other, and
   // the cell state. Zero where a reset stands between them.
-  T* h_[2];
+  F* h_[2];
+  T* direct_;
   T* cell_;
-  T* unprojected_;  // o * tanh(c) of this step
+  F* unprojected_;  // o * tanh(c) of this step
 
   int64_t state_offset(int direction, int64_t row) const {
     return (direction * args_.batch + row) * stride_;
@@ -121,14 +128,14 @@ class ForwardScan {
   Element* step_row(Element* base, int direction, int64_t t, int64_t row, int64_t columns) const {
     return base + ((steps_.offset(t) + row) * args_.directions + direction) * columns;
   }
-  T* packed_ih(int direction, int64_t block) const {
-    return packed_ih_ + (direction * blocks_ + block) * input_ * width_;
+  F* packed_ih(int direction, int64_t block) const {
+    return packed_ih_ + (direction * blocks_ + block) * packed_depth<F>(input_) * width_;
   }
-  T* packed_hh(int direction, int64_t block) const {
-    return packed_hh_ + (direction * blocks_ + block) * shown_ * width_;
+  F* packed_hh(int direction, int64_t block) const {
+    return packed_hh_ + (direction * blocks_ + block) * packed_depth<F>(shown_) * width_;
   }
-  T* packed_hr(int direction, int64_t block) const {
-    return packed_hr_ + (direction * hr_.blocks + block) * hidden_ * hr_.width;
+  F* packed_hr(int direction, int64_t block) const {
+    return packed_hr_ + (direction * hr_.blocks + block) * packed_depth<F>(hidden_) * hr_.width;
   }
   // W_ih x + b_ih of one row for one block, in the order of the tile's columns; slot counts steps
   // ahead.
@@ -176,17 +183,18 @@ class ForwardScan {
     const int64_t first = direction == 0 ? 0 : steps_.count() - 1;
     for (int64_t row = part.rows.begin; row < part.rows.end; ++row) {
       const bool cut = steps_.cut_before(direction, first, row);
-      const auto start = [&](const void* initial, Range own, int64_t columns, T* target) {
+      const auto start = [&](const void* initial, Range own, int64_t columns, auto* target) {
         const bool is_last = own.begin < own.end && own.end == columns;
         const int64_t end = is_last ? stride_ : own.end;
         target += state_offset(direction, row);
-        std::memset(target + own.begin, 0, (end - own.begin) * sizeof(T));
+        std::memset(target + own.begin, 0, (end - own.begin) * sizeof(*target));
         if (initial != nullptr && !cut) {
           convert(state_row(initial, direction, row, columns) + own.begin, target + own.begin,
                   own.end - own.begin);
         }
       };
-      for (T* h : h_) start(args_.h_0, shown_range(part), shown_, h);
+      for (F* h : h_) start(args_.h_0, shown_range(part), shown_, h);
+      if constexpr (kKeepsDirect) start(args_.h_0, shown_range(part), shown_, direct_);
       if constexpr (Cell::has_cell_state) start(args_.c_0, unit_range(part), hidden_, cell_);
       if (row < steps_.rows(0)) continue;
       const Range own = shown_range(part);
@@ -214,13 +222,13 @@ class ForwardScan {
   }
 
   // sums[r * vectors + v] = the block's columns of a weight [gates * columns, depth] times row r.
-  void multiply(const S* weight, int gates, int64_t columns, int units, const T* packed,
-                int64_t block, const T* const* rows, int count, int64_t depth, int64_t tile,
+  void multiply(const S* weight, int gates, int64_t columns, int units, const F* packed,
+                int64_t block, const F* const* rows, int count, int64_t depth, int64_t tile,
                 V* sums) const {
     const int vectors = units * gates;
     if (packs_) {
-      const T* later = later_of(packed, depth, vectors, tile);
-      return tile_for<Multiply<T>>(vectors, count)(rows, packed, later, depth, sums);
+      const F* later = later_of(packed, depth, vectors, tile);
+      return tile_for<Multiply<F>>(vectors, count)(rows, packed, later, depth, sums);
     }
     for (int v = 0; v < vectors; ++v) {
       const int64_t unit = (block * units + v / gates) * V::lanes;
@@ -235,7 +243,7 @@ class ForwardScan {
   // Fills `projected` for `count` steps from t on, for the part's rows and blocks.
   void project(int direction, const Part& part, int64_t t, int64_t step, int64_t count) const {
     const S* x = static_cast<const S*>(args_.x);
-    T* widened = widened_ + direction * ahead_ * args_.batch * input_;
+    F* copied = copied_ + direction * ahead_ * args_.batch * input_stride_;
     // A tile takes rows across steps, so that a small batch fills it too.
     const auto for_each_row = [&](auto body) {
       for (int64_t slot = 0; slot < count; ++slot) {
@@ -243,14 +251,16 @@ class ForwardScan {
         const int64_t end = min_of(part.rows.end, steps_.rows(now));
         for (int64_t row = part.rows.begin; row < end; ++row) {
           body(slot, row, x + (steps_.offset(now) + row) * input_,
-               widened + (slot * args_.batch + row) * input_);
+               copied + (slot * args_.batch + row) * input_stride_);
         }
       }
     };
-    if constexpr (kWidens) {
+    if constexpr (kCopies) {
       int64_t i = 0;
-      for_each_row([&](int64_t, int64_t, const S* from, T* to) {
-        if (!part.meets_each_step || i++ % part.size == part.rank) convert(from, to, input_);
+      for_each_row([&](int64_t, int64_t, const S* from, F* to) {
+        if (!part.meets_each_step || i++ % part.size == part.rank) {
+          pack_row(from, input_, input_stride_, to);
+        }
       });
       if (part.meets_each_step) part.meet();
     }
@@ -260,7 +270,7 @@ class ForwardScan {
     for (int64_t block = part.blocks.begin; block < part.blocks.end; ++block) {
       V biases[kMaxVectors];
       load_bias(static_cast<const S*>(args_.bias_ih[direction]), block, biases);
-      const T* rows[kMaxRows];
+      const F* rows[kMaxRows];
       T* targets[kMaxRows];
       int gathered = 0;
       int64_t tile = 0;
@@ -275,8 +285,8 @@ class ForwardScan {
         }
         gathered = 0;
       };
-      for_each_row([&](int64_t slot, int64_t row, const S* from, T* to) {
-        if constexpr (kWidens) {
+      for_each_row([&](int64_t slot, int64_t row, const S* from, F* to) {
+        if constexpr (kCopies) {
           rows[gathered] = to;
         } else {
           rows[gathered] = from;
@@ -300,7 +310,7 @@ class ForwardScan {
   // Step t, the i-th of the scan, of its first `end` rows.
   void run_rows(int direction, const Part& part, int64_t t, int64_t i, int64_t end) const {
     const int vectors = units_ * G;
-    const T* h = h_[i % 2];
+    const F* h = h_[i % 2];
     const bool is_zero = i == 0 && args_.h_0 == nullptr;
     for (int64_t block = part.blocks.begin; block < part.blocks.end; ++block) {
       V biases[kMaxVectors];
@@ -310,7 +320,7 @@ class ForwardScan {
         if (is_zero) {
           for (int j = 0; j < count * vectors; ++j) sums[j] = V(T(0));
         } else {
-          const T* rows[kMaxRows];
+          const F* rows[kMaxRows];
           for (int r = 0; r < count; ++r) rows[r] = h + state_offset(direction, row + r);
           multiply(static_cast<const S*>(args_.weight_hh[direction]), G, hidden_, units_,
                    packed_hh(direction, block), block, rows, count, shown_, index, sums);
@@ -343,13 +353,13 @@ class ForwardScan {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const auto run_tile = [&](int64_t row, int count, int64_t index) {
         V sums[kMaxRows * kMaxVectors];
-        const T* rows[kMaxRows];
+        const F* rows[kMaxRows];
         for (int r = 0; r < count; ++r) rows[r] = unprojected_ + state_offset(direction, row + r);
         multiply(static_cast<const S*>(args_.weight_hr[direction]), 1, shown_, hr_.units,
                  packed_hr(direction, block), block, rows, count, hidden_, index, sums);
         for (int r = 0; r < count; ++r) {
           S* output = step_row(static_cast<S*>(args_.output), direction, t, row + r, shown_);
-          T* h_next = h_[(i + 1) % 2] + state_offset(direction, row + r);
+          F* h_next = h_[(i + 1) % 2] + state_offset(direction, row + r);
           const bool cut = steps_.cut_after(direction, t, row + r);
           for (int u = 0; u < hr_.units; ++u) {
             const int64_t column = (block * hr_.units + u) * V::lanes;
@@ -389,10 +399,11 @@ class ForwardScan {
     const int64_t features = args_.directions * hidden_;
     const int64_t feature = n * features + tile.direction * hidden_ + tile.unit;
     const int64_t state = state_offset(tile.direction, tile.row) + tile.unit;
-    const T* h_prev = h_[tile.i % 2] + state;
-    T* h_next = h_[(tile.i + 1) % 2] + state;
+    const F* h_prev = h_[tile.i % 2] + state;
+    F* h_next = h_[(tile.i + 1) % 2] + state;
+    T* kept_direct = direct_ + state;
     T* cell = cell_ + state;
-    T* unprojected = unprojected_ + state;
+    F* unprojected = unprojected_ + state;
     S* output = static_cast<S*>(args_.output) + feature;
     T* extra = args_.extra == nullptr ? nullptr : static_cast<T*>(args_.extra) + feature;
     S* gates = static_cast<S*>(args_.gates[tile.direction]);
@@ -405,7 +416,11 @@ class ForwardScan {
         x[g] = V::load(tile.projected + r * width_ + g * V::lanes);
         recurrent[g] = tile.sums[r * units_ * G + g] + tile.bias[g];
       }
-      if constexpr (Cell::has_direct_path) direct = V::load(h_prev + r * stride_);
+      if constexpr (kKeepsDirect) {
+        direct = V::load(kept_direct + r * stride_);
+      } else if constexpr (Cell::has_direct_path) {
+        direct = V::load(h_prev + r * stride_);
+      }
       if constexpr (Cell::has_cell_state) kept = V::load(cell + r * stride_);
 
       const V h = Cell::forward(x, recurrent, direct, kept);
@@ -425,6 +440,7 @@ class ForwardScan {
       } else {
         store(output + r * features, h);
         (cut ? V(T(0)) : h).store(h_next + r * stride_);
+        if constexpr (kKeepsDirect) (cut ? V(T(0)) : h).store(kept_direct + r * stride_);
       }
       if constexpr (Cell::has_cell_state) (cut ? V(T(0)) : kept).store(cell + r * stride_);
     }

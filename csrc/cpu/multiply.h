@@ -1,7 +1,8 @@
 // The hot loop: a register tile of a matrix product, MR rows by NV vectors of columns.
 //
 // The MR * NV sums stay in registers for the whole of the depth; each step loads NV vectors of the
-// packed right side and broadcasts MR scalars of the left one for MR * NV multiply-adds. Meanwhile
+// packed right side and broadcasts MR scalars of the left one for MR * NV multiply-adds. (Of 16-bit
+// factors, where the processor multiplies them in pairs, a step takes two.) Meanwhile
 // one cache line of `later` a step is brought to L2: weights of large layers come from farther
 // away, and the hardware does not know which come next.
 #pragma once
@@ -21,40 +22,75 @@ constexpr int max_rows(int vectors) {
   return rows < kMaxRows ? rows : kMaxRows;
 }
 
+// How a step takes factors of type F: `values` of k at a time, which lie side by side on the left
+// and in each lane on the right.
+template <class F>
+struct Step {
+  using V = Vec<F>;
+  static constexpr int values = 1;
+  static V broadcast(const F* left) { return V(*left); }
+  static V load(const F* right) { return V::load(right); }
+  static V multiply_add(V sum, V left, V right) { return sum + left * right; }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Step<BFloat16> {
+  using V = Vec<float>;
+  static constexpr int values = 2;
+  static __m512bh broadcast(const BFloat16* left) {
+    int32_t pair;
+    std::memcpy(&pair, left, sizeof(pair));
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+  static __m512bh load(const BFloat16* right) { return (__m512bh)_mm512_loadu_si512(right); }
+  static V multiply_add(V sum, __m512bh left, __m512bh right) {
+    return (V::Raw)_mm512_dpbf16_ps((__m512)sum.raw, left, right);
+  }
+};
+#endif
+
+// The depth of a packed weight: a whole number of steps. Rows on the left need as many values, any
+// finite ones beyond their end.
+template <class F>
+constexpr int64_t packed_depth(int64_t depth) {
+  return (depth + Step<F>::values - 1) / Step<F>::values * Step<F>::values;
+}
+
 // acc[r][v] += sum over k of left(r, k) * packed[k][v].
-template <class T, int NV, int MR, class Left>
-[[gnu::always_inline]] inline void multiply_add(Vec<T> (&acc)[MR][NV], Left left, const T* packed,
-                                                const T* later, int64_t depth) {
-  using V = Vec<T>;
-  for (int64_t k = 0; k < depth; ++k, packed += NV * V::lanes, later += V::lanes) {
+template <class F, int NV, int MR, class Left>
+[[gnu::always_inline]] inline void multiply_add(Vec<Compute<F>> (&acc)[MR][NV], Left left,
+                                                const F* packed, const F* later, int64_t depth) {
+  using Factors = Step<F>;
+  constexpr int line = Factors::V::lanes * Factors::values;
+  for (int64_t k = 0; k < depth; k += Factors::values, packed += NV * line, later += line) {
     __builtin_prefetch(later, 0, 2);
-    V w[NV];
+    decltype(Factors::load(packed)) w[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) w[v] = V::load(packed + v * V::lanes);
+    for (int v = 0; v < NV; ++v) w[v] = Factors::load(packed + v * line);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-      const V a(left(r, k));
+      const auto a = Factors::broadcast(left(r, k));
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = acc[r][v] + a * w[v];
+      for (int v = 0; v < NV; ++v) acc[r][v] = Factors::multiply_add(acc[r][v], a, w[v]);
     }
   }
 }
 
 // sums[r][v] = sum over k of rows[r][k] * packed[k][v].
-template <class T>
+template <class F>
 struct Multiply {
+  using V = Vec<Compute<F>>;
   template <int NV, int MR>
-  static void run(const T* const* rows, const T* packed, const T* later, int64_t depth,
-                  Vec<T>* sums) {
-    Vec<T> acc[MR][NV];
-    const T* row[MR];
+  static void run(const F* const* rows, const F* packed, const F* later, int64_t depth, V* sums) {
+    V acc[MR][NV];
+    const F* row[MR];
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
       row[r] = rows[r];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = Vec<T>(T(0));
+      for (int v = 0; v < NV; ++v) acc[r][v] = V(0);
     }
-    multiply_add(acc, [&row](int r, int64_t k) { return row[r][k]; }, packed, later, depth);
+    multiply_add(acc, [&row](int r, int64_t k) { return row[r] + k; }, packed, later, depth);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -75,7 +111,7 @@ struct Accumulate {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] = V(T(0));
     multiply_add(
-        acc, [columns, stride](int r, int64_t k) { return columns[k * stride + r]; }, packed,
+        acc, [columns, stride](int r, int64_t k) { return columns + k * stride + r; }, packed,
         target, depth);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
@@ -111,8 +147,9 @@ template <class T, int W = Vec<T>::lanes / 2>
 
 // Lane i of the result is row i of `weight`, which has `count` of them, times `row`. For so few
 // rows that packing the weights would take longer than the product.
-template <class S, class T = Compute<S>>
-Vec<T> multiply_unpacked(const T* row, const S* weight, int64_t count, int64_t depth) {
+template <class S, class F>
+Vec<Compute<S>> multiply_unpacked(const F* row, const S* weight, int64_t count, int64_t depth) {
+  using T = Compute<S>;
   using V = Vec<T>;
   constexpr int lanes = V::lanes;
   const S* from[lanes];
@@ -159,9 +196,9 @@ auto tile_for(int vectors, int rows) {
 
 // What the tile-th tile on a block brings nearer: a part of the block that follows in memory. The
 // first NV tiles cover it.
-template <class T>
-const T* later_of(const T* packed, int64_t depth, int vectors, int64_t tile) {
-  const int64_t part = depth * Vec<T>::lanes;
+template <class F>
+const F* later_of(const F* packed, int64_t depth, int vectors, int64_t tile) {
+  const int64_t part = packed_depth<F>(depth) * Step<F>::V::lanes;
   return packed + (tile < vectors ? vectors + tile : 0) * part;
 }
 

@@ -1,9 +1,10 @@
 // Packs weights for the register tiles: [block][k][vector][lane], zeros beyond H, so that a tile
 // reads its weights as one stream. A block is what one tile computes: `units` vectors of hidden
-// units, for forward with all gates of each.
+// units, for forward with all gates of each. Where a step takes two values of k, they lie side by
+// side: [block][k / 2][vector][lane][k % 2].
 #pragma once
 
-#include "vec.h"
+#include "multiply.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
@@ -16,34 +17,44 @@ inline void pack_row(const S* row, int64_t count, int64_t width, T* packed) {
 
 // Forward: column (u, g, lane) of block b holds row g*H + unit of W [G*H, depth], k runs over
 // depth.
-template <class S, class T>
+template <class S, class F>
 void pack_forward(const S* weight, int64_t hidden, int64_t depth, int gates, int units,
-                  int64_t block, T* packed) {
-  constexpr int lanes = Vec<T>::lanes;
+                  int64_t block, F* packed) {
+  constexpr int lanes = Step<F>::V::lanes, values = Step<F>::values;
   const int vectors = units * gates;
   for (int v = 0; v < vectors; ++v) {
     const int64_t unit = (block * units + v / gates) * lanes;
     const int64_t left = hidden - unit;
     const int count = left < 0 ? 0 : left < lanes ? static_cast<int>(left) : lanes;
     const S* source = weight + (v % gates * hidden + unit) * depth;
-    for (int64_t k = 0; k < depth; ++k) {
-      T* lane = packed + (k * vectors + v) * lanes;
-      for (int i = 0; i < count; ++i) lane[i] = widen(source[i * depth + k]);
-      for (int i = count; i < lanes; ++i) lane[i] = T(0);
+    for (int64_t k = 0; k < packed_depth<F>(depth); ++k) {
+      F* lane = packed + (k / values * vectors + v) * lanes * values + k % values;
+      const int filled = k < depth ? count : 0;
+      for (int i = 0; i < filled; ++i) convert(source[i * depth + k], lane[i * values]);
+      for (int i = filled; i < lanes; ++i) lane[i * values] = F{};
     }
   }
 }
 
 // Backward: column (u, lane) of block b holds column `unit` of W [depth, columns], k runs over
 // depth.
-template <class S, class T>
+template <class S, class F>
 void pack_backward(const S* weight, int64_t depth, int64_t columns, int units, int64_t block,
-                   T* packed) {
-  const int64_t width = units * Vec<T>::lanes;
+                   F* packed) {
+  constexpr int values = Step<F>::values;
+  const int64_t width = units * Step<F>::V::lanes;
   const int64_t first = block * width;
   const int64_t count = columns - first < width ? columns - first : width;
-  for (int64_t k = 0; k < depth; ++k) {
-    pack_row(weight + k * columns + first, count, width, packed + k * width);
+  for (int64_t k = 0; k < packed_depth<F>(depth); ++k) {
+    const S* source = weight + k * columns + first;
+    if constexpr (values == 1) {
+      pack_row(source, count, width, packed + k * width);
+    } else {
+      F* lane = packed + k / values * width * values + k % values;
+      const int64_t filled = k < depth ? count : 0;
+      for (int64_t i = 0; i < filled; ++i) convert(source[i], lane[i * values]);
+      for (int64_t i = filled; i < width; ++i) lane[i * values] = F{};
+    }
   }
 }
 
