@@ -93,7 +93,7 @@ void run_scan(const Args& args, const Work& work, int threads, const Scan& scan)
     const Scan& scan;
     Plan plan;
     Barrier barriers[kMaxDirections];
-  } context{args, work, scan, make_plan(work, threads), {}};
+  } context{args, work, scan, make_plan(work, present_threads(threads)), {}};
 
   const auto body = [](void* pointer, int rank, int size) {
     Context& c = *static_cast<Context*>(pointer);

@@ -19,6 +19,10 @@ class Barrier {
   alignas(64) std::atomic<uint32_t> phase_{0};
 };
 
+// How many of `threads` the next region should ask for: fewer, for a while, after a region that had
+// to wait for a thread whose core another process held. The results do not depend on it.
+int present_threads(int threads);
+
 // Runs work(context, rank, size) on up to `threads` threads, of which the caller is rank 0; size is
 // how many really came.
 void run_parallel(int threads, void (*work)(void* context, int rank, int size), void* context);
