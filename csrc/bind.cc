@@ -76,12 +76,12 @@ void set_input(Args& args, int64_t input, Address x) {
 // Sets the sizes that both passes share; `rows` is the N of the buffers.
 template <class Args>
 void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows,
-               Address batch_sizes, Address resets) {
+               Address batch_sizes, Address resets, bool reverse) {
   const auto [steps, batch, hidden, shown, directions] = sizes;
   if (cell < 0 || cell >= Cells::size) throw std::invalid_argument("unknown cell");
   if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("unknown dtype");
   if (steps < 0 || batch < 0 || hidden < 1 || shown < 1 || directions < 1 ||
-      directions > kMaxDirections) {
+      directions > kMaxDirections || (reverse && directions != 1)) {
     throw std::invalid_argument("sizes out of range");
   }
   args.cell = cell;
@@ -92,6 +92,7 @@ void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 5> sizes, in
   args.shown = shown;
   args.directions = static_cast<int>(directions);
   args.batch_sizes = static_cast<const int64_t*>(pointer(batch_sizes));
+  args.reverse = reverse;
   args.resets = static_cast<const bool*>(pointer(resets));
 
   int64_t expected = steps * batch;
@@ -130,12 +131,12 @@ void set_weights(Args& args, const Addresses& weight_ih, const Addresses& weight
 }
 
 void forward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, Address batch_sizes,
-             Address resets, int64_t input, Address x, const Addresses& weight_ih,
+             Address resets, bool reverse, int64_t input, Address x, const Addresses& weight_ih,
              const Addresses& weight_hh, const Addresses& weight_hr, const Addresses& bias_ih,
              const Addresses& bias_hh, Address h_0, Address c_0, Address output, Address h_n,
              Address c_n, const Addresses& gates, Address extra, int threads) {
   ForwardArgs args{};
-  set_shape(args, cell, dtype, sizes, rows, batch_sizes, resets);
+  set_shape(args, cell, dtype, sizes, rows, batch_sizes, resets, reverse);
   set_input(args, input, x);
   set_weights(args, weight_ih, weight_hh, weight_hr);
   set_optional(args.bias_ih, bias_ih, args.directions);
@@ -159,7 +160,7 @@ void forward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, Ad
 }
 
 void backward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, Address batch_sizes,
-              Address resets, int64_t input, Address x, const Addresses& weight_ih,
+              Address resets, bool reverse, int64_t input, Address x, const Addresses& weight_ih,
               const Addresses& weight_hh, const Addresses& weight_hr, Address h_0, Address c_0,
               Address output, const Addresses& gates, Address extra, Address d_output,
               Address d_h_n, Address d_c_n, Address d_extra, Address d_x, Address d_h_0,
@@ -167,7 +168,7 @@ void backward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, A
               const Addresses& d_weight_hr, const Addresses& d_bias_ih, const Addresses& d_bias_hh,
               int threads) {
   BackwardArgs args{};
-  set_shape(args, cell, dtype, sizes, rows, batch_sizes, resets);
+  set_shape(args, cell, dtype, sizes, rows, batch_sizes, resets, reverse);
   set_input(args, input, x);
   set_weights(args, weight_ih, weight_hh, weight_hr);
   set_optional(args.gates, gates, args.directions);

@@ -31,7 +31,8 @@ struct ForwardArgs {
   int cell;  // index into cells/registry.h
   DType dtype;
   int64_t steps, batch, input, hidden, shown;  // T, B, I, H, P
-  int directions;              // the second one runs from each row's last step to its first
+  int directions;              // the second one runs from each row's last step to its first,
+  bool reverse;                // or a single one does
   const int64_t* batch_sizes;  // [T], not increasing, each <= B; null: all rows live for all steps
   const bool* resets;          // [N] or null: this step begins a new segment of its row
 
@@ -59,6 +60,7 @@ struct BackwardArgs {
   DType dtype;
   int64_t steps, batch, input, hidden, shown;
   int directions;
+  bool reverse;
   const int64_t* batch_sizes;
   const bool* resets;
 

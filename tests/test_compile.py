@@ -218,5 +218,5 @@ def test_opcheck_with_gradients(cell, bidirectional, ragged, keep):
     weights = [params[0::4], params[1::4], [], params[2::4], params[3::4]]
     resets = torch.rand(x.shape[:-1]) < 0.4
     x = x.detach().requires_grad_()
-    args = (cell, x, *weights, h_0, c_0, sizes, resets, 3, keep, not keep)
+    args = (cell, x, *weights, h_0, c_0, sizes, resets, 3, False, keep, not keep)
     torch.library.opcheck(torch.ops.fastrnn.scan_forward, args)

@@ -57,7 +57,7 @@ def test_one_layer_against_the_definition(cell, dtype, bidirectional, ragged, hx
     sizes = mask.sum(1) if ragged else None
     h_0, c_0, *_ = *states, None, None
     output, h_n, c_n, cells, *_ = CELLS[cell][2].apply(
-        cell, directions, B, sizes, None, rows, h_0, c_0, *params
+        cell, directions, B, sizes, None, False, rows, h_0, c_0, *params
     )
     start = states or (x.new_zeros(directions, B, H),) * (1 + (cell == "LSTM"))
     wanted, final, wanted_cells = reference.layer(cell, x, start, each, mask)

@@ -25,6 +25,7 @@ def gates_of(mode: str, x: torch.Tensor) -> torch.Tensor:
         None,
         None,
         len(x),
+        False,
         True,
         False,
     )

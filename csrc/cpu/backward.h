@@ -85,8 +85,8 @@ class BackwardScan {
   void run(int direction, const Part& part) const {
     pack(direction, part);
     start_gradients(direction, part);
-    const int64_t step = direction == 0 ? 1 : -1;
-    int64_t t = direction == 0 ? steps_.count() - 1 : 0;
+    const int64_t step = steps_.runs_back(direction) ? -1 : 1;
+    int64_t t = step == 1 ? steps_.count() - 1 : 0;
     for (int64_t i = 0; i < steps_.count(); i += chunk_steps_) {
       const int64_t count = min_of(chunk_steps_, steps_.count() - i);
       const int64_t last = t - (count - 1) * step;

@@ -69,8 +69,8 @@ class ForwardScan {
     if (packs_) pack(direction, part);
     start_states(direction, part);
     part.meet();
-    const int64_t step = direction == 0 ? 1 : -1;
-    int64_t t = direction == 0 ? 0 : steps_.count() - 1;
+    const int64_t step = steps_.runs_back(direction) ? -1 : 1;
+    int64_t t = step == 1 ? 0 : steps_.count() - 1;
     for (int64_t i = 0; i < steps_.count(); ++i, t += step) {
       if (i % ahead_ == 0) project(direction, part, t, step, min_of(ahead_, steps_.count() - i));
       const int64_t rows = steps_.rows(t);
@@ -180,7 +180,7 @@ class ForwardScan {
   // Both buffers of h begin with h_0: in one direction rows begin at different steps. Rows without
   // any step keep their initial states.
   void start_states(int direction, const Part& part) const {
-    const int64_t first = direction == 0 ? 0 : steps_.count() - 1;
+    const int64_t first = steps_.runs_back(direction) ? steps_.count() - 1 : 0;
     for (int64_t row = part.rows.begin; row < part.rows.end; ++row) {
       const bool cut = steps_.cut_before(direction, first, row);
       const auto start = [&](const void* initial, Range own, int64_t columns, auto* target) {

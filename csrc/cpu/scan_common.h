@@ -25,7 +25,8 @@ class Steps {
       : steps_(args.steps),
         batch_(args.batch),
         batch_sizes_(args.batch_sizes),
-        resets_(args.resets) {
+        resets_(args.resets),
+        reverse_(args.reverse) {
     if (batch_sizes_ == nullptr) return;
     offsets_ = workspace.take<int64_t>(steps_);
     int64_t sum = 0;
@@ -54,14 +55,17 @@ class Steps {
   // The buffer row at which step t begins.
   int64_t offset(int64_t t) const { return batch_sizes_ == nullptr ? t * batch_ : offsets_[t]; }
 
+  // Whether a direction goes from each row's last step to its first.
+  bool runs_back(int direction) const { return direction == 1 || reverse_; }
+
   // Whether a row's state before step t, in the order of the direction, does not go into it: the
   // initial state or that of another step.
   bool cut_before(int direction, int64_t t, int64_t row) const {
-    return direction == 0 ? resets(t, row) : resets(t + 1, row);
+    return resets(runs_back(direction) ? t + 1 : t, row);
   }
   // The same of its state after step t; never of its final state.
   bool cut_after(int direction, int64_t t, int64_t row) const {
-    return direction == 0 ? resets(t + 1, row) : t > 0 && resets(t, row);
+    return runs_back(direction) ? t > 0 && resets(t, row) : resets(t + 1, row);
   }
 
  private:
@@ -72,6 +76,7 @@ class Steps {
   int64_t steps_, batch_;
   const int64_t* batch_sizes_;
   const bool* resets_;
+  bool reverse_;
   int64_t* offsets_ = nullptr;
 };
 

@@ -36,6 +36,7 @@ class Spec(NamedTuple):
     batch: int  # B; rows without any step exist only here and in the states
     batch_sizes: Tensor | None
     resets: Tensor | None  # bool, laid out as the input: True where a segment of a row begins
+    reverse: bool = False  # the only direction runs from each row's last step to its first
 
 
 def transforming() -> bool:
@@ -78,6 +79,7 @@ def layer_forward(
         spec.batch_sizes,
         spec.resets,
         spec.batch,
+        spec.reverse,
         keep,
         all_c,
     )
@@ -111,7 +113,7 @@ def reference_layer(
         if c_0 is None:
             c_0 = x.new_zeros(spec.directions, spec.batch, hidden)
         states = (h_0, c_0)
-    output, final, cells = reference.layer(spec.mode, x, states, each, mask, resets)
+    output, final, cells = reference.layer(spec.mode, x, states, each, mask, resets, spec.reverse)
     sequences = [output] if cells is None else [output, cells]
     if index is not None:
         sequences = [gather(s.flatten(0, 1), index) for s in sequences]
@@ -155,6 +157,7 @@ def layer_backward(
         spec.batch_sizes,
         spec.resets,
         spec.batch,
+        spec.reverse,
         saved.output,
         saved.extra,
         saved.gates,
@@ -195,9 +198,10 @@ def _vmap_by_loop(
 
 
 class LayerFunction(torch.autograd.Function):
-    """apply(mode, directions, batch, batch_sizes, resets, x, h_0, c_0, *weights).
+    """apply(mode, directions, batch, batch_sizes, resets, reverse, x, h_0, c_0, *weights).
 
-    resets, laid out as x without its features, is True where a segment of a row begins. h_0
+    resets, laid out as x without its features, is True where a segment of a row begins; reverse
+    makes a single direction run from each row's last step to its first. h_0
     [D, B, H] and, for an LSTM, c_0 [D, B, H] may be None for zeros. Returns output, laid out as x
     with D*H features, h_n [D, B, H], c_n [D, B, H] and every c_t, laid out as output (these two
     only for an LSTM), and a last tensor for backward alone.
@@ -210,25 +214,26 @@ class LayerFunction(torch.autograd.Function):
         batch: int,
         batch_sizes: Tensor | None,
         resets: Tensor | None,
+        reverse: bool,
         x: Tensor,
         h_0: Tensor | None,
         c_0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        spec = Spec(mode, directions, batch, batch_sizes, resets)
+        spec = Spec(mode, directions, batch, batch_sizes, resets, reverse)
         with torch._C._AutoDispatchBelowAutograd():
             return layer_forward(spec, x, h_0, c_0, weights, keep=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        mode, directions, batch, batch_sizes, resets, x, h_0, c_0, *weights = inputs
+        mode, directions, batch, batch_sizes, resets, reverse, x, h_0, c_0, *weights = inputs
         out, _, c_n, extra, gates = output
         ctx.set_materialize_grads(False)
         if CELLS[mode].has_cell_state:
             ctx.mark_non_differentiable(gates)
         else:
             ctx.mark_non_differentiable(c_n, extra, gates)
-        ctx.mode, ctx.directions, ctx.batch = mode, directions, batch
+        ctx.mode, ctx.directions, ctx.batch, ctx.reverse = mode, directions, batch, reverse
         ctx.save_for_backward(batch_sizes, resets, x, h_0, c_0, out, extra, gates, *weights)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(batch_sizes, resets, x, h_0, c_0, *weights)
@@ -236,20 +241,20 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         batch_sizes, resets, x, h_0, c_0, output, extra, gates, *weights = ctx.saved_tensors
-        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes, resets)
-        wanted = ctx.needs_input_grad[5:]
+        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes, resets, ctx.reverse)
+        wanted = ctx.needs_input_grad[6:]
         # torch.compile brings zeros for outputs that have no gradient.
         grads = grads[:4] if CELLS[ctx.mode].has_cell_state else (*grads[:2], None, None)
         # As a Function of its own, so that backward can be differentiated again.
         d_inputs = LayerBackward.apply(  # type: ignore[no-untyped-call]
             *spec, wanted, output, extra, gates, *grads, x, h_0, c_0, *weights
         )
-        return (*(None,) * 5, *d_inputs)
+        return (*(None,) * 6, *d_inputs)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        mode, directions, batch, batch_sizes, *tensors = args
-        if batch_sizes is not None or any(dim is not None for dim in in_dims[8:]):
+        mode, directions, batch, batch_sizes, resets, reverse, *tensors = args
+        if batch_sizes is not None or any(dim is not None for dim in in_dims[9:]):
             return _vmap_by_loop(cls, info.batch_size, in_dims, args)
         # All share the weights: their rows run as one batch [..., V*B, features].
         samples = info.batch_size
@@ -260,8 +265,9 @@ class LayerFunction(torch.autograd.Function):
             t = t.unsqueeze(1) if dim is None else t.movedim(dim, 1)
             return t.expand(-1, samples, *t.shape[2:]).flatten(1, 2)
 
-        rows = [fold(t, dim) for t, dim in zip(tensors[:4], in_dims[4:8])]
-        given = mode, directions, samples * batch, None, *rows, *tensors[4:]
+        rows = [fold(t, dim) for t, dim in zip(tensors[:3], in_dims[6:9])]
+        resets = fold(resets, in_dims[4])
+        given = mode, directions, samples * batch, None, resets, reverse, *rows, *tensors[3:]
         *shown, gates = cls.apply(*given)  # type: ignore[no-untyped-call]
         outputs = [t if t.dim() == 1 else t.unflatten(1, (samples, batch)) for t in shown]
         if gates.dim() > 1:
@@ -274,14 +280,14 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         batch_sizes, resets, *tensors = ctx.saved_tensors
-        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes, resets)
+        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes, resets, ctx.reverse)
         given = [i for i, t in enumerate(tensors) if t is not None]
 
         def layer(*present: Tensor) -> tuple[Tensor, ...]:
             x, h_0, c_0, *weights = _place(given, present, len(tensors))
             return reference_layer(spec, x, h_0, c_0, weights)
 
-        changes = _jvp(layer, given, tensors, tangents[5:])
+        changes = _jvp(layer, given, tensors, tangents[6:])
         return (*changes, *(None,) * (5 - len(changes)))
 
 
@@ -318,6 +324,7 @@ class LayerBackward(torch.autograd.Function):
         batch: int,
         batch_sizes: Tensor | None,
         resets: Tensor | None,
+        reverse: bool,
         wanted: Sequence[bool],
         output: Tensor,
         extra: Tensor,
@@ -326,16 +333,16 @@ class LayerBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         grads, (x, h_0, c_0, *weights) = tensors[:4], tensors[4:]
         saved = _Saved(x, h_0, c_0, output, extra, gates, weights)
-        spec = Spec(mode, directions, batch, batch_sizes, resets)
+        spec = Spec(mode, directions, batch, batch_sizes, resets, reverse)
         return tuple(layer_backward(spec, saved, grads, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        mode, directions, batch, batch_sizes, resets, ctx.wanted, *_ = inputs
-        ctx.mode, ctx.directions, ctx.batch = mode, directions, batch
-        ctx.save_for_backward(batch_sizes, resets, *inputs[9:])
+        mode, directions, batch, batch_sizes, resets, reverse, ctx.wanted, *_ = inputs
+        ctx.mode, ctx.directions, ctx.batch, ctx.reverse = mode, directions, batch, reverse
+        ctx.save_for_backward(batch_sizes, resets, *inputs[10:])
         if forward_ad._current_level >= 0:
-            ctx.save_for_forward(batch_sizes, resets, *inputs[9:])
+            ctx.save_for_forward(batch_sizes, resets, *inputs[10:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -344,7 +351,7 @@ class LayerBackward(torch.autograd.Function):
     ) -> tuple[Callable[..., tuple[Tensor, ...]], list[int], list[Tensor | None]]:
         """The gradients asked for by the definition, and the tensors they are a function of."""
         batch_sizes, resets, *tensors = ctx.saved_tensors
-        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes, resets)
+        spec = Spec(ctx.mode, ctx.directions, ctx.batch, batch_sizes, resets, ctx.reverse)
         given = [i for i, t in enumerate(tensors) if t is not None]
         inputs = [i for i in given if i >= 4]
 
@@ -367,10 +374,10 @@ class LayerBackward(torch.autograd.Function):
         asked = [second is not None for second in seconds]
         gradients, given, tensors = LayerBackward._definition(ctx, asked)
         if not any(asked):
-            return (None,) * (9 + len(tensors))
+            return (None,) * (10 + len(tensors))
         vjp = torch.func.vjp(gradients, *(tensors[i] for i in given))[1]
         results = vjp(tuple(s for s in seconds if s is not None))
-        return (None,) * 9 + tuple(_place(given, results, len(tensors)))
+        return (None,) * 10 + tuple(_place(given, results, len(tensors)))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -379,7 +386,7 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients, given, tensors = LayerBackward._definition(ctx, ctx.wanted)
-        changes = _jvp(gradients, given, tensors, tangents[9:])
+        changes = _jvp(gradients, given, tensors, tangents[10:])
         asked = [i for i, wanted in enumerate(ctx.wanted) if wanted]
         return tuple(_place(asked, changes, len(ctx.wanted)))
 
@@ -419,13 +426,14 @@ def _scan_forward_autograd(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     batch: int,
+    reverse: bool,
     keep: bool,
     all_c: bool,
 ) -> tuple[Tensor, ...]:
     """The gradient of the bare operator, as compiled graphs and exported programs call it."""
     kinds = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w]
     weights = [w for each in zip(*kinds) for w in each]
-    spec = Spec(mode, len(weight_ih), batch, batch_sizes, resets)
+    spec = Spec(mode, len(weight_ih), batch, batch_sizes, resets, reverse)
     tensors = [x, *weights] + [s for s in (h_0, c_0) if s is not None]
     if transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         results = FUNCTIONS[mode].apply(*spec, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]

@@ -34,15 +34,16 @@ _library = torch.library.Library("fastrnn", "DEF")
 _library.define(
     "scan_forward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] weight_hr, "
     "Tensor[] bias_ih, Tensor[] bias_hh, Tensor? h_0, Tensor? c_0, Tensor? batch_sizes, "
-    "Tensor? resets, SymInt batch, bool keep, bool all_c) "
+    "Tensor? resets, SymInt batch, bool reverse, bool keep, bool all_c) "
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor extra, Tensor gates)"
 )
 _library.define(
     "scan_backward(str mode, Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] weight_hr, "
-    "Tensor? h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? resets, SymInt batch, Tensor output, "
-    "Tensor extra, Tensor gates, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_extra, "
-    "bool[] wanted) -> (Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor d_weight_ih, "
-    "Tensor d_weight_hh, Tensor d_weight_hr, Tensor d_bias_ih, Tensor d_bias_hh)"
+    "Tensor? h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? resets, SymInt batch, bool reverse, "
+    "Tensor output, Tensor extra, Tensor gates, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, "
+    "Tensor? d_extra, bool[] wanted) -> (Tensor d_x, Tensor d_h_0, Tensor d_c_0, "
+    "Tensor d_weight_ih, Tensor d_weight_hh, Tensor d_weight_hr, Tensor d_bias_ih, "
+    "Tensor d_bias_hh)"
 )
 
 
@@ -161,6 +162,7 @@ def _scan_forward(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     batch: int,
+    reverse: bool,
     keep: bool,
     all_c: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -184,6 +186,7 @@ def _scan_forward(
         rows,
         batch_sizes_address,
         _address("resets", resets, torch.bool, x.shape[:-1]),
+        reverse,
         inputs,
         x.data_ptr(),
         _addresses("weight_ih", weight_ih, dtype, (wide, inputs)),
@@ -239,6 +242,7 @@ def _scan_backward(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     batch: int,
+    reverse: bool,
     output: Tensor,
     extra: Tensor,
     gates: Tensor,
@@ -272,6 +276,7 @@ def _scan_backward(
         rows,
         batch_sizes_address,
         _address("resets", resets, torch.bool, x.shape[:-1]),
+        reverse,
         inputs,
         x.data_ptr(),
         _addresses("weight_ih", weight_ih, dtype, (wide, inputs)),
@@ -306,15 +311,15 @@ _library.impl("scan_backward", _scan_backward, "CPU")
 @torch.library.register_fake("fastrnn::scan_forward")
 def _(  # type: ignore[no-untyped-def]
     mode, x, weight_ih, weight_hh, weight_hr, bias_ih, bias_hh, h_0, c_0, batch_sizes, resets,
-    batch, keep, all_c,
+    batch, reverse, keep, all_c,
 ):  # fmt: skip
     return _forward_outputs(mode, x, weight_hh, batch, keep, all_c)
 
 
 @torch.library.register_fake("fastrnn::scan_backward")
 def _(  # type: ignore[no-untyped-def]
-    mode, x, weight_ih, weight_hh, weight_hr, h_0, c_0, batch_sizes, resets, batch, output, extra,
-    gates, d_output, d_h_n, d_c_n, d_extra, wanted,
+    mode, x, weight_ih, weight_hh, weight_hr, h_0, c_0, batch_sizes, resets, batch, reverse,
+    output, extra, gates, d_output, d_h_n, d_c_n, d_extra, wanted,
 ):  # fmt: skip
     return _backward_outputs(mode, x, weight_hh, batch, wanted)
 

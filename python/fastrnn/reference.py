@@ -131,8 +131,9 @@ def layer(
     weights: Sequence[Sequence[Tensor]],
     mask: Tensor | None = None,
     reset: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, State, Tensor | None]:
-    """One layer in all its directions.
+    """One layer in all its directions: forward and reverse, or a single one, which `reverse` turns.
 
     x [T, B, I]; mask and reset [T, B] as in `scan`; states h_0 [D, B, P] and, for an LSTM, c_0
     [D, B, H]; weights one sequence per direction. Returns output [T, B, D*P], the final states like
@@ -142,7 +143,7 @@ def layer(
         # A where() alone would let NaN through: its gradient is 0 * NaN.
         x = torch.where(mask.unsqueeze(-1), x, 0)
     runs = [
-        scan(mode, x, tuple(s[d] for s in states), w, mask, d == 1, reset)
+        scan(mode, x, tuple(s[d] for s in states), w, mask, d == 1 or reverse, reset)
         for d, w in enumerate(weights)
     ]
     sequences = [torch.cat(s, -1) for s in zip(*(shown for shown, _ in runs))]
