@@ -4,9 +4,11 @@
   char_lm.py --text novel.txt --cell lstm --layers 2 --hidden 512 --dropout 0.2 --minutes 60
   char_lm.py --checkpoint lm.pt --max-steps 9000             stop it with Ctrl-C at any time ...
   char_lm.py --checkpoint lm.pt --max-steps 9000 --resume    ... and go on, bit for bit
+  torchrun --nproc-per-node 2 char_lm.py --batch 64          two processes with half the batch each
 
-With --backend torch the same program runs on torch.nn: the same losses at another speed.
-Needs torch and tqdm.
+With --backend torch the same program runs on torch.nn: the same losses at another speed. torchrun
+shares the batch out over its processes: the same losses again, and a checkpoint fits any number
+of them. Needs torch and tqdm.
 """
 
 from __future__ import annotations
@@ -14,21 +16,29 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import os
 import signal
 import sys
 import sysconfig
 import time
+from collections import deque
 from collections.abc import Callable
 from math import inf, isfinite, log
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"  # h, or (h, c) of LSTM
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun says which of how many processes this is
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+works: deque[Any] = deque(maxlen=9)
 
 BACKENDS = {"fastrnn": "fastrnn", "torch": "torch.nn"}  # modules that define LSTM, GRU and RNN
 STDLIB_LIMIT = 4_000_000  # characters of the default text
@@ -43,8 +53,41 @@ class UserError(Exception):
 
 
 def say(line: str) -> None:
-    tqdm.write(line)  # print, but above the progress bar
-    sys.stdout.flush()
+    if RANK == 0:
+        tqdm.write(line)  # print, but above the progress bar
+        sys.stdout.flush()
+
+
+def together(operation: Callable[..., Any], *args: Any) -> None:
+    """Runs a collective operation of torch.distributed."""
+    work = operation(*args, async_op=True)
+    work.wait()
+    # Kept for a while: a process may crash at its end when torch's threads are the last to hold
+    # the tensors.
+    works.append(work)
+
+
+def average(value: float) -> float:
+    """The mean of all processes' values."""
+    if WORLD == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    together(dist.all_reduce, total)
+    return total.item() / WORLD
+
+
+def own(whole: Tensor, dim: int) -> Tensor:
+    """This process's part of a tensor that is shared out along ``dim``."""
+    return whole.chunk(WORLD, dim)[RANK].contiguous()
+
+
+def gather(part: Tensor, dim: int) -> Tensor:
+    """The tensor of which ``part`` is this process's ``own``."""
+    if WORLD == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(WORLD)]
+    together(dist.all_gather, parts, part)
+    return torch.cat(parts, dim)
 
 
 def read_text(file: str | None) -> str:
@@ -91,22 +134,23 @@ class CharLM(nn.Module):
         hidden, state = self.rnn(self.dropout(self.embedding(chars)), state)
         return self.head(self.dropout(hidden)), state
 
-    def loss(self, chars: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Bits per character of predicting ``chars[1:]`` from ``chars[:-1]``."""
-        scores, state = self(chars[:-1], state)
-        return cross_entropy(scores.flatten(0, 1), chars[1:].flatten()) / log(2), state
+
+def predict(model: nn.Module, chars: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    """Bits per character of predicting ``chars[1:]`` from ``chars[:-1]``, and the state."""
+    scores, state = model(chars[:-1], state)
+    return cross_entropy(scores.flatten(0, 1), chars[1:].flatten()) / log(2), state
 
 
 @torch.no_grad()
 def evaluate(model: CharLM, data: Tensor, window: int = 256) -> float:
-    """Bits per character of ``data [N, B]``, read in windows to bound the memory."""
+    """Bits per character of all processes' ``data [N, B]``, read in windows to bound the memory."""
     model.eval()
     total, state = 0.0, None
     for start in range(0, len(data) - 1, window):
         chars = data[start : start + window + 1]
-        loss, state = model.loss(chars, state)
+        loss, state = predict(model, chars, state)
         total += loss.item() * (len(chars) - 1)
-    return total / (len(data) - 1)
+    return average(total / (len(data) - 1))
 
 
 @torch.no_grad()
@@ -123,9 +167,11 @@ def sample(model: CharLM, prime: str, length: int, temperature: float, seed: int
     return text
 
 
-def detach(state: State) -> State:
-    """The state without its history: here backpropagation through time is truncated."""
-    return (state[0].detach(), state[1].detach()) if isinstance(state, tuple) else state.detach()
+def each(function: Callable[[Tensor], Tensor], state: State | None) -> State | None:
+    """The state with ``function`` applied to its tensors."""
+    if isinstance(state, tuple):
+        return function(state[0]), function(state[1])
+    return None if state is None else function(state)
 
 
 class Trainer:
@@ -133,6 +179,7 @@ class Trainer:
 
     def __init__(self, model: CharLM, data: Tensor, args: argparse.Namespace) -> None:
         self.model, self.data, self.args = model, data, args
+        self.parallel = DistributedDataParallel(model) if WORLD > 1 else model
         self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
         self.done = 0  # steps so far
         self.position = 0  # row of data where the next step starts
@@ -145,14 +192,16 @@ class Trainer:
         end = self.position + self.args.steps
         if end >= len(self.data):
             self.position, self.state, end = 0, None, self.args.steps
-        loss, state = self.model.loss(self.data[self.position : end + 1], self.state)
+        chars = self.data[self.position : end + 1]
+        loss, state = predict(self.parallel, chars, self.state)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
         self.optimizer.step()
-        self.position, self.state = end, detach(state)
+        # Without its history: here backpropagation through time is truncated.
+        self.position, self.state = end, each(Tensor.detach, state)
         self.done += 1
-        return loss.item()
+        return average(loss.item())
 
     def save(self, file: str, digest: str) -> None:
         content = {
@@ -163,9 +212,11 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "done": self.done,
             "position": self.position,
-            "state": self.state,
-            "rng": torch.get_rng_state(),
+            "state": each(lambda part: gather(part, 1), self.state),
+            "rng": gather(torch.get_rng_state(), 0),
         }
+        if RANK > 0:
+            return
         new = Path(f"{file}.new")  # takes the old one's name when it is whole
         with new.open("wb") as out:
             torch.save(content, out)
@@ -174,8 +225,11 @@ class Trainer:
     def load(self, content: dict[str, Any]) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.done, self.position, self.state = (content[k] for k in ("done", "position", "state"))
-        torch.set_rng_state(content["rng"])
+        self.done, self.position = content["done"], content["position"]
+        self.state = each(lambda whole: own(whole, 1), content["state"])
+        rngs = content["rng"].split(len(torch.get_rng_state()))
+        if RANK < len(rngs):  # a process that the checkpoint does not know keeps its new one
+            torch.set_rng_state(rngs[RANK].clone())  # torch misreads a view
 
 
 def load_checkpoint(file: str) -> dict[str, Any]:
@@ -208,8 +262,11 @@ def train(trainer: Trainer, check: Callable[[], None]) -> tuple[list[float], boo
     previous = signal.signal(signal.SIGINT, interrupt)
     try:
         # disable=None: no bar without a terminal, but a line every ten seconds
-        with tqdm(total=budget, initial=spent(), bar_format=layout, disable=None) as bar:
-            while spent() < budget and not interrupted:
+        hidden = None if RANK == 0 else True
+        with tqdm(total=budget, initial=spent(), bar_format=layout, disable=hidden) as bar:
+            while average(spent() < budget and not interrupted) == 1:  # all stop when one does
+                if losses and trainer.done % args.every == 0:
+                    check()
                 busy -= time.monotonic()
                 losses.append(trainer.step())
                 busy += time.monotonic()
@@ -221,8 +278,6 @@ def train(trainer: Trainer, check: Callable[[], None]) -> tuple[list[float], boo
                 if bar.disable and busy > printed + 10:
                     say(f"step {trainer.done}: {news}")
                     printed = busy
-                if trainer.done % args.every == 0 and spent() < budget:
-                    check()
     finally:
         signal.signal(signal.SIGINT, previous)
     return losses, interrupted
@@ -284,6 +339,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, saved: dict[str, Any] | None) -> int:
+    if args.batch % WORLD:
+        raise UserError(f"--batch {args.batch} cannot be shared out over {WORLD} processes")
     for file in filter(None, (args.checkpoint, args.losses)):  # now, not after the training
         if not Path(file).absolute().parent.is_dir():
             raise UserError(f"cannot write {file}: no such directory")
@@ -294,8 +351,8 @@ def run(args: argparse.Namespace, saved: dict[str, Any] | None) -> int:
     vocabulary = "".join(sorted(set(text)))
     codes = encode(text, vocabulary)
     held_out = len(codes) // HELD_OUT
-    training = streams(codes[: len(codes) - held_out], args.batch)
-    validation = streams(codes[len(codes) - held_out :], args.batch)
+    training = own(streams(codes[: len(codes) - held_out], args.batch), 1)
+    validation = own(streams(codes[len(codes) - held_out :], args.batch), 1)
     if len(training) <= args.steps or len(validation) < 2:
         raise UserError(f"{len(text):,} characters are too few for this --batch and --steps")
     prime = args.prime or ("\n" if "\n" in vocabulary else text[0])
@@ -304,6 +361,8 @@ def run(args: argparse.Namespace, saved: dict[str, Any] | None) -> int:
 
     torch.manual_seed(args.seed)
     model = CharLM(vocabulary, args)
+    if RANK > 0:  # the same weights everywhere, but each its own dropout
+        torch.manual_seed(args.seed + RANK)
     trainer = Trainer(model, training, args)
     if saved:
         trainer.load(saved)
@@ -322,10 +381,10 @@ def run(args: argparse.Namespace, saved: dict[str, Any] | None) -> int:
     first = trainer.done + 1
     losses, interrupted = train(trainer, check)
     check()
-    if args.losses:
+    if args.losses and RANK == 0:
         rows = (f"{step},{bits}\n" for step, bits in enumerate(losses, first))
         Path(args.losses).write_text("step,bits_per_char\n" + "".join(rows))
-    if args.sample:
+    if args.sample and RANK == 0:
         say("\n" + sample(model, prime, args.sample, args.temperature, args.seed))
     return 130 if interrupted else 0
 
@@ -344,6 +403,8 @@ def main(argv: list[str] | None = None) -> int:
             for key in SHAPE:
                 if (value := getattr(args, key)) != saved["args"][key]:
                     raise UserError(f"--{key} {value}: the checkpoint has {saved['args'][key]}")
+        if WORLD > 1:
+            dist.init_process_group("gloo")
         return run(args, saved)
     except (UserError, OSError) as error:
         parser.error(str(error))

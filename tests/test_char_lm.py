@@ -1,10 +1,13 @@
-"""examples/char_lm.py: both backends learn alike, and what is interrupted goes on bit for bit."""
+"""examples/char_lm.py: both backends learn alike, in one process or two, and what is interrupted
+goes on bit for bit.
+"""
 
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -44,9 +47,54 @@ def run(text, tmp_path, capsys):
     def run(*options, expect=0):
         losses = tmp_path / "losses.csv"
         assert char_lm.main([f"--text={text}", *SMALL, f"--losses={losses}", *options]) == expect
-        header, *rows = losses.read_text().splitlines()
-        assert header == "step,bits_per_char"
-        return [float(row.split(",")[1]) for row in rows], capsys.readouterr().out
+        return read_losses(losses), capsys.readouterr().out
+
+    return run
+
+
+def read_losses(file):
+    header, *rows = file.read_text().splitlines()
+    assert header == "step,bits_per_char"
+    return [float(row.split(",")[1]) for row in rows]
+
+
+@pytest.fixture
+def run_two(text, tmp_path):
+    """`run` under torchrun with two processes; what comes to stderr matters only on failure.
+
+    At the line that has `interrupt_at` in it comes a Ctrl-C.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("a torch without gloo")
+
+    def run(*options, interrupt_at=None):
+        losses = tmp_path / "losses.csv"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        program = [EXAMPLE, f"--text={text}", *SMALL, f"--losses={losses}", *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        errors = tmp_path / "errors.txt"
+        with (
+            errors.open("w") as stderr,
+            subprocess.Popen(
+                [sys.executable, *torchrun, *program],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            ) as process,
+        ):
+            limit = threading.Timer(60, process.terminate)  # which ends its workers too
+            limit.start()
+            output = ""
+            for line in process.stdout:
+                output += line
+                if interrupt_at and interrupt_at in line:
+                    os.killpg(process.pid, signal.SIGINT)
+            code = process.wait()
+            limit.cancel()
+        assert (code == 0) == (interrupt_at is None), output + errors.read_text()
+        return read_losses(losses), output
 
     return run
 
@@ -57,12 +105,23 @@ def small_model(*options):
     return char_lm.CharLM("\nabcde", args), args
 
 
-def tensors(content, path=""):
+def leaves(content, path=""):
     """The leaves of a checkpoint, by their place in it."""
     if isinstance(content, (dict, list, tuple)):
         items = content.items() if isinstance(content, dict) else enumerate(content)
-        return {k: v for key, part in items for k, v in tensors(part, f"{path}/{key}").items()}
+        return {k: v for key, part in items for k, v in leaves(part, f"{path}/{key}").items()}
     return {path: content}
+
+
+def assert_same_checkpoints(*files, rel=0.0, but=()):
+    """Their numbers agree within `rel`, everything else exactly."""
+    a, b = (leaves(char_lm.load_checkpoint(file)) for file in files)
+    assert a.keys() == b.keys()
+    for key in a.keys() - set(but):
+        if torch.is_tensor(a[key]):
+            torch.testing.assert_close(a[key], b[key], rtol=rel, atol=rel, msg=key)
+        else:
+            assert a[key] == b[key], key
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -92,11 +151,7 @@ def test_resume_is_exact(run, tmp_path, cell, backend):
 
     assert first + second == losses
     assert resumed.partition("step 50:")[2] == output.partition("step 50:")[2]  # the sample too
-    a, b = tensors(char_lm.load_checkpoint(whole)), tensors(char_lm.load_checkpoint(parts))
-    assert a.keys() == b.keys()
-    for key in a:
-        same = torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key]
-        assert same, key
+    assert_same_checkpoints(whole, parts)
 
 
 def test_a_checkpoint_fits_both_backends(run, tmp_path):
@@ -107,6 +162,47 @@ def test_a_checkpoint_fits_both_backends(run, tmp_path):
     assert first + second == pytest.approx(whole, rel=0, abs=1e-4)
 
 
+def test_two_processes_are_the_same_training_as_one(run, run_two, tmp_path):
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    options = ["--cell=lstm", "--layers=2", "--every=20"]
+    whole, output = run(*options, f"--checkpoint={one}", "--max-steps=50")
+    first, shared = run_two(*options, f"--checkpoint={two}", "--max-steps=50")
+    assert first == pytest.approx(whole, rel=0, abs=1e-4)
+    assert shared == output  # said once: sizes, validations and the sample
+    assert_same_checkpoints(one, two, rel=1e-3, but=["/rng"])
+
+
+def test_two_processes_resume_exactly(run, run_two, tmp_path):
+    # Dropout, so that each process has random numbers of its own to save.
+    options = ["--layers=2", "--dropout=0.3"]
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    losses, output = run_two(*options, f"--checkpoint={whole}", "--max-steps=50")
+    first, _ = run_two(*options, f"--checkpoint={parts}", "--max-steps=25")
+    between = parts.read_bytes()
+    second, resumed = run_two("--resume", f"--checkpoint={parts}", "--max-steps=50")
+    assert first + second == losses
+    assert resumed.partition("step 50:")[2] == output.partition("step 50:")[2]
+    assert_same_checkpoints(whole, parts)
+
+    assert sum(losses[-10:]) / 10 < 0.9 * losses[0]
+    rngs = char_lm.load_checkpoint(whole)["rng"].chunk(2)
+    assert not torch.equal(*rngs)
+    # One process goes on from there too, with other dropout.
+    parts.write_bytes(between)
+    alone, _ = run("--resume", f"--checkpoint={parts}", "--max-steps=50")
+    assert alone == pytest.approx(second, rel=0.2)
+
+
+def test_interrupt_stops_and_saves_two_processes(run, run_two, tmp_path):
+    options = [f"--checkpoint={tmp_path / 'lm.pt'}", "--every=10"]
+    first, output = run_two(*options, "--minutes=5", interrupt_at="step 10:")
+    assert f"step {len(first)}: validation" in output
+    assert len(output.split("bits/char\n")[-1]) > 40  # the sample
+    steps = len(first) + 5
+    second, _ = run(*options, "--resume", f"--max-steps={steps}")
+    assert first + second == pytest.approx(run(f"--max-steps={steps}")[0], rel=0, abs=1e-3)
+
+
 def test_validation_does_not_disturb_training(run):
     options = ["--backend=torch", "--dropout=0.3", "--max-steps=10"]
     assert run(*options, "--every=1")[0] == run(*options)[0]
@@ -115,7 +211,7 @@ def test_validation_does_not_disturb_training(run):
 def test_validation_counts_every_character_once():
     model, _ = small_model()
     data = torch.randint(6, (50, 3))
-    expected = model.loss(data)[0].item()
+    expected = char_lm.predict(model, data)[0].item()
     assert char_lm.evaluate(model, data, window=7) == pytest.approx(expected, rel=1e-5)
 
 
@@ -256,6 +352,12 @@ def refused(capsys, *options):
 )
 def test_bad_arguments(text, capsys, options, message):
     assert message in refused(capsys, "--max-steps=9", f"--text={text}", *options)
+
+
+def test_a_batch_that_cannot_be_shared_out(text, capsys, monkeypatch):
+    monkeypatch.setattr(char_lm, "WORLD", 3)
+    monkeypatch.setattr(char_lm.dist, "init_process_group", lambda backend: None)
+    assert "--batch 4 cannot be shared out over 3" in refused(capsys, f"--text={text}")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 100])

@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <omp.h>
+#include <pthread.h>
 #include <sched.h>
 #include <time.h>
 
@@ -67,6 +68,11 @@ struct Break {
 };
 thread_local Break current_break;
 
+// The pool of threads does not come along in a fork, and a region that asks for it would hang.
+thread_local bool has_pool = false, lost_pool = false;
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { lost_pool = has_pool; });
+
 }  // namespace
 
 int present_threads(int threads) {
@@ -98,10 +104,11 @@ void Barrier::wait(int size) {
 }
 
 void run_parallel(int threads, void (*work)(void*, int, int), void* context) {
-  if (threads <= 1) {
+  if (threads <= 1 || lost_pool) {
     work(context, 0, 1);
     return;
   }
+  has_pool = true;
   const int64_t begin = nanoseconds(CLOCK_MONOTONIC);
   std::atomic<int> absent{0};
 #pragma omp parallel num_threads(threads)

@@ -431,6 +431,7 @@ def _scan_forward_autograd(
     all_c: bool,
 ) -> tuple[Tensor, ...]:
     """The gradient of the bare operator, as compiled graphs and exported programs call it."""
+    batch = x.shape[1] if batch_sizes is None else batch  # a trace knows only the number
     kinds = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w]
     weights = [w for each in zip(*kinds) for w in each]
     spec = Spec(mode, len(weight_ih), batch, batch_sizes, resets, reverse)

@@ -57,8 +57,8 @@ def _run_layer(
     ):
         _check_devices(x, (h_0, c_0), weights)
         output, *rest = reference_layer(spec, x, h_0, c_0, weights, mask)
-    elif compiling:  # the bare operator has a gradient too
-        keep = torch.is_grad_enabled()
+    elif compiling or torch._C._get_tracing_state() is not None:
+        keep = compiling and torch.is_grad_enabled()  # the bare operator has a gradient too
         output, *rest = layer_forward(spec, x, h_0, c_0, weights, keep, all_c)
     elif transformed or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         function = FUNCTIONS[spec.mode]
@@ -96,9 +96,10 @@ class _RNNBase(RNNBase):
         ]
         shown_dtype = None
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            if self.mode == "GRU" and x.device.type == "cpu":  # as torch.nn.GRU
-                shown_dtype = x.dtype if states is None else states[0].dtype
             dtype = torch.get_autocast_dtype(x.device.type)
+            if self.mode == "GRU" and x.device.type == "cpu":  # as torch.nn.GRU
+                state_dtype = x.dtype if states is None else states[0].dtype
+                shown_dtype = torch.promote_types(dtype, state_dtype)
             x, *weights = _autocast(dtype, x, *weights)
             states = None if states is None else _autocast(dtype, *states)
         each = len(weights) // self.num_layers

@@ -166,6 +166,7 @@ def _scan_forward(
     keep: bool,
     all_c: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch = x.shape[1] if batch_sizes is None else batch  # a trace knows only the number
     cell, (directions, hidden, shown, wide) = CELLS[mode], _sizes(mode, weight_hh)
     steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
     inputs = x.shape[-1]
