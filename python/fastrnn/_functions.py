@@ -19,6 +19,7 @@ from . import reference
 from ._ops import (
     CELLS,
     _library,
+    filled,
     is_plain,
     scan_backward,
     scan_backward_cpu,
@@ -58,15 +59,15 @@ def layer_forward(
     keep: bool,
     all_c: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The fused layer: output, h_n [D, B, H], c_n (LSTM), and with `keep` what backward reads.
+    """The fused layer: output, h_n [D, B, P], c_n (LSTM), and with `keep` what backward reads.
 
     For an LSTM that begins with every c_t, which `all_c` asks for alone.
     """
     each = _split(weights, spec.directions)
     kinds = len(each[0])
     plain = not torch.compiler.is_compiling() and is_plain(x, h_0, c_0, *weights)
-    scan: Callable[..., tuple[Tensor, ...]] = scan_forward_cpu if plain else scan_forward
-    return scan(
+    scan: Callable[..., Any] = scan_forward_cpu if plain else scan_forward
+    results = scan(
         spec.mode,
         x,
         [w[0] for w in each],
@@ -83,6 +84,7 @@ def layer_forward(
         keep,
         all_c,
     )
+    return filled(x, results) if keep and plain else results
 
 
 def reference_layer(

@@ -128,8 +128,9 @@ class _RNNBase(RNNBase):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # functional_call puts weights in place that _flat_weights never sees, of another dtype too.
         flat = self._flat_weights
-        if input.dtype != flat[0].dtype:  # type: ignore[union-attr]
-            self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        if input.dtype is flat[0].dtype:  # type: ignore[union-attr]
+            return super().check_input(input, batch_sizes)
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
         try:
             super().check_input(input, batch_sizes)
         finally:

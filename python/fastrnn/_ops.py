@@ -52,22 +52,24 @@ def has_kernel(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in _DTYPES
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a call on these tensors means no more than its kernel.
 
     Then the operator can be left out, which takes as long as the whole of a small step.
     """
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._autograd._profiler_enabled()
-        and all(
-            t is None
-            or (type(t) in _PLAIN and t.is_cpu and not t.is_neg() and not t._is_zerotensor())
-            for t in tensors
-        )
-    )
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+        or not x.is_cpu
+    ):
+        return False
+    for t in (x, *others):
+        # Negation and zeros may stand in a tensor's flags alone.
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor()):
+            return False
+    return True
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
@@ -75,23 +77,35 @@ def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype.itemsize == 2 else x.dtype
 
 
-def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Where a contiguous CPU tensor of this dtype and shape lies; 0 for None."""
-    if tensor is None:
-        return 0
-    if tensor.shape == shape and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous():
+class _Memory:
+    """Addresses of tensors, and the contiguous copies that some of them needed."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.copies: list[Tensor] = []
+
+    def at(
+        self,
+        name: str,
+        tensor: Tensor | None,
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+    ) -> int:
+        """The address of a CPU tensor of this shape and dtype, 0 for None."""
+        if tensor is None:
+            return 0
+        if tensor.shape != shape or tensor.dtype is not (dtype or self.dtype) or not tensor.is_cpu:
+            raise ValueError(
+                f"{name}: expected a {dtype or self.dtype} tensor of shape {list(shape)} on cpu, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            self.copies.append(tensor)
         return tensor.data_ptr()
-    raise ValueError(
-        f"{name}: expected a contiguous {dtype} tensor of shape {list(shape)} on cpu, got "
-        f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        + ("" if tensor.is_contiguous() else ", not contiguous")
-    )
 
-
-def _addresses(
-    name: str, tensors: list[Tensor], dtype: torch.dtype, shape: tuple[int, ...]
-) -> list[int]:
-    return [_address(name, tensor, dtype, shape) for tensor in tensors]
+    def each(self, name: str, tensors: list[Tensor], shape: tuple[int, ...]) -> list[int]:
+        return [self.at(name, tensor, shape) for tensor in tensors]
 
 
 def _layout(x: Tensor, batch_sizes: Tensor | None, batch: int) -> tuple[int, int, int]:
@@ -115,10 +129,6 @@ def _layout(x: Tensor, batch_sizes: Tensor | None, batch: int) -> tuple[int, int
     return batch_sizes.shape[0], x.shape[0], batch_sizes.data_ptr()
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 class _Sizes(NamedTuple):
     """What the shapes of the weights say."""
 
@@ -135,7 +145,7 @@ def _sizes(mode: str, weight_hh: list[Tensor]) -> _Sizes:
 
 def _forward_outputs(
     mode: str, x: Tensor, weight_hh: list[Tensor], batch: int, keep: bool, all_c: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     cell, (directions, hidden, shown, wide) = CELLS[mode], _sizes(mode, weight_hh)
     rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
     steps, new = x.shape[:-1], x.new_empty
@@ -143,9 +153,9 @@ def _forward_outputs(
     return (
         new((*steps, directions * shown)),
         new((directions, batch, shown)),
-        new((directions, batch, hidden) if cell.has_cell_state else 0),
-        new((*steps, directions * hidden) if keep_extra else 0, dtype=_state_dtype(x)),
-        new((directions, rows, wide) if cell.saves_gates and keep else 0),
+        new((directions, batch, hidden)) if cell.has_cell_state else None,
+        new((*steps, directions * hidden), dtype=_state_dtype(x)) if keep_extra else None,
+        new((directions, rows, wide)) if cell.saves_gates and keep else None,
     )
 
 
@@ -165,43 +175,38 @@ def _scan_forward(
     reverse: bool,
     keep: bool,
     all_c: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
+    """fastrnn::scan_forward, with None for the results that there are not."""
     batch = x.shape[1] if batch_sizes is None else batch  # a trace knows only the number
     cell, (directions, hidden, shown, wide) = CELLS[mode], _sizes(mode, weight_hh)
     steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
     inputs = x.shape[-1]
-    dtype = x.dtype
-    x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
-    resets = _contiguous(resets)
-    weight_ih = [w.contiguous() for w in weight_ih]
-    weight_hh = [w.contiguous() for w in weight_hh]
-    weight_hr = [w.contiguous() for w in weight_hr]
-    bias_ih = [b.contiguous() for b in bias_ih]
-    bias_hh = [b.contiguous() for b in bias_hh]
+    memory = _Memory(x.dtype)
+    x = x.contiguous()
     results = _forward_outputs(mode, x, weight_hh, batch, keep, all_c)
     output, h_n, c_n, extra, gates = results
     _cpu.forward(
         cell.index,
-        _DTYPES[dtype],
+        _DTYPES[x.dtype],
         (steps, batch, hidden, shown, directions),
         rows,
         batch_sizes_address,
-        _address("resets", resets, torch.bool, x.shape[:-1]),
+        memory.at("resets", resets, x.shape[:-1], torch.bool),
         reverse,
         inputs,
         x.data_ptr(),
-        _addresses("weight_ih", weight_ih, dtype, (wide, inputs)),
-        _addresses("weight_hh", weight_hh, dtype, (wide, shown)),
-        _addresses("weight_hr", weight_hr, dtype, (shown, hidden)),
-        _addresses("bias_ih", bias_ih, dtype, (wide,)),
-        _addresses("bias_hh", bias_hh, dtype, (wide,)),
-        _address("h_0", h_0, dtype, (directions, batch, shown)),
-        _address("c_0", c_0, dtype, (directions, batch, hidden)),
+        memory.each("weight_ih", weight_ih, (wide, inputs)),
+        memory.each("weight_hh", weight_hh, (wide, shown)),
+        memory.each("weight_hr", weight_hr, (shown, hidden)),
+        memory.each("bias_ih", bias_ih, (wide,)),
+        memory.each("bias_hh", bias_hh, (wide,)),
+        memory.at("h_0", h_0, (directions, batch, shown)),
+        memory.at("c_0", c_0, (directions, batch, hidden)),
         output.data_ptr(),
         h_n.data_ptr(),
-        c_n.data_ptr(),
-        [g.data_ptr() for g in gates],
-        extra.data_ptr(),
+        0 if c_n is None else c_n.data_ptr(),
+        [] if gates is None else [g.data_ptr() for g in gates],
+        0 if extra is None else extra.data_ptr(),
         torch.get_num_threads(),
     )
     return results
@@ -256,42 +261,36 @@ def _scan_backward(
     cell, (directions, hidden, shown, wide) = CELLS[mode], _sizes(mode, weight_hh)
     steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
     inputs = x.shape[-1]
-    dtype = x.dtype
+    memory = _Memory(x.dtype)
     sequence, states = (*x.shape[:-1], directions * shown), (directions, batch, shown)
     cells, cell_states = (*x.shape[:-1], directions * hidden), (directions, batch, hidden)
-    x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
-    resets = _contiguous(resets)
-    weight_ih = [w.contiguous() for w in weight_ih]
-    weight_hh = [w.contiguous() for w in weight_hh]
-    weight_hr = [w.contiguous() for w in weight_hr]
-    d_output, d_extra = _contiguous(d_output), _contiguous(d_extra)
-    d_h_n, d_c_n = _contiguous(d_h_n), _contiguous(d_c_n)
+    x = x.contiguous()
     results = _backward_outputs(mode, x, weight_hh, batch, wanted)
     d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_w_hr, d_b_ih, d_b_hh = results
     if cell.saves_gates:
-        _address("gates", gates, dtype, (directions, rows, wide))
+        memory.at("gates", gates, (directions, rows, wide))
     _cpu.backward(
         cell.index,
-        _DTYPES[dtype],
+        _DTYPES[x.dtype],
         (steps, batch, hidden, shown, directions),
         rows,
         batch_sizes_address,
-        _address("resets", resets, torch.bool, x.shape[:-1]),
+        memory.at("resets", resets, x.shape[:-1], torch.bool),
         reverse,
         inputs,
         x.data_ptr(),
-        _addresses("weight_ih", weight_ih, dtype, (wide, inputs)),
-        _addresses("weight_hh", weight_hh, dtype, (wide, shown)),
-        _addresses("weight_hr", weight_hr, dtype, (shown, hidden)),
-        _address("h_0", h_0, dtype, states),
-        _address("c_0", c_0, dtype, cell_states),
-        _address("output", output, dtype, sequence),
+        memory.each("weight_ih", weight_ih, (wide, inputs)),
+        memory.each("weight_hh", weight_hh, (wide, shown)),
+        memory.each("weight_hr", weight_hr, (shown, hidden)),
+        memory.at("h_0", h_0, states),
+        memory.at("c_0", c_0, cell_states),
+        memory.at("output", output, sequence),
         [g.data_ptr() for g in gates],
-        _address("extra", extra, _state_dtype(x), cells) if cell.has_extra else 0,
-        _address("d_output", d_output, dtype, sequence),
-        _address("d_h_n", d_h_n, dtype, states),
-        _address("d_c_n", d_c_n, dtype, cell_states),
-        _address("d_extra", d_extra, _state_dtype(x), cells),
+        memory.at("extra", extra, cells, _state_dtype(x)) if cell.has_extra else 0,
+        memory.at("d_output", d_output, sequence),
+        memory.at("d_h_n", d_h_n, states),
+        memory.at("d_c_n", d_c_n, cell_states),
+        memory.at("d_extra", d_extra, cells, _state_dtype(x)),
         d_x.data_ptr(),
         d_h_0.data_ptr(),
         d_c_0.data_ptr(),
@@ -305,7 +304,14 @@ def _scan_backward(
     return results
 
 
-_library.impl("scan_forward", _scan_forward, "CPU")
+def filled(x: Tensor, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """The results, with the empty tensors by which an operator says that there is none."""
+    return tuple(x.new_empty(0) if r is None else r for r in results)
+
+
+_library.impl(
+    "scan_forward", lambda mode, x, *args: filled(x, _scan_forward(mode, x, *args)), "CPU"
+)
 _library.impl("scan_backward", _scan_backward, "CPU")
 
 
@@ -314,7 +320,7 @@ def _(  # type: ignore[no-untyped-def]
     mode, x, weight_ih, weight_hh, weight_hr, bias_ih, bias_hh, h_0, c_0, batch_sizes, resets,
     batch, reverse, keep, all_c,
 ):  # fmt: skip
-    return _forward_outputs(mode, x, weight_hh, batch, keep, all_c)
+    return filled(x, _forward_outputs(mode, x, weight_hh, batch, keep, all_c))
 
 
 @torch.library.register_fake("fastrnn::scan_backward")
