@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from ._checkpoint import in_segments
 from ._functions import FUNCTIONS, Spec, layer_forward, reference_layer, transforming
 from ._ops import has_kernel
 from ._ragged import (
@@ -80,6 +81,25 @@ def _autocast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
 class _RNNBase(RNNBase):
     """What LSTM, GRU and RNN share. States are a tuple here, (h,) or (h, c)."""
 
+    checkpoint_every: int | None = None  # a class attribute for modules that replace() turned
+
+    def __init__(
+        self, mode: str, *args: Any, checkpoint_every: int | None = None, **kwargs: Any
+    ) -> None:
+        every = checkpoint_every
+        if every is not None and (
+            not isinstance(every, int) or isinstance(every, bool) or every < 1
+        ):
+            raise ValueError(
+                f"checkpoint_every: expected an integer above 0 or None, got {every!r}"
+            )
+        super().__init__(mode, *args, **kwargs)
+        self.checkpoint_every = every
+
+    def extra_repr(self) -> str:
+        every = self.checkpoint_every
+        return super().extra_repr() + ("" if every is None else f", checkpoint_every={every}")
+
     def _run(
         self, spec: Spec, x: Tensor, states: States | None, mask: Tensor | None, all_states: bool
     ) -> tuple[Tensor, States, list[Tensor]]:
@@ -102,6 +122,8 @@ class _RNNBase(RNNBase):
                 shown_dtype = torch.promote_types(dtype, state_dtype)
             x, *weights = _autocast(dtype, x, *weights)
             states = None if states is None else _autocast(dtype, *states)
+        # Without gradients there is nothing to save, and torch.func has no checkpoints.
+        segmented = self.checkpoint_every and torch.is_grad_enabled() and not transforming()
         each = len(weights) // self.num_layers
         finals, sequences = [], []
         for k in range(self.num_layers):
@@ -113,7 +135,13 @@ class _RNNBase(RNNBase):
                     part = slice(k * spec.directions, (k + 1) * spec.directions)
                     h_0, c_0 = h_0[part], None if c_0 is None else c_0[part]
             layer = weights[k * each : (k + 1) * each]
-            x, final, cells = _run_layer(spec, x, h_0, c_0, layer, mask, all_states)
+            if segmented:
+                assert self.checkpoint_every is not None
+                x, final, cells = in_segments(
+                    _run_layer, self.checkpoint_every, spec, x, h_0, c_0, layer, all_states
+                )
+            else:
+                x, final, cells = _run_layer(spec, x, h_0, c_0, layer, mask, all_states)
             finals.append(final)
             if all_states:
                 sequences.append(x if cells is None else cells)
@@ -261,7 +289,10 @@ class _RNNBase(RNNBase):
 
 _ARGUMENTS = """
     Constructor, parameters, initial weights and state_dict are those of torch.nn.{name}; a
-    state_dict goes both ways.
+    state_dict goes both ways. The constructor also takes
+
+        checkpoint_every: keep for backward only the states between segments of so many steps, and
+            compute the rest again, a segment at a time: less memory for at most one more forward.
 
     forward(input, hx=None, *, lengths=None, mask=None, reset=None, return_states=False)
         -> output, {final}[, {states}]
