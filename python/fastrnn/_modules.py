@@ -81,7 +81,7 @@ def _autocast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
 class _RNNBase(RNNBase):
     """What LSTM, GRU and RNN share. States are a tuple here, (h,) or (h, c)."""
 
-    checkpoint_every: int | None = None  # a class attribute for modules that replace() turned
+    checkpoint_every: int | None = None  # also of modules that replace() turned
 
     def __init__(
         self, mode: str, *args: Any, checkpoint_every: int | None = None, **kwargs: Any
@@ -94,7 +94,8 @@ class _RNNBase(RNNBase):
                 f"checkpoint_every: expected an integer above 0 or None, got {every!r}"
             )
         super().__init__(mode, *args, **kwargs)
-        self.checkpoint_every = every
+        if every is not None:
+            self.checkpoint_every = every
 
     def extra_repr(self) -> str:
         every = self.checkpoint_every
