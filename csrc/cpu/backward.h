@@ -20,6 +20,7 @@ class BackwardScan {
   using V = Vec<T>;
   // Gate gradients are kept as factors of products too, where these have another type.
   static constexpr bool kNarrows = !std::is_same_v<F, T>;
+  static constexpr bool kZips = Step<F>::values > 1;
   static constexpr int G = Cell::gates;
   // Rows of gate gradients in a chunk: a panel of as many rows, one register tile wide, fits into
   // L1.
@@ -53,7 +54,7 @@ class BackwardScan {
     packed_hr_ = workspace.take<F>(
         projects_ ? directions * hr_.blocks * packed_depth<F>(shown_) * hr_.width : 0);
     chunk_h_ = workspace.take<T>(projected * stride_);
-    chunk_hidden_ = workspace.take<T>(projected * stride_);
+    chunk_hidden_ = workspace.take<F>(projected * stride_);
     carry_h_ = workspace.take<T>(Cell::has_direct_path ? states : 0);
     carry_c_ = workspace.take<T>(Cell::has_cell_state ? states : 0);
     carry_gates_ = workspace.take<F>(directions * args.batch * stride_);
@@ -63,9 +64,14 @@ class BackwardScan {
     factors_ = take_factors(chunk_, directions, workspace);
     factors_hh_ = chunk_hh_ == chunk_ ? factors_ : take_factors(chunk_hh_, directions, workspace);
     factors_h_ = projects_ ? take_factors(chunk_h_, directions, workspace) : nullptr;
+    zipped_ = take_zipped(factors_, directions, workspace);
+    zipped_hh_ =
+        factors_hh_ == factors_ ? zipped_ : take_zipped(factors_hh_, directions, workspace);
+    zipped_h_ = projects_ ? take_zipped(factors_h_, directions, workspace) : nullptr;
     bias_ih_ = workspace.take<T>(directions * stride_);
     bias_hh_ = Cell::splits_gradient ? workspace.take<T>(directions * stride_) : bias_ih_;
-    panels_ = workspace.take<T>(directions * threads * chunk_rows() * kMaxVectors * V::lanes);
+    panels_ = workspace.take<F>(directions * threads * packed_depth<F>(chunk_rows()) * kMaxVectors *
+                                V::lanes);
     sources_ = workspace.take<const S*>(directions * threads * chunk_rows());
     zeros_ = workspace.take<F>(stride_);
     std::memset(zeros_, 0, stride_ * sizeof(F));
@@ -94,6 +100,10 @@ class BackwardScan {
       for (; t != last - step; t -= step) run_step(direction, part, chunk, t, step);
       // The gate gradients of the chunk are complete; all threads share the products with them.
       if (!part.meets_each_step) part.meet();
+      if constexpr (kZips) {
+        zip_factors(direction, part, chunk);
+        part.meet();
+      }
       add_gradients(direction, part, chunk, step);
       keep_last(direction, part, chunk, last);
       part.meet();
@@ -112,7 +122,7 @@ class BackwardScan {
   const int64_t chunk_steps_;
   const int threads_;
   const Columns<T> hh_, ih_, hr_;
-  const WeightGradient<T> gradient_ih_, gradient_hh_, gradient_hr_;
+  const WeightGradient<F> gradient_ih_, gradient_hh_, gradient_hr_;
   F* packed_hh_;
   F* packed_hr_;
   F* packed_ih_;
@@ -126,11 +136,14 @@ class BackwardScan {
   F* factors_;  // the same as factors of products
   F* factors_hh_;
   F* factors_h_;
+  F* zipped_;  // the same again, pairs of rows zipped where steps take two values
+  F* zipped_hh_;
+  F* zipped_h_;
   T* chunk_h_;       // the same rows: gradients of a projected h
-  T* chunk_hidden_;  // and what it was projected from
+  F* chunk_hidden_;  // and what it was projected from
   T* bias_ih_;       // [D, stride]
   T* bias_hh_;
-  T* panels_;
+  F* panels_;
   const S** sources_;
   F* zeros_;  // the gate gradients of a step beyond a reset
 
@@ -140,6 +153,7 @@ class BackwardScan {
   };
 
   int64_t chunk_rows() const { return chunk_steps_ * args_.batch; }
+  int64_t zipped_rows() const { return packed_depth<F>(chunk_rows()); }
 
   Chunk make_chunk(int64_t first, int64_t last) const {
     const int64_t begin = steps_.offset(first);
@@ -153,6 +167,11 @@ class BackwardScan {
     } else {
       return chunk;
     }
+  }
+
+  F* take_zipped(F* factors, size_t directions, Workspace& workspace) const {
+    if constexpr (kZips) return workspace.take<F>(directions * zipped_rows() * stride_);
+    return factors;
   }
 
   template <class Element>
@@ -514,7 +533,7 @@ class BackwardScan {
 
   void start_gradients(int direction, const Part& part) const {
     for_each_gradient(direction, part,
-                      [&](const WeightGradient<T>& gradient, Weight, int64_t block, Range rows) {
+                      [&](const WeightGradient<F>& gradient, Weight, int64_t block, Range rows) {
                         gradient.clear(direction, block, rows);
                       });
     const Range columns = bias_columns(part);
@@ -524,23 +543,39 @@ class BackwardScan {
     }
   }
 
+  F* zipped(F* base, int direction) const { return base + direction * zipped_rows() * stride_; }
+
+  void zip_factors(int direction, const Part& part, const Chunk& chunk) const {
+    const Range pairs = share((chunk.rows + 1) / 2, part.rank, part.size);
+    const auto zip = [&](F* from, F* to) {
+      for (int64_t pair = pairs.begin; pair < pairs.end; ++pair) {
+        const F* even = chunk_row(from, direction, 2 * pair);
+        zip_rows(even, 2 * pair + 1 < chunk.rows ? even + stride_ : nullptr, stride_, stride_,
+                 zipped(to, direction) + 2 * pair * stride_);
+      }
+    };
+    zip(factors_, zipped_);
+    if (factors_hh_ != factors_) zip(factors_hh_, zipped_hh_);
+    if (projects_) zip(factors_h_, zipped_h_);
+  }
+
   // Adds a chunk to the gradients of the weights and biases, and writes that of its input.
   void add_gradients(int direction, const Part& part, const Chunk& chunk, int64_t step) const {
     const int64_t scratch = direction * threads_ + part.rank;
-    T* panel = panels_ + scratch * chunk_rows() * kMaxVectors * V::lanes;
+    F* panel = panels_ + scratch * packed_depth<F>(chunk_rows()) * kMaxVectors * V::lanes;
     const S** sources = sources_ + scratch * chunk_rows();
     for_each_gradient(
         direction, part,
-        [&](const WeightGradient<T>& gradient, Weight weight, int64_t block, Range rows) {
-          const T* left = chunk_row(chunk_, direction, 0);
+        [&](const WeightGradient<F>& gradient, Weight weight, int64_t block, Range rows) {
+          const F* left = zipped(zipped_, direction);
           if (weight == Weight::kProjection) {
-            const T* hidden = chunk_row(chunk_hidden_, direction, 0);
-            left = chunk_row(chunk_h_, direction, 0);
+            const F* hidden = chunk_row(chunk_hidden_, direction, 0);
+            left = zipped(zipped_h_, direction);
             gradient.pack(
                 block, [&](int64_t k) { return hidden + k * stride_; }, chunk.rows, panel);
           } else {
             if (weight == Weight::kRecurrent) {
-              left = chunk_row(chunk_hh_, direction, 0);
+              left = zipped(zipped_hh_, direction);
               find_previous(direction, chunk, step, sources);
             } else {
               for (int64_t k = 0; k < chunk.rows; ++k)
@@ -633,7 +668,7 @@ class BackwardScan {
   void write_gradients(int direction, const Part& part) const {
     for_each_gradient(
         direction, part,
-        [&](const WeightGradient<T>& gradient, Weight weight, int64_t block, Range rows) {
+        [&](const WeightGradient<F>& gradient, Weight weight, int64_t block, Range rows) {
           void* const* targets = weight == Weight::kInput       ? args_.d_weight_ih
                                  : weight == Weight::kRecurrent ? args_.d_weight_hh
                                                                 : args_.d_weight_hr;

@@ -10,9 +10,11 @@
 namespace fastrnn::FASTRNN_VARIANT {
 
 // The gradient of one weight [rows, columns] of each direction. Columns are cut into blocks as wide
-// as a register tile; the sums of a block lie together.
-template <class T>
+// as a register tile; the sums of a block lie together. F: the factors' type.
+template <class F>
 class WeightGradient {
+  using T = Compute<F>;
+
  public:
   WeightGradient(int64_t rows, int64_t columns, int directions, Workspace& workspace)
       : rows_(rows),
@@ -27,24 +29,32 @@ class WeightGradient {
                 (rows.end - rows.begin) * cut_.width * sizeof(T));
   }
 
-  // panel[k] = the block's columns of source(k), zeros where that is null.
+  // panel[k] = the block's columns of source(k), zeros where that is null; zipped like the rows on
+  // the left.
   template <class Source>
-  void pack(int64_t block, Source source, int64_t depth, T* panel) const {
+  void pack(int64_t block, Source source, int64_t depth, F* panel) const {
     const int64_t first = block * cut_.width;
     const int64_t count = min_of(cut_.width, columns_ - first);
-    for (int64_t k = 0; k < depth; ++k, panel += cut_.width) {
-      const auto* row = source(k);
-      pack_row(row == nullptr ? nullptr : row + first, row == nullptr ? 0 : count, cut_.width,
-               panel);
+    const auto part = [&](int64_t k) {
+      const auto* row = k < depth ? source(k) : nullptr;
+      return row == nullptr ? nullptr : row + first;
+    };
+    for (int64_t k = 0; k < depth; k += Step<F>::values, panel += Step<F>::values * cut_.width) {
+      if constexpr (Step<F>::values == 1) {
+        const auto* row = part(k);
+        pack_row(row, row == nullptr ? 0 : count, cut_.width, panel);
+      } else {
+        zip_rows(part(k), part(k + 1), count, cut_.width, panel);
+      }
     }
   }
 
   // Adds the products of `depth` rows of gate gradients with the panel, for rows of the weight.
-  void add(int direction, int64_t block, Range rows, const T* d_gates, int64_t stride,
-           const T* panel, int64_t depth) const {
+  void add(int direction, int64_t block, Range rows, const F* d_gates, int64_t stride,
+           const F* panel, int64_t depth) const {
     for_each_tile(rows.begin, rows.end, max_rows(cut_.units), [&](int64_t row, int count, int64_t) {
-      tile_for<Accumulate<T>>(cut_.units, count)(d_gates + row, stride, panel, depth,
-                                                 sums(direction, block, row));
+      tile_for<Accumulate<F>>(cut_.units, count)(d_gates + row * Step<F>::values, stride, panel,
+                                                 depth, sums(direction, block, row));
     });
   }
 

@@ -99,11 +99,13 @@ struct Multiply {
 };
 
 // target[r][v] += sum over k of columns[k * stride + r] * packed[k][v]: a product with the left
-// side transposed, added to what is there.
-template <class T>
+// side transposed, added to what is there. Where a step takes two values of k, two rows on the left
+// are zipped: columns[k / 2 * 2 * stride + 2 * r + k % 2].
+template <class F>
 struct Accumulate {
+  using T = Compute<F>;
   template <int NV, int MR>
-  static void run(const T* columns, int64_t stride, const T* packed, int64_t depth, T* target) {
+  static void run(const F* columns, int64_t stride, const F* packed, int64_t depth, T* target) {
     using V = Vec<T>;
     V acc[MR][NV];
 #pragma GCC unroll 8
@@ -111,8 +113,9 @@ struct Accumulate {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] = V(T(0));
     multiply_add(
-        acc, [columns, stride](int r, int64_t k) { return columns + k * stride + r; }, packed,
-        target, depth);
+        acc,
+        [columns, stride](int r, int64_t k) { return columns + k * stride + r * Step<F>::values; },
+        packed, reinterpret_cast<const F*>(target), depth);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4

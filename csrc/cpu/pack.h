@@ -15,6 +15,14 @@ inline void pack_row(const S* row, int64_t count, int64_t width, T* packed) {
   for (int64_t i = count; i < width; ++i) packed[i] = T(0);
 }
 
+// Two rows, or one and zeros for null, their elements in turn, and zeros up to `width` of each.
+template <class F>
+inline void zip_rows(const F* even, const F* odd, int64_t count, int64_t width, F* zipped) {
+  for (int64_t i = 0; i < count; ++i) zipped[2 * i] = even == nullptr ? F{} : even[i];
+  for (int64_t i = 0; i < count; ++i) zipped[2 * i + 1] = odd == nullptr ? F{} : odd[i];
+  for (int64_t i = 2 * count; i < 2 * width; ++i) zipped[i] = F{};
+}
+
 // Forward: column (u, g, lane) of block b holds row g*H + unit of W [G*H, depth], k runs over
 // depth.
 template <class S, class F>
