@@ -603,7 +603,6 @@ BAD_CONSTRUCTION = [
     ((3, 4, 1, "tanh"), {"nonlinearity": "tanh"}),
     ((3, 4, 1, True, False, 0.5), {}),
     ((3, 4), {"input_size": 3}),
-    ((3, 4), {"mode": "LSTM"}),
     ((3, 4), {"unknown": 1}),
     ((3, 4), {"dtype": torch.int64}),
     ((3, 4), {"dtype": "float32"}),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from . import reference
@@ -203,11 +204,20 @@ class LayerFunction(torch.autograd.Function):
     """apply(mode, directions, batch, batch_sizes, resets, reverse, x, h_0, c_0, *weights).
 
     resets, laid out as x without its features, is True where a segment of a row begins; reverse
-    makes a single direction run from each row's last step to its first. h_0
-    [D, B, H] and, for an LSTM, c_0 [D, B, H] may be None for zeros. Returns output, laid out as x
-    with D*H features, h_n [D, B, H], c_n [D, B, H] and every c_t, laid out as output (these two
-    only for an LSTM), and a last tensor for backward alone.
+    makes a single direction run from each row's last step to its first. h_0 [D, B, P] and, for an
+    LSTM, c_0 [D, B, H] may be None for zeros; P = H without a projection. Returns output, laid out
+    as x with D*P features, h_n [D, B, P], c_n [D, B, H] and every c_t, laid out as output with D*H
+    features (these two only for an LSTM), and a last tensor for backward alone.
     """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """torch's, without its look at the signature, which takes as long as a small step."""
+        if transforming() or torch.compiler.is_compiling():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(  # type: ignore[misc]
+            *unwrap_dead_wrappers(args)
+        )
 
     @staticmethod
     def forward(
@@ -247,10 +257,14 @@ class LayerFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad[6:]
         # torch.compile brings zeros for outputs that have no gradient.
         grads = grads[:4] if CELLS[ctx.mode].has_cell_state else (*grads[:2], None, None)
-        # As a Function of its own, so that backward can be differentiated again.
-        d_inputs = LayerBackward.apply(  # type: ignore[no-untyped-call]
-            *spec, wanted, output, extra, gates, *grads, x, h_0, c_0, *weights
-        )
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming():
+            # As a Function of its own, so that backward can be differentiated again.
+            d_inputs = LayerBackward.apply(  # type: ignore[no-untyped-call]
+                *spec, wanted, output, extra, gates, *grads, x, h_0, c_0, *weights
+            )
+        else:
+            saved = _Saved(x, h_0, c_0, output, extra, gates, weights)
+            d_inputs = layer_backward(spec, saved, grads, wanted)
         return (*(None,) * 6, *d_inputs)
 
     @classmethod
@@ -270,7 +284,7 @@ class LayerFunction(torch.autograd.Function):
         rows = [fold(t, dim) for t, dim in zip(tensors[:3], in_dims[6:9])]
         resets = fold(resets, in_dims[4])
         given = mode, directions, samples * batch, None, resets, reverse, *rows, *tensors[3:]
-        *shown, gates = cls.apply(*given)  # type: ignore[no-untyped-call]
+        *shown, gates = cls.apply(*given)
         outputs = [t if t.dim() == 1 else t.unflatten(1, (samples, batch)) for t in shown]
         if gates.dim() > 1:
             gates = (
@@ -439,7 +453,7 @@ def _scan_forward_autograd(
     spec = Spec(mode, len(weight_ih), batch, batch_sizes, resets, reverse)
     tensors = [x, *weights] + [s for s in (h_0, c_0) if s is not None]
     if transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        results = FUNCTIONS[mode].apply(*spec, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
+        results = FUNCTIONS[mode].apply(*spec, x, h_0, c_0, *weights)
         if keep:
             return results
         extra = results[3] if all_c else results[3].new_empty(0)

@@ -63,7 +63,7 @@ def _run_layer(
         output, *rest = layer_forward(spec, x, h_0, c_0, weights, keep, all_c)
     elif transformed or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         function = FUNCTIONS[spec.mode]
-        output, *rest = function.apply(*spec, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
+        output, *rest = function.apply(*spec, x, h_0, c_0, *weights)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             output, *rest = layer_forward(spec, x, h_0, c_0, weights, keep=False, all_c=all_c)
