@@ -40,8 +40,8 @@ format: $(INSTALLED) ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: $(INSTALLED) ## compare with torch.nn and with the GEMM floor (ARGS="--quick --json FILE")
-	$(BIN)/python bench/compare.py $(ARGS)
+bench: $(INSTALLED) ## compare with other libraries, in five minutes (ARGS="--full --json FILE")
+	$(BIN)/python -m bench $(ARGS)
 
 dev: $(BIN)/python ## editable install; from now on only changed files are compiled
 	$(PIP) install 'scikit-build-core>=0.11' 'pybind11>=3.0.3' cmake ninja

@@ -1,248 +1,200 @@
-"""fastrnn against torch.nn on this CPU: times, ratio, and fraction of the GEMM floor.
+"""The measurement: all peers in turn, round by round, on one row after another.
 
-Both run in one process on one thread pool, in turn (A B, B A, ...), so that whatever the machine
-does happens to both; the ratio is the median over those pairs. The floor of a row is the time that
-its matrix products alone would take, at the rate of one large product measured during the same
-run: `torch.mm`, and the best of torch.mm and oneDNN, which on some CPUs is far faster.
+A round takes one sample of each peer, so whatever the machine does happens to all of them; ratios
+are medians over the rounds. No two libraries share a process, and none runs while another does.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-import fastrnn
+from .cases import Array, Case
+from .floor import FEW_ROWS, floor_seconds, flops, sizes_to_read
+from .machine import Usage, describe, load_of
+from .peers import PEERS, check
+from .results import SCHEMA, Result, Row, medians_of_ratios
+from .worker import Worker, WorkerError
 
-Step = Callable[[], object]
-Shape = tuple[int, int, int]
-
-GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-MODES = ("inference", "training")
-SHAPES: list[Shape] = [(100, 1, 128), (100, 32, 128), (50, 64, 512), (35, 20, 650)]  # T, B, H = I
-BACKENDS: dict[str, Any] = {"fastrnn": fastrnn, "torch": torch.nn}
-
-BURST_S = 0.005  # a sample is at least this long, so that the timer and cold caches do not count
-GEMM_SIZE = 2048
+BURST_S = 0.02  # a sample is at least that long, so that the timer and cold caches do not count
+BASE = ("torch", "fastrnn")  # always there: numbers are checked, and ratios taken, against them
+BEFORE_S = 1.0
+WAITING_LIMIT = 0.02  # CPU share of a worker that has nothing to do
 SPREAD_LIMIT = 1.25  # slow over fast samples of one product; on a quiet machine about 1.1
-QUEUE_LIMIT = 0.02  # share of the time in which threads waited for a core; quiet: about 0.004
 
 
-def make_step(backend: str, cell: str, shape: Shape, mode: str) -> Step:
-    """One call of a float32 layer; training adds the backward pass of the output's sum."""
-    t, b, h = shape
-    torch.manual_seed(0)
-    layer = getattr(BACKENDS[backend], cell)(h, h)
-    x = torch.randn(t, b, h)
+class Team:
+    """The workers of one run."""
 
-    def inference() -> None:
-        with torch.inference_mode():
-            layer(x)
+    def __init__(self, peers: Iterable[str], threads: int) -> None:
+        self.peers = [*BASE, *(peer for peer in peers if peer not in BASE)]
+        self._threads = threads
+        self._workers = {name: Worker(name, threads) for name in (*self.peers, "limits")}
+        self._gone_cpu_s = 0.0
 
-    def training() -> None:
-        layer.zero_grad()
-        x.grad = None
-        layer(x)[0].sum().backward()
+    def call(self, name: str, method: str, *arguments: Any) -> Any:
+        worker = self._workers[name]
+        try:
+            return worker.call(method, *arguments)
+        except WorkerError:
+            if not worker.process.is_alive():
+                self._gone_cpu_s += worker.cpu_s
+                self._workers[name] = Worker(name, self._threads)
+            raise
 
-    if mode == "inference":
-        return inference
-    x.requires_grad_()
-    return training
+    def usage(self) -> Usage:
+        return Usage.now(self._gone_cpu_s + sum(w.cpu_s for w in self._workers.values()))
 
+    def waiting_share(self) -> float:
+        return max(worker.waiting_share() for worker in self._workers.values())
 
-def flops(cell: str, shape: Shape, mode: str) -> int:
-    """Operations in the matrix products of one layer; the backward pass has twice the forward's."""
-    t, b, h = shape
-    return 2 * t * b * GATES[cell] * h * (h + h) * (3 if mode == "training" else 1)
+    def __enter__(self) -> "Team":
+        return self
 
-
-def timed(step: Step, calls: int = 1) -> float:
-    """Seconds per call."""
-    start = perf_counter()
-    for _ in range(calls):
-        step()
-    return (perf_counter() - start) / calls
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers.values():
+            worker.close()
 
 
-def sample_pairs(steps: tuple[Step, Step], seconds: float, least: int) -> list[tuple[float, ...]]:
-    """Times of both steps, measured in turn for that long and at least that often."""
-    calls = []
-    for step in steps:
-        step()
-        calls.append(max(1, round(BURST_S / timed(step))))
-    pairs = []
-    start = perf_counter()
-    while len(pairs) < least or perf_counter() - start < seconds:
-        pair = [0.0, 0.0]
-        for i in (0, 1) if len(pairs) % 2 == 0 else (1, 0):
-            pair[i] = timed(steps[i], calls[i])
-        pairs.append(tuple(pair))
-    return pairs
+def prepare(team: Team, case: Case) -> tuple[list[str], dict[str, str]]:
+    """Those whose numbers are torch.nn's, ready to be timed, and what is wrong with the others."""
+    expected: dict[str, Array] | None = None
+    ready, failed = [], {}
+    for peer in team.peers:
+        if not PEERS[peer].takes(case):
+            continue
+        try:
+            team.call(peer, "prepare", case)
+            values = team.call(peer, "run")
+            if expected is None:
+                expected = values
+            check(values, expected)
+        except (WorkerError, ValueError) as error:
+            if peer in BASE:
+                raise
+            failed[peer] = str(error)
+        else:
+            ready.append(peer)
+    return ready, failed
 
 
-class Gemm:
-    """The rate of a large float32 product, sampled now and then through the whole run."""
-
-    def __init__(self) -> None:
-        n = GEMM_SIZE
-        a, w = torch.randn(n, n), torch.randn(n, n)
-        # torch hands a convolution to oneDNN; a 1x1 one on channels_last is the same product.
-        image, kernel = a.view(1, n, 1, n).permute(0, 3, 1, 2), w[:, :, None, None]
-        self._steps: dict[str, Step] = {
-            "torch.mm": lambda: torch.mm(a, w),
-            "oneDNN": lambda: torch.nn.functional.conv2d(image, kernel),
-        }
-        self._seconds: dict[str, list[float]] = {name: [] for name in self._steps}
-        with torch.inference_mode():
-            for step in self._steps.values():
-                step()
-
-    def sample(self) -> None:
-        with torch.inference_mode():
-            for name, step in self._steps.items():
-                self._seconds[name].append(timed(step))
-
-    def rates(self) -> dict[str, float]:
-        """Operations per second, each the best sample."""
-        return {name: 2 * GEMM_SIZE**3 / min(s) for name, s in self._seconds.items()}
-
-    def spread(self) -> float:
-        """Slow over fast: the 90th percentile of the samples over the best one."""
-        return max(sorted(s)[int(0.9 * (len(s) - 1))] / min(s) for s in self._seconds.values())
+def sample(team: Team, peers: list[str], seconds: float, least: int) -> dict[str, list[float]]:
+    """Seconds per call, one sample a round and peer, for that long and at least that often."""
+    samples: dict[str, list[float]] = {peer: [] for peer in peers}
+    start, done = perf_counter(), 0
+    while done < least or perf_counter() - start < seconds:
+        first = done % len(peers)
+        for peer in peers[first:] + peers[:first]:
+            samples[peer].append(team.call(peer, "seconds", BURST_S))
+        done += 1
+    return samples
 
 
-def queued() -> float:
-    """Seconds for which our threads have waited for a core that others had (0 if not on Linux)."""
-    stats = Path("/proc/self/task").glob("*/schedstat")
-    return sum(int(stat.read_text().split()[1]) for stat in stats) / 1e9
-
-
-def describe_machine() -> dict[str, Any]:
-    """Everything one needs to know to compare two result files."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    commit = subprocess.getoutput("git describe --always --dirty --abbrev=12 2>/dev/null")
+def measure(team: Team, case: Case, seconds: float, least: int) -> Row:
+    """A row without the fractions of the floor, which is known when the run ends."""
+    ready, failed = prepare(team, case)
+    start = team.usage()
+    samples = sample(team, ready, seconds, least)
+    load = start.load_until(team.usage())
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fastrnn": fastrnn.__version__,
-        "variant": fastrnn.cpu_variant(),
-        "commit": commit or None,
-        "load_average": round(os.getloadavg()[0], 2),
+        "case": asdict(case),
+        "rounds": len(samples["torch"]),
+        "ms": {peer: 1e3 * statistics.median(times) for peer, times in samples.items()},
+        "times_torch": medians_of_ratios(samples, "torch"),
+        "times_fastrnn": medians_of_ratios(samples, "fastrnn"),
+        "failed": failed,
+        "others": load.others,
+        "steal": load.steal,
+        "busy": load.busy,
     }
 
 
-COLUMNS = (  # title, width, format of a row
-    ("T, B, H", 12, "{shape[0]}, {shape[1]}, {shape[2]}"),
-    ("cell", 4, "{cell}"),
-    ("mode", 9, "{mode}"),
-    ("fastrnn ms", 10, "{fastrnn_ms:.2f}"),
-    ("torch ms", 8, "{torch_ms:.2f}"),
-    ("speedup", 7, "{speedup:.2f}x"),
-    ("of mm floor", 11, "{of_mm_floor:.0%}"),
-    ("of peak GEMM", 12, "{of_peak_gemm:.0%}"),
-)
+def add_fractions(row: Row, gemm: dict[str, float], reads: dict[int, float]) -> None:
+    case, seconds = Case(**row["case"]), row["ms"]["fastrnn"] / 1e3
+    floor = floor_seconds(case, gemm["torch.mm"], reads)
+    row["floor_ms"] = 1e3 * floor
+    row["of_floor"] = floor / seconds
+    row["of_peak_gemm"] = flops(case) / max(gemm.values()) / seconds
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table that also reads well in a terminal."""
-    lines = [[title for title, _, _ in COLUMNS], ["-" * width for _, width, _ in COLUMNS]]
-    lines += [[form.format(**row) for _, _, form in COLUMNS] for row in rows]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, (_, width, _)) in enumerate(zip(line, COLUMNS, strict=True))
+def spread(samples: list[float]) -> float:
+    """Of rates: the best one over the one that a tenth is slower than."""
+    return max(samples) / sorted(samples)[(len(samples) - 1) // 10]
+
+
+def run(
+    cases: list[Case], peers: Iterable[str], threads: int, seconds: float, least: int
+) -> Result:
+    """Measures the rows. An interrupt ends the run early and keeps the rows measured so far."""
+    packages = {package for peer in peers for package in PEERS[peer].packages}
+    machine = describe(("torch", "fastrnn", *sorted(packages - {"torch", "fastrnn"})))
+    before = load_of(BEFORE_S)
+    if before.busy:
+        warn(
+            f"the machine is busy already: {before.others:.0%} of it is used, "
+            f"{before.steal:.0%} stolen"
         )
-        + " |"
-        for line in lines
-    )
+    rows: list[Row] = []
+    gemm: dict[str, list[float]] = {}
 
+    def sample_gemm(team: Team) -> None:
+        for name, rate in team.call("limits", "gemm").items():
+            gemm.setdefault(name, []).append(rate)
 
-def parse_args() -> argparse.Namespace:
-    def names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            chosen = text.split(",")
-            if unknown := set(chosen) - set(known):
-                raise argparse.ArgumentTypeError(f"{unknown.pop()!r}, choose from {known}")
-            return chosen
+    with Team(peers, threads) as team:
+        reads = {size: team.call("limits", "read", size) for size in sizes_to_read(cases)}
+        try:
+            for case in (bar := tqdm(cases, unit="row", leave=False, disable=None)):
+                bar.set_postfix_str(case.name)
+                sample_gemm(team)
+                rows.append(measure(team, case, seconds, least))
+                for peer, why in rows[-1]["failed"].items():
+                    message = why.splitlines()[-1]
+                    warn(f"{case.name}: {PEERS[peer].title} left out: {message}")
+            sample_gemm(team)
+        except KeyboardInterrupt:
+            warn("interrupted")
+        waiting = team.waiting_share()
 
-        return parse
-
-    cells = tuple(GATES)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cells", type=names(cells), default=cells, help="e.g. LSTM,GRU")
-    parser.add_argument("--modes", type=names(MODES), default=MODES, help="e.g. training")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per row (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="two small shapes, three pairs each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    machine = describe_machine()
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-
-    shapes, seconds, least = (SHAPES[:2], 0.0, 3) if args.quick else (SHAPES, args.seconds, 7)
-    cases = [(s, c, m) for s in shapes for c in args.cells for m in args.modes]
-    rows = []
-    gemm = Gemm()
-    start, queued_before = perf_counter(), queued()
-    for shape, cell, mode in (bar := tqdm(cases, unit="row", leave=False, disable=None)):
-        bar.set_postfix_str(f"{cell} {mode} {shape}")
-        gemm.sample()
-        steps = tuple(make_step(backend, cell, shape, mode) for backend in BACKENDS)
-        pairs = sample_pairs(steps, seconds, least)
-        ours, theirs = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
-        rows.append(
-            {
-                "shape": shape,
-                "cell": cell,
-                "mode": mode,
-                "fastrnn_ms": ours,
-                "torch_ms": theirs,
-                "speedup": statistics.median(b / a for a, b in pairs),
-                "pairs": len(pairs),
-            }
-        )
-    gemm.sample()
-    queue = (queued() - queued_before) / (perf_counter() - start) / machine["threads"]
-
-    rates = gemm.rates()
+    best = {name: max(rates) for name, rates in gemm.items()}
     for row in rows:
-        rate = 1e3 * flops(row["cell"], row["shape"], row["mode"]) / row["fastrnn_ms"]
-        row["of_mm_floor"] = rate / rates["torch.mm"]
-        row["of_peak_gemm"] = rate / max(rates.values())
+        add_fractions(row, best, reads)
+    return {
+        "schema": SCHEMA,
+        "machine": machine,
+        "threads": threads,
+        "limits": {
+            "gemm_flops_per_s": best,
+            "few_rows": FEW_ROWS,
+            "read_bytes_per_s": {str(size): rate for size, rate in reads.items()},
+        },
+        "load": {
+            "before": asdict(before),
+            "busy_rows": sum(row["busy"] for row in rows),
+            "gemm_spread": max(map(spread, gemm.values()), default=1.0),
+            "waiting": waiting,
+        },
+        "rows": rows,
+    }
 
-    print(f"\n{table(rows)}\n")
-    print(", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
-    if queue > QUEUE_LIMIT or gemm.spread() > SPREAD_LIMIT:
-        print(
-            f"warning: the machine is busy: threads waited for a core {queue:.0%} of the time, "
-            f"the same product took {gemm.spread():.2f} times its best. Run this again alone.",
-            file=sys.stderr,
+
+def warnings(result: Result) -> list[str]:
+    """Why the figures should not be trusted."""
+    load, found = result["load"], []
+    if load["busy_rows"] or load["gemm_spread"] > SPREAD_LIMIT:
+        found.append(
+            f"the machine was busy: others ran during {load['busy_rows']} of {len(result['rows'])} "
+            f"rows (marked *), and the same product took up to {load['gemm_spread']:.2f} times its "
+            f"best. Run this again alone."
         )
-    if args.json:
-        busy = {"queue": queue, "gemm_spread": gemm.spread()}
-        result = {"machine": machine, "busy": busy, "gemm_flops_per_s": rates, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if load["waiting"] > WAITING_LIMIT:
+        found.append(f"a waiting library used {load['waiting']:.0%} of a core")
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from compare import describe_machine
+from .machine import describe
 
 
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
-    machine_info["fastrnn"] = describe_machine()
+    machine_info["fastrnn"] = describe()

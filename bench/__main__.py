@@ -1,0 +1,95 @@
+"""fastrnn against torch.nn, ONNX Runtime, OpenVINO and JAX on this CPU.
+
+Prints a table, and writes what it is made from. Each library runs in a process of its own.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from . import table
+from .cases import Case, make_cases
+from .compare import BASE, run, warn, warnings
+from .machine import cores
+from .peers import PEERS
+from .results import LATEST, save
+
+# level: (seconds, rounds at least) per row
+EFFORT = {"quick": (0.0, 3), "default": (1.5, 5), "full": (3.0, 7)}
+
+
+def parse_args() -> argparse.Namespace:
+    def peers(text: str) -> list[str]:
+        chosen = [name for name in text.split(",") if name]
+        if unknown := set(chosen) - set(PEERS):
+            raise argparse.ArgumentTypeError(f"{unknown.pop()!r}, choose from {', '.join(PEERS)}")
+        return chosen
+
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    level = parser.add_mutually_exclusive_group()
+    for name, what in (("quick", "two shapes, three rounds"), ("full", "the whole grid")):
+        level.add_argument(f"--{name}", dest="level", action="store_const", const=name, help=what)
+    parser.set_defaults(level="default")
+    parser.add_argument(
+        "--peers",
+        type=peers,
+        metavar="A,B",
+        default=list(PEERS),
+        help=f"of {', '.join(PEERS)}; {' and '.join(BASE)} always run",
+    )
+    parser.add_argument(
+        "--rows",
+        type=table.pattern,
+        metavar="REGEX",
+        default=re.compile(""),
+        help="rows in whose name it is found, e.g. 'GRU inference 1,' "
+        "or 'LSTM.*training 100, 32, 128'",
+    )
+    parser.add_argument("--threads", type=int, default=cores(), help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, help="per row, without preparation")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        default=LATEST,
+        help="the results (default: %(default)s)",
+    )
+    args = parser.parse_args()
+    if not 1 <= args.threads <= cores():
+        parser.error(f"--threads is {args.threads}, expected 1 to {cores()}, the cores here")
+    return args
+
+
+def installed(peers: list[str]) -> list[str]:
+    """Those that can run; one line says how to get the others."""
+    absent = [PEERS[peer].title for peer in peers if PEERS[peer].missing()]
+    if absent:
+        print(f"{', '.join(absent)} left out: install with  pip install '.[bench]'")
+    return [peer for peer in peers if not PEERS[peer].missing()]
+
+
+def choose(level: str, rows: re.Pattern[str]) -> list[Case]:
+    cases = [case for case in make_cases(level) if rows.search(case.name)]
+    if not cases:
+        known = "\n  ".join(case.name for case in make_cases(level))
+        sys.exit(f"--rows {rows.pattern!r} is in none of\n  {known}")
+    return cases
+
+
+def main() -> None:
+    args = parse_args()
+    cases = choose(args.level, args.rows)
+    seconds, least = EFFORT[args.level]
+    seconds = seconds if args.seconds is None else args.seconds
+    result = run(cases, installed(args.peers), args.threads, seconds, least)
+    if not result["rows"]:
+        sys.exit(1)
+    save(result, args.json)
+    print(f"\n{table.render(result)}\n\nWritten to {args.json}")
+    for message in warnings(result):
+        warn(message)
+
+
+if __name__ == "__main__":
+    main()

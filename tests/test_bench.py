@@ -1,0 +1,374 @@
+"""The parts of the benchmark that could be wrong without anyone noticing."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("bench", reason="the benchmarks are not part of this tree")
+
+from bench import cases, compare, floor, heatmap, machine, results, table
+from bench.cases import Case
+from bench.peers import JAX, PEERS, ONNXRuntime, OpenVINO, check
+from bench.worker import Worker, WorkerError
+
+SMALL = Case("GRU", "training", 3, 2, 4)
+RUNNABLE = [
+    pytest.param(name, case, id=f"{name}-{case.name}")
+    for name, peer in PEERS.items()
+    for cell in cases.GATES
+    for mode in cases.MODES
+    for case in (
+        Case(cell, mode, 3, 2, 4),
+        Case(cell, mode, 3, 2, 4, layers=2, directions=2),
+        Case(cell, mode, 30, 2, 4, ragged=True),
+    )
+    if name != "torch" and peer.takes(case)
+]
+
+
+def make_row(case: Case, ms: dict[str, float], busy: bool = False) -> results.Row:
+    samples = {peer: [time / 1e3] * 3 for peer, time in ms.items()}
+    row = {
+        "case": asdict(case),
+        "rounds": 3,
+        "ms": ms,
+        "times_torch": results.medians_of_ratios(samples, "torch"),
+        "times_fastrnn": results.medians_of_ratios(samples, "fastrnn"),
+        "failed": {},
+        "others": 0.0,
+        "steal": 0.0,
+        "busy": busy,
+    }
+    compare.add_fractions(row, {"torch.mm": 1e9, "oneDNN": 2e9}, {})
+    return row
+
+
+@pytest.fixture
+def result() -> results.Result:
+    shape = (100, 32, 64)
+    rows = [
+        make_row(Case("LSTM", "inference", *shape), {"fastrnn": 1.0, "torch": 4.0, "jax": 2.0}),
+        make_row(Case("LSTM", "training", *shape), {"fastrnn": 2.0, "torch": 1.0}, busy=True),
+        make_row(Case("GRU", "training", *shape, ragged=True), {"fastrnn": 1.0, "torch": 9.0}),
+    ]
+    return {
+        "schema": results.SCHEMA,
+        "machine": {
+            "cpu": "abacus",
+            "cores": 2,
+            "variant": "beads",
+            "commit": None,
+            "versions": {"torch": "2.6.0"},
+        },
+        "threads": 2,
+        "limits": {"gemm_flops_per_s": {"torch.mm": 1e9}, "read_bytes_per_s": {"65536": 1e9}},
+        "load": {"busy_rows": 1, "gemm_spread": 1.1, "waiting": 0.0},
+        "rows": rows,
+    }
+
+
+# Ratios
+
+
+def test_ratios_are_taken_round_by_round():
+    """Slow rounds hit all, and one sample of torch.nn alone is far off: no ratio may move."""
+    drift = np.array([1, 1, 1, 3, 3])
+    samples = {"fastrnn": list(2 * drift), "torch": [*(5 * drift[:4]), 900]}
+    assert results.medians_of_ratios(samples, "fastrnn") == {"fastrnn": 1.0, "torch": 2.5}
+    assert results.medians_of_ratios(samples, "torch") == {"fastrnn": 0.4, "torch": 1.0}
+
+
+def test_ratios_need_every_peer_in_every_round():
+    with pytest.raises(ValueError, match="zip"):
+        results.medians_of_ratios({"fastrnn": [1.0], "torch": [1.0, 2.0]}, "torch")
+
+
+def test_best_peer(result):
+    assert [results.best_peer(row) for row in result["rows"]] == [
+        ("jax", 2.0),
+        ("torch", 0.5),
+        ("torch", 9.0),
+    ]
+
+
+def test_geometric_mean():
+    assert results.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
+
+
+# The grid and its numbers
+
+
+def test_grid_is_what_its_rule_says():
+    assert len(set(cases.GRID)) == 30
+    for axis, (values, least) in enumerate(
+        [(cases.T_GRID, 5), (cases.B_GRID, 3), (cases.H_GRID, 2)]
+    ):
+        counts = {value: sum(shape[axis] == value for shape in cases.GRID) for value in values}
+        assert sum(counts.values()) == 30
+        assert min(counts.values()) >= least, counts
+    for t, others in cases.SHAPES.items():
+        rows, sizes = zip(*others)
+        assert min(rows) == 1
+        assert max(rows) == 256
+        assert min(sizes) <= 64
+        assert max(sizes) >= 512
+        assert all(t * b * h * h <= cases.LARGEST for b, h in others)
+
+
+@pytest.mark.parametrize("level", ["quick", "default"])
+def test_smaller_runs_measure_rows_of_the_full_one(level):
+    chosen, full = (cases.make_cases(name) for name in (level, "full"))
+    assert len(chosen) < len(full)
+    assert set(chosen) <= set(full)
+
+
+def test_data_is_the_same_in_every_process():
+    one, two = SMALL.data(), replace(SMALL).data()
+    assert np.array_equal(one.x, two.x)
+    assert all(np.array_equal(one.weights[name], two.weights[name]) for name in one.weights)
+
+
+def test_lengths_are_uniform_from_a_tenth():
+    lengths = Case("RNN", "inference", 100, 4000, 1, ragged=True).lengths()
+    assert (lengths.min(), lengths.max()) == (10, 100)
+    assert lengths.mean() == pytest.approx(55, abs=1.5)
+
+
+# The floor
+
+
+def test_flops():
+    T, B, H = 3, 5, 7
+    layer = 2 * T * B * 4 * H * (H + H)
+    assert floor.flops(Case("LSTM", "inference", T, B, H)) == layer
+    assert floor.flops(Case("LSTM", "training", T, B, H)) == 3 * layer
+    second = 2 * T * B * 4 * H * (2 * H + H)
+    deep = Case("LSTM", "inference", T, B, H, layers=2, directions=2)
+    assert floor.flops(deep) == 2 * (layer + second)
+    ragged = Case("LSTM", "inference", T, B, H, ragged=True)
+    assert floor.flops(ragged) * T * B == layer * ragged.lengths().sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": 2, "directions": 2}], ids=["plain", "deep"])
+def test_weights_are_those_of_the_data(options):
+    case = Case("GRU", "inference", 3, 2, 5, **options)
+    sizes = {"ih": 0, "hh": 0}
+    for name, weight in case.data().weights.items():
+        if name.startswith("weight"):
+            sizes[name[7:9]] += weight.size
+    assert floor.weights(case) == (sizes["ih"], sizes["hh"])
+
+
+def test_weights_are_read_at_every_step():
+    case = Case("RNN", "inference", 11, 1, 8)
+    recurrent = 4 * 8 * 8
+    reads = {2 * recurrent: 100.0, recurrent: 50.0}
+    assert floor.sizes_to_read([case]) == sorted(reads)
+    seconds = 2 * recurrent / 100 + 10 * recurrent / 50
+    assert floor.floor_seconds(case, math.inf, reads) == pytest.approx(seconds)
+    training = replace(case, mode="training")
+    assert floor.floor_seconds(training, math.inf, reads) == pytest.approx(2 * seconds)
+
+
+def test_the_slower_limit_holds():
+    case = Case("RNN", "inference", 11, 1, 8)
+    slow, fast = (dict.fromkeys(floor.sizes_to_read([case]), rate) for rate in (1.0, 1e30))
+    assert floor.floor_seconds(case, 1.0, fast) == floor.flops(case)
+    assert floor.floor_seconds(case, 1e30, slow) == floor.read_seconds(case, slow)
+    few, many = (replace(case, B=floor.FEW_ROWS + extra) for extra in (0, 1))
+    assert floor.sizes_to_read([few])
+    assert floor.floor_seconds(few, math.inf, slow) > 0
+    assert floor.sizes_to_read([many]) == []
+    assert floor.floor_seconds(many, 1.0, {}) == floor.flops(many)
+
+
+def test_fractions():
+    case = Case("LSTM", "inference", 100, 32, 64)
+    row = make_row(case, {"fastrnn": 1e3, "torch": 1e3})
+    assert row["of_floor"] == pytest.approx(floor.flops(case) / 1e9)
+    assert row["of_peak_gemm"] == pytest.approx(floor.flops(case) / 2e9)
+
+
+# Peers
+
+
+@pytest.mark.parametrize(("name", "case"), RUNNABLE)
+def test_peers_agree_with_torch(name, case):
+    if missing := PEERS[name].missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    numbers = []
+    for peer_class in (PEERS[name], PEERS["torch"]):
+        peer = peer_class(1)
+        peer.prepare(case)
+        numbers.append(peer.run())
+    check(*numbers)
+    gradients = [key for key in numbers[0] if key.endswith(".grad")]
+    assert len(gradients) == (1 + len(case.data().weights) if case.training else 0)
+
+
+def test_what_runs_where():
+    assert not any(peer.takes(SMALL) for peer in (ONNXRuntime, OpenVINO))
+    assert JAX.takes(SMALL)
+    assert not JAX.takes(replace(SMALL, ragged=True))
+
+
+class FakeTeam:
+    """A team in this process: torch.nn, and peers made of it that do something to its numbers."""
+
+    def __init__(self, **faults) -> None:
+        self.peers = ["torch", *faults]
+        self._faults = {"torch": lambda values: None, **faults}
+
+    def call(self, name, method, *arguments):
+        if method == "prepare":
+            self.torch = PEERS["torch"](1)
+            self.torch.prepare(*arguments)
+            return None
+        values = {key: value.copy() for key, value in self.torch.run().items()}
+        self._faults[name](values)
+        return values
+
+
+def off(values):
+    values["weight_hh_l0.grad"][0, 0] += 1e-3 * np.abs(values["weight_hh_l0.grad"]).max()
+
+
+def rounding(values):
+    values["output"] *= 1 + 1e-5
+
+
+def swapped(values):
+    values["output"][:] = values["output"][::-1]
+
+
+def nan(values):
+    values["h_n"][0, 0, 0] = np.nan
+
+
+def transposed(values):
+    values["output"] = values["output"].swapaxes(0, 1)
+
+
+def incomplete(values):
+    del values["x.grad"]
+
+
+@pytest.mark.parametrize("fault", [off, swapped, nan, transposed, incomplete])
+def test_wrong_numbers_are_not_timed(fault):
+    ready, failed = compare.prepare(FakeTeam(jax=fault), SMALL)
+    assert ready == ["torch"]
+    assert list(failed) == ["jax"]
+
+
+def test_rounding_is_not_wrong():
+    assert compare.prepare(FakeTeam(jax=rounding), SMALL) == (["torch", "jax"], {})
+
+
+@pytest.mark.parametrize("fault", [off, nan])
+def test_wrong_numbers_of_fastrnn_end_the_run(fault):
+    with pytest.raises(ValueError, match=r"weight_hh_l0|h_n"):
+        compare.prepare(FakeTeam(fastrnn=fault), SMALL)
+
+
+# Workers
+
+
+def test_worker():
+    worker = Worker("torch", threads=1)
+    try:
+        with pytest.raises(WorkerError, match="AttributeError"):
+            worker.call("no_such_method")
+        worker.call("prepare", SMALL)
+        assert worker.call("seconds", 0.001) > 0
+        assert worker.cpu_s > 0
+        assert worker.call("run").keys() >= {"output", "h_n", "x.grad"}
+        worker.process.kill()
+        with pytest.raises(WorkerError, match="ended with -9"):
+            worker.call("run")
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(
+    ("others", "steal", "busy"),
+    [(0, 0, False), (0.04, 0.01, False), (0.1, 0, True), (0, 0.1, True)],
+)
+def test_load(monkeypatch, others, steal, busy):
+    """Ten seconds on four cores, of which this benchmark itself used twelve core seconds."""
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
+    start = machine.Usage(at=100.0, busy=500.0, steal=7.0, ours=30.0)
+    end = machine.Usage(110.0, 512.0 + 40 * others, 7.0 + 40 * steal, 42.0)
+    load = start.load_until(end)
+    assert (load.others, load.steal) == (pytest.approx(others), pytest.approx(steal))
+    assert load.busy is busy
+
+
+# Results
+
+
+def test_result_survives_its_file(result, tmp_path):
+    file = tmp_path / "new" / "result.json"
+    results.save(result, file)
+    assert results.load(file) == result
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda result: result.update(schema=1), "schema"),
+        (lambda result: result.pop("machine"), "machine"),
+        (lambda result: result["rows"][1].pop("times_torch"), "row 1: times_torch"),
+        (lambda result: result["rows"][2].update(of_floor="90%"), "row 2: of_floor"),
+    ],
+)
+def test_what_is_no_result_is_refused(result, tmp_path, change, message):
+    change(result)
+    with pytest.raises(ValueError, match=message):
+        results.check(result)
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match=message):
+        results.load(file)
+
+
+def test_table(result):
+    text = table.render(result)
+    assert "LSTM  " in text
+    assert "GRU ragged" in text
+    (busy,) = [line for line in text.splitlines() if "training*" in line]
+    assert "0.50x" in busy
+    overall = [line.split("|")[3:6] for line in text.splitlines() if "| all training" in line]
+    assert [cell.strip() for cell in overall[0]] == ["2.12x", "2.12x", "0.50x"]
+
+
+def test_warnings(result):
+    assert any("1 of 3 rows" in message for message in compare.warnings(result))
+    result["load"] = {"busy_rows": 0, "gemm_spread": 1.1, "waiting": 0.0}
+    assert compare.warnings(result) == []
+    result["load"]["waiting"] = 0.5
+    assert any("waiting" in message for message in compare.warnings(result))
+
+
+def test_heatmap_shows_every_row(result):
+    shapes = heatmap.grid(result)
+    assert list(shapes) == ["100, 32, 64", "ragged 100, 32, 64"]
+    assert shapes["100, 32, 64"] == {
+        ("inference", "LSTM"): (2.0, False),
+        ("training", "LSTM"): (0.5, True),
+    }
+
+
+def test_heatmap_is_a_picture(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    picture = tmp_path / "img" / "speedup.png"
+    heatmap.draw(result, picture)
+    pixels = imread(picture)[..., :3]
+    pixels = pixels[: len(pixels) // 2]  # without the scale below
+    blue = (pixels[..., 2] - pixels[..., 0]) > 0.3
+    red = (pixels[..., 0] - pixels[..., 2]) > 0.3
+    assert min(blue.sum(), red.sum()) > 1000
