@@ -9,9 +9,9 @@ namespace fastrnn {
 namespace {
 
 constexpr double kBarrierCycles = 1000;
-// What a parallel region has to save, some 25 us: starting one costs less, but a core that another
+// What a parallel region has to save, some 10 us: starting one costs less, but a core that another
 // process holds may cost milliseconds.
-constexpr double kRegionCycles = 100000;
+constexpr double kRegionCycles = 40000;
 constexpr int kVectorBytes = 64;
 
 double l2_bytes() {

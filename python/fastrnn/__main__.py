@@ -1,0 +1,230 @@
+"""python -m fastrnn: what runs here and why, whether it is right, and how fast.
+
+Exit code 1, with a line on stderr for each thing that is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isfinite
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastrnn
+
+CELLS = "LSTM", "GRU", "RNN"
+T, B, I, H = 32, 8, 64, 64  # noqa: E741
+TOLERANCE = 1e-4  # relative to the largest entry, or to 1
+SECONDS = 0.3  # of timing for each cell
+PAIRS = 3, 40  # timings of each cell, at least and at most
+
+Report = dict[str, Any]
+
+
+def versions() -> Report:
+    return {
+        "fastrnn": fastrnn.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "os": platform.platform(),
+    }
+
+
+def cpu() -> Report:
+    wanted = os.environ.get("FASTRNN_CPU")
+    return {
+        "variant": fastrnn.cpu_variant(),
+        "variants": fastrnn.cpu_variants(),
+        "why": f"FASTRNN_CPU={wanted}" if wanted else "the best of this CPU",
+    }
+
+
+class _Symbol(ctypes.Structure):  # Dl_info of <dlfcn.h>
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def openmp_library() -> str | None:
+    """The file that OpenMP's functions come from, for the kernels as for torch."""
+    try:
+        process = ctypes.CDLL(None)
+    except TypeError:  # no dlopen on this system
+        return None
+    for name in ("GOMP_parallel", "__kmpc_fork_call"):  # what GCC's and LLVM's code calls
+        found = _Symbol()
+        if (
+            (function := getattr(process, name, None)) is not None
+            and process.dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found))
+            and found.file
+        ):
+            return os.fsdecode(found.file)
+    return None
+
+
+def openmp() -> Report:
+    path = openmp_library()
+    library = path and Path(path).name
+    maps = Path("/proc/self/maps")  # Linux only
+    loaded = (
+        re.findall(r"/(lib(?:gomp|i?omp)[^/\n]*)$", maps.read_text(), re.M) if maps.exists() else ()
+    )
+    return {
+        "library": library,
+        "path": path,
+        "others": sorted({*loaded} - {library}),  # two pools of threads slow each other down
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cuda() -> Report:
+    library, name = None, "fastrnn._cuda"
+    if importlib.util.find_spec(name) is None:
+        library = "not part of this installation"
+    else:
+        try:
+            importlib.import_module(name)
+            library = "loaded"
+        except Exception as error:
+            library = f"cannot be loaded: {error}"
+    count = torch.cuda.device_count()
+    return {
+        "torch": torch.version.cuda,
+        "library": library,
+        "devices": [torch.cuda.get_device_name(i) for i in range(count)],
+    }
+
+
+def run(model: nn.RNNBase, x: Tensor, incoming: Tensor) -> dict[str, Tensor]:
+    """One forward and backward: the results by name."""
+    output, state = model(x)
+    states = (state,) if isinstance(state, Tensor) else state
+    wanted = {"input": x, **dict(model.named_parameters())}
+    loss = (output * incoming).sum() + sum(s.sum() for s in states)
+    grads = torch.autograd.grad(loss, list(wanted.values()))
+    results = {"output": output, **dict(zip(("h_n", "c_n"), states, strict=False))}
+    return results | {f"grad of {name}": g for name, g in zip(wanted, grads, strict=True)}
+
+
+def seconds(model: nn.RNNBase, *inputs: Tensor) -> float:
+    start = time.perf_counter()
+    run(model, *inputs)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check(cell: str) -> Report:
+    """Compares ours with torch.nn's: the largest error, where it is, and the speed ratio."""
+    theirs = getattr(nn, cell)(I, H)
+    ours = getattr(fastrnn, cell)(I, H)
+    ours.load_state_dict(theirs.state_dict())
+    inputs = torch.randn(T, B, I, requires_grad=True), torch.randn(T, B, H)
+
+    errors = {}
+    actual = run(ours, *inputs)  # on all threads
+    # The rest on one: torch.nn's spin while they wait, for seconds if the machine is busy.
+    with one_thread():
+        for name, want in run(theirs, *inputs).items():
+            largest = (actual[name] - want).abs().max() / want.abs().max().clamp(min=1)
+            errors[name] = largest.item()
+        ratios: list[float] = []
+        end = time.perf_counter() + SECONDS
+        while len(ratios) < PAIRS[0] or (len(ratios) < PAIRS[1] and time.perf_counter() < end):
+            ratios.append(seconds(theirs, *inputs) / seconds(ours, *inputs))
+    worst = max(errors, key=lambda name: (not isfinite(errors[name]), errors[name]))
+    error = errors[worst]
+    return {
+        "ok": error <= TOLERANCE,  # which NaN is not
+        "error": error if isfinite(error) else None,  # JSON has no NaN
+        "worst": worst,
+        "speedup": round(median(ratios), 2),
+    }
+
+
+def diagnose() -> Report:
+    """Everything, as what --json prints."""
+    report: Report = {"versions": versions(), "cpu": cpu(), "openmp": openmp(), "cuda": cuda()}
+    problems: list[str] = []
+    checks: Report = {}
+    if report["cuda"]["devices"] and report["cuda"]["library"].startswith("cannot"):
+        problems.append(f"the CUDA library {report['cuda']['library']}")
+    for cell in CELLS:
+        try:
+            result = checks[cell] = check(cell)
+        except Exception as error:
+            checks[cell] = {"ok": False}
+            problems.append(f"{cell}: {type(error).__name__}: {error}")
+            continue
+        if not result["ok"]:
+            size = "NaN or infinite" if result["error"] is None else f"{result['error']:.1e}"
+            problems.append(
+                f"{cell}: the {result['worst']} is wrong: its error against torch.nn is {size}, "
+                f"allowed is {TOLERANCE:.0e}"
+            )
+    return {"ok": not problems, "problems": problems, **report, "checks": checks}
+
+
+def show(report: Report) -> str:
+    """The report for people."""
+    versions, cpu, openmp, cuda = (report[k] for k in ("versions", "cpu", "openmp", "cuda"))
+    others = f"; also loaded: {', '.join(openmp['others'])}" if openmp["others"] else ""
+    lines = [
+        f"fastrnn  {versions['fastrnn']}, torch {versions['torch']}, Python {versions['python']}",
+        f"OS       {versions['os']}",
+        f"CPU      {cpu['variant']}, {cpu['why']}; it can run {', '.join(cpu['variants'])}",
+        f"OpenMP   {openmp['library'] or 'of unknown origin'}, {openmp['threads']} threads{others}",
+        f"CUDA     torch is built for {cuda['torch'] or 'none'}; devices: "
+        f"{', '.join(cuda['devices']) or 'none'}; fastrnn's library: {cuda['library']}",
+        "",
+        f"Forward and backward over {T} steps, {B} rows, {H} units in float32, against torch.nn:",
+    ]
+    for cell, result in report["checks"].items():
+        if result["ok"]:
+            error, speedup = result["error"], result["speedup"]
+            lines.append(f"{cell:9}right (error {error:.0e}), {speedup:.2f}x as fast on one thread")
+        else:
+            lines.append(f"{cell:9}WRONG")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    description = "Tells " + (__doc__ or "").partition(": ")[2]
+    parser = argparse.ArgumentParser("python -m fastrnn", description=description)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    args = parser.parse_args(argv)
+    report = diagnose()
+    print(json.dumps(report) if args.json else show(report), flush=True)
+    for problem in report["problems"]:
+        print(f"python -m fastrnn: error: {problem}", file=sys.stderr)
+    return 0 if report["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
