@@ -6,22 +6,25 @@ VENV ?= .venv
 MINUTES ?= 2
 BACKEND ?= fastrnn
 
+# The development environment needs no CUDA kernels: its tests build them for the CPU.
+export FASTRNN_CUDA ?= OFF
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.installed
 EDITABLE := $(VENV)/.editable
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f ! -name '*.pyc')
-CPP := $(shell find csrc -name '*.h' -o -name '*.cc')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
 # After `make dev` every build is incremental, in build/dev; before, it is the user's isolated one.
 DEV_INSTALL = $(PIP) install --no-build-isolation --config-settings=build-dir=build/dev -e '.[dev]'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench dev clean
+.PHONY: help demo test lint format bench dev clean test-cuda bench-cuda
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## train the character model for MINUTES=2 minutes and print a sample (BACKEND=fastrnn|torch)
 	$(BIN)/python examples/char_lm.py --backend $(BACKEND) --minutes $(MINUTES)
@@ -42,6 +45,31 @@ format: $(INSTALLED) ## rewrite the sources in the project's style
 
 bench: $(INSTALLED) ## compare with other libraries, in five minutes (ARGS="--full --json FILE")
 	$(BIN)/python -m bench $(ARGS)
+
+# On a machine with a GPU and nvcc, with the Python, torch and build tools that are there: nothing is
+# downloaded. The package goes into a folder of its own.
+CUDA_PYTHON ?= python3
+CUDA_PACKAGE := build/cuda
+CUDA_RUN = PYTHONPATH=$(CUDA_PACKAGE):$(PYTHONPATH) $(CUDA_PYTHON)
+SANITIZE := $(shell command -v compute-sanitizer)
+
+$(CUDA_PACKAGE): $(SOURCES)
+	FASTRNN_CUDA=ON FASTRNN_CUDA_ARCHITECTURES=native $(CUDA_PYTHON) -m pip install . --no-build-isolation --no-deps --no-index --upgrade --target $@ \
+	    --config-settings=build-dir=build/cuda-objects
+	@touch $@
+
+test-cuda: $(CUDA_PACKAGE) ## build for this GPU and test on it, also under compute-sanitizer
+	$(CUDA_RUN) -m pytest tests/cuda -k "not harness" -p no:cacheprovider $(ARGS)
+ifneq ($(SANITIZE),)
+	for tool in memcheck racecheck; do \
+	    PYTHONPATH=$(CUDA_PACKAGE):$(PYTHONPATH) $(SANITIZE) --tool $$tool --error-exitcode 1 \
+	        $(CUDA_PYTHON) -m pytest tests/cuda/test_scan.py -k "every_way and cuda and ragged-resets" -q \
+	        || exit 1; \
+	done
+endif
+
+bench-cuda: $(CUDA_PACKAGE) ## compare with cuDNN on this GPU (ARGS="--only cell=LSTM --minutes 8")
+	$(CUDA_RUN) bench/cuda.py $(ARGS)
 
 dev: $(BIN)/python ## editable install; from now on only changed files are compiled
 	$(PIP) install 'scikit-build-core>=0.11' 'pybind11>=3.0.3' cmake ninja

@@ -7,11 +7,11 @@ namespace fastrnn {
 struct Tanh {
   static constexpr const char* mode = "RNN_TANH";
   template <class V>
-  static V apply(V a) {
+  static constexpr V apply(V a) {
     return tanh(a);
   }
   template <class V>
-  static V derivative(V h) {
+  static constexpr V derivative(V h) {
     return V(1) - h * h;
   }
 };
@@ -19,11 +19,11 @@ struct Tanh {
 struct Relu {
   static constexpr const char* mode = "RNN_RELU";
   template <class V>
-  static V apply(V a) {
+  static constexpr V apply(V a) {
     return relu(a);
   }
   template <class V>
-  static V derivative(V h) {
+  static constexpr V derivative(V h) {
     return relu_derivative(h);
   }
 };
@@ -39,12 +39,12 @@ struct Elman {
   static constexpr bool has_direct_path = false;
 
   template <class V>
-  static V forward(V (&x)[1], const V (&r)[1], V, V&) {
+  static constexpr V forward(V (&x)[1], const V (&r)[1], V, V&) {
     return Nonlinearity::apply(x[0] + r[0]);
   }
 
   template <class V>
-  static V backward(const V (&)[1], V, V h, V, V, V dh, V&, V (&dx)[1], V (&dr)[1]) {
+  static constexpr V backward(const V (&)[1], V, V h, V, V, V dh, V&, V (&dx)[1], V (&dr)[1]) {
     dx[0] = dr[0] = dh * Nonlinearity::derivative(h);
     return V(0);
   }

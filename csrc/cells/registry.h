@@ -2,7 +2,8 @@
 //
 // A cell is the mathematics of one hidden unit at one step, over a value type V: a SIMD vector of
 // units on the CPU, one unit on a GPU. It knows no memory layout. V comes with arithmetic and the
-// functions sigmoid, tanh, relu and relu_derivative. A cell defines:
+// functions sigmoid, tanh, relu and relu_derivative. A cell's functions are constexpr, so that nvcc
+// may call them on the device. A cell defines:
 //   mode             its name, as in torch.nn.RNNBase.mode
 //   gates            G, the rows of weight_ih per unit
 //   has_cell_state   it carries a second state beside h (its `extra`)

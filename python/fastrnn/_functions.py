@@ -36,7 +36,7 @@ class Spec(NamedTuple):
     mode: str  # as torch.nn.RNNBase.mode
     directions: int
     batch: int  # B; rows without any step exist only here and in the states
-    batch_sizes: Tensor | None
+    batch_sizes: Tensor | None  # or, if _ops.takes_mask, a bool mask [T, B]
     resets: Tensor | None  # bool, laid out as the input: True where a segment of a row begins
     reverse: bool = False  # the only direction runs from each row's last step to its first
 
@@ -102,7 +102,9 @@ def reference_layer(
     """
     each = _split(weights, spec.directions)
     index, resets = None, spec.resets
-    if spec.batch_sizes is not None:
+    if spec.batch_sizes is not None and spec.batch_sizes.dtype == torch.bool:
+        mask = spec.batch_sizes
+    elif spec.batch_sizes is not None:
         mask = mask_from_batch_sizes(spec.batch_sizes, spec.batch, x.device)
         index = mask.flatten().nonzero().squeeze(1)
         x = scatter(x, index, mask.numel()).view(*mask.shape, x.shape[-1])
@@ -459,7 +461,7 @@ def _scan_forward_autograd(
         extra = results[3] if all_c else results[3].new_empty(0)
         return (*results[:3], extra, x.new_empty(0))
     with torch._C._AutoDispatchBelowAutograd():
-        return layer_forward(spec, x, h_0, c_0, weights, keep, all_c)
+        return filled(x, layer_forward(spec, x, h_0, c_0, weights, keep, all_c))
 
 
 _library.impl("scan_forward", _scan_forward_autograd, "Autograd")

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._checkpoint import in_segments
 from ._functions import FUNCTIONS, Spec, layer_forward, reference_layer, transforming
-from ._ops import has_kernel
+from ._ops import has_kernel, takes_mask
 from ._ragged import (
     check_lengths,
     check_steps,
@@ -54,6 +54,7 @@ def _run_layer(
     if (
         mask is not None
         or not all(map(has_kernel, tensors))
+        or (spec.reverse and not x.is_cpu)
         or (compiling and transformed)  # which torch.compile knows for plain torch only
     ):
         _check_devices(x, (h_0, c_0), weights)
@@ -226,14 +227,18 @@ class _RNNBase(RNNBase):
             mask = torch.arange(steps, device=input.device).unsqueeze(1) < ends
         elif mask is not None:
             mask = by_step("mask", mask)
-        ragged = None
+        ragged = real = None
         if mask is not None and not is_per_sample(mask):
-            ragged = from_mask(mask, self.batch_first)
+            if takes_mask(input):
+                real = mask
+                resets = None if resets is None else segment_starts(mask, resets)
+            else:
+                ragged = from_mask(mask, self.batch_first)
         directions = 2 if self.bidirectional else 1
 
         if ragged is None:
             x = input.transpose(0, 1) if self.batch_first else input
-            spec = Spec(self.mode, directions, batch, None, resets)
+            spec = Spec(self.mode, directions, batch, real, resets)
             per_sample = mask if mask is not None and is_per_sample(mask) else None
             output, final, sequences = self._run(spec, x, states, per_sample, all_states)
 

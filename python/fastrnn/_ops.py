@@ -10,6 +10,8 @@ custom_op decorator.
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,11 @@ except ImportError as error:
             f"({torch.__version__}) has not made it visible: {error}"
         ) from error
     raise
+
+try:
+    _cuda: ModuleType | None = import_module("fastrnn._cuda")
+except ModuleNotFoundError:  # built without nvcc
+    _cuda = None
 
 CELLS = _cpu.cells
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -49,7 +56,15 @@ _library.define(
 
 def has_kernel(x: Tensor) -> bool:
     """Whether the scan has a compiled kernel for x's device and dtype."""
-    return x.is_cpu and x.dtype in _DTYPES
+    return (x.is_cpu or (x.is_cuda and _cuda is not None)) and x.dtype in _DTYPES
+
+
+def takes_mask(x: Tensor) -> bool:
+    """Whether its kernel takes a mask [T, B] in place of batch_sizes.
+
+    To sort and pack the rows of a mask on a GPU, the host would have to wait for it.
+    """
+    return x.is_cuda and has_kernel(x)
 
 
 def is_plain(x: Tensor, *others: Tensor | None) -> bool:
@@ -313,6 +328,12 @@ _library.impl(
     "scan_forward", lambda mode, x, *args: filled(x, _scan_forward(mode, x, *args)), "CPU"
 )
 _library.impl("scan_backward", _scan_backward, "CPU")
+if _cuda is not None:
+    from ._cuda_ops import Scan
+
+    _on_cuda = Scan(_cuda)
+    _library.impl("scan_forward", _on_cuda.forward, "CUDA")
+    _library.impl("scan_backward", _on_cuda.backward, "CUDA")
 
 
 @torch.library.register_fake("fastrnn::scan_forward")

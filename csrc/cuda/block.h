@@ -1,0 +1,275 @@
+// What the forward and the backward scan share: which part is a block's own, where the steps of its
+// rows lie, and how its group hands states on.
+#pragma once
+
+#include <type_traits>
+
+#include "element.h"
+#include "scan.h"
+
+namespace fastrnn::cuda {
+
+// The argument of the kernels. A launch of kind kStep does the step `step` of all rows.
+template <class Args>
+struct Params {
+  Args args;
+  Plan plan;
+  Layout layout;
+  char* workspace;
+  int64_t step;
+
+  Params(const Cuda& device, const Args& a)
+      : args(a),
+        plan(device.plan),
+        layout(a.problem, device.plan),
+        workspace(static_cast<char*>(device.workspace)),
+        step(0) {}
+};
+
+// Blocks of a group follow one another in the grid, so that they can be a cluster.
+template <class Args>
+Launch scan_launch(const Params<Args>& p, void* stream) {
+  const Layout& l = p.layout;
+  return {{static_cast<int>(l.unit_tiles * l.row_tiles), p.args.problem.directions, 1},
+          kThreads,
+          l.shared,
+          p.plan.cluster,
+          p.plan.kind == Kind::kGrid,
+          stream};
+}
+
+// A block's own part of the scan, and a thread's own of that: one unit of up to kItems rows.
+template <class Args>
+struct Block {
+  const Params<Args>& p;
+  const int64_t batch, hidden;
+  const int direction;
+  const int64_t tile, row_tile, first_row;
+  const int64_t unit;    // of the thread, among all
+  const int local_unit;  // and among the block's own
+  const int local_row;   // of the thread's first item; the others follow at row_step
+  const int row_step;
+  const bool up;  // t grows along the pass
+  int64_t count;  // steps until no row of the block is alive
+
+  FASTRNN_DEVICE explicit Block(const Params<Args>& params)
+      : p(params),
+        batch(params.args.problem.batch),
+        hidden(params.args.problem.hidden),
+        direction(block_index().y),
+        tile(block_index().x % params.layout.unit_tiles),
+        row_tile(block_index().x / params.layout.unit_tiles),
+        first_row(row_tile * params.layout.rows),
+        unit(tile * params.layout.units + thread_index() % params.layout.units),
+        local_unit(thread_index() % params.layout.units),
+        local_row(thread_index() / params.layout.units),
+        row_step(kThreads / params.layout.units),
+        up((direction == 0) == (params.args.problem.pass == Pass::kForward)),
+        count(params.args.problem.steps) {
+    const int64_t* lengths = params.args.places.lengths;
+    if (lengths == nullptr) return;
+    count = 0;
+    for (int64_t row = first_row; row < first_row + params.layout.rows && row < batch; ++row) {
+      if (lengths[row] > count) count = lengths[row];
+    }
+  }
+
+  // Which steps of its own the block runs in this launch, of `all`: [first, last).
+  FASTRNN_DEVICE void range(int64_t all, int64_t& first, int64_t& last) const {
+    first = 0;
+    last = all;
+    if (p.plan.kind != Kind::kStep) return;
+    // Rows that end early begin late, walking down.
+    const int64_t i = up ? p.step : p.step - (p.args.problem.steps - count);
+    first = i < 0 || i >= all ? all : i;
+    last = i < 0 || i >= all ? all : i + 1;
+  }
+
+  FASTRNN_DEVICE int64_t time(int64_t i) const { return up ? i : count - 1 - i; }
+  FASTRNN_DEVICE int64_t row(int item) const { return first_row + local_row + item * row_step; }
+  FASTRNN_DEVICE bool owns(int item) const {
+    return local_row + item * row_step < p.layout.rows && row(item) < batch && unit < hidden;
+  }
+  // Row `row` of [D, B, H]
+  FASTRNN_DEVICE int64_t state(int item) const {
+    return (direction * batch + row(item)) * hidden + unit;
+  }
+  // In [N, D*H]
+  FASTRNN_DEVICE int64_t feature(int64_t n) const {
+    return (n * p.args.problem.directions + direction) * hidden + unit;
+  }
+  // In [D, N, columns*H]
+  FASTRNN_DEVICE int64_t column(int64_t n, int columns) const {
+    return (direction * p.args.total + n) * columns * hidden + unit;
+  }
+
+  // Where the row's step at time t lies in N; -1 if it is not real.
+  FASTRNN_DEVICE int64_t place(int64_t t, int item) const {
+    const int64_t n = t * batch + row(item);
+    return p.args.places.place == nullptr ? n : p.args.places.place[n];
+  }
+  // The same of the step that the direction has before it, kInitial or kCut.
+  FASTRNN_DEVICE int64_t before(int64_t t, int item) const {
+    const int64_t n = t * batch + row(item);
+    const int64_t* table = p.args.places.before[direction];
+    if (table != nullptr) return table[n];
+    if (direction == 0) return t == 0 ? kInitial : n - batch;
+    return t == p.args.problem.steps - 1 ? kInitial : n + batch;
+  }
+
+  template <class T>
+  FASTRNN_DEVICE T* carry(int which) const {
+    return reinterpret_cast<T*>(p.workspace + p.layout.carry) +
+           which * p.args.problem.directions * batch * hidden;
+  }
+};
+
+// The weights of the block, in its shared memory if they stay there.
+template <class Args>
+FASTRNN_DEVICE const char* block_weights(const Block<Args>& block) {
+  const Layout& l = block.p.layout;
+  const int64_t bytes = l.depth_blocks * l.columns * kBlockBytes;
+  const char* packed =
+      block.p.workspace + l.packed + (block.direction * l.unit_tiles + block.tile) * bytes;
+  if (!block.p.plan.resident) return packed;
+  char* shared = dynamic_shared();
+  for (int64_t i = 16 * thread_index(); i < bytes; i += 16 * kThreads) {
+    store(shared + i, load(packed + i));
+  }
+  return shared;
+}
+
+// The states that a step reads and those it leaves for the next, rows of `stride`. Step i reads
+// states(i) after wait(i), puts its own for the next step, and arrives.
+
+// Through global memory. Blocks of a group count their arrivals, or are launched step by step.
+template <class S, class Args>
+class GridExchange {
+ public:
+  FASTRNN_DEVICE explicit GridExchange(const Block<Args>& block)
+      : layout_(block.p.layout), meets_(block.p.plan.kind == Kind::kGrid) {
+    const int64_t group = block.direction * layout_.row_tiles + block.row_tile;
+    const int64_t bytes = layout_.rows * layout_.stride * sizeof(S);
+    states_ = block.p.workspace + layout_.exchange + group * bytes;
+    other_ = block.p.args.problem.directions * layout_.row_tiles * bytes;
+    counter_ = reinterpret_cast<int64_t*>(block.p.workspace + layout_.counters) + group;
+  }
+  FASTRNN_DEVICE void start() {}
+  FASTRNN_DEVICE void wait(int64_t i) {
+    if (meets_ && thread_index() == 0) wait_for(counter_, i * layout_.unit_tiles);
+    sync_block();
+  }
+  FASTRNN_DEVICE void arrive() {
+    if (!meets_) return;
+    sync_block();
+    if (thread_index() == 0) cuda::arrive(counter_);
+  }
+  FASTRNN_DEVICE void finish() {}
+
+  FASTRNN_DEVICE const char* states(int64_t i) const { return states_ + i % 2 * other_; }
+  FASTRNN_DEVICE static Vector16 load_state(const char* p) { return load_shared_cache(p); }
+  FASTRNN_DEVICE S get(int64_t i, int row, int64_t column) const {
+    return reinterpret_cast<const S*>(states(i))[row * layout_.stride + column];
+  }
+  FASTRNN_DEVICE void put(int64_t i, int row, int64_t column, S value) {
+    reinterpret_cast<S*>(states_ + (i + 1) % 2 * other_)[row * layout_.stride + column] = value;
+  }
+
+ private:
+  const Layout& layout_;
+  const bool meets_;
+  char* states_;
+  int64_t other_;  // the second buffer
+  int64_t* counter_;
+};
+
+// Through shared memory: every block of the cluster has all states of its rows.
+template <class S, class Args>
+class ClusterExchange {
+ public:
+  FASTRNN_DEVICE explicit ClusterExchange(const Block<Args>& block)
+      : layout_(block.p.layout), cluster_(block.p.plan.cluster) {
+    const int64_t group = block.direction * layout_.row_tiles + block.row_tile;
+    bytes_ = layout_.rows * layout_.stride * sizeof(S);
+    states_ = dynamic_shared() + layout_.shared_exchange;
+    initial_ = block.p.workspace + layout_.exchange + group * bytes_;
+    other_ = block.p.args.problem.directions * layout_.row_tiles * bytes_;
+  }
+  FASTRNN_DEVICE void start() {
+    for (int64_t i = 16 * thread_index(); i < bytes_; i += 16 * kThreads) {
+      store(states_ + i, load(initial_ + i));
+      store(states_ + bytes_ + i, load(initial_ + other_ + i));
+    }
+    arrive();
+  }
+  FASTRNN_DEVICE void wait(int64_t) {
+    if (cluster_ > 1) {
+      wait_cluster();
+    } else {
+      sync_block();
+    }
+  }
+  FASTRNN_DEVICE void arrive() {
+    if (cluster_ > 1) arrive_cluster();
+  }
+  // No block may end while another still writes to it.
+  FASTRNN_DEVICE void finish() { wait(0); }
+
+  FASTRNN_DEVICE const char* states(int64_t i) const { return states_ + i % 2 * bytes_; }
+  FASTRNN_DEVICE static Vector16 load_state(const char* p) { return load(p); }
+  FASTRNN_DEVICE S get(int64_t i, int row, int64_t column) const {
+    return reinterpret_cast<const S*>(states(i))[row * layout_.stride + column];
+  }
+  FASTRNN_DEVICE void put(int64_t i, int row, int64_t column, S value) {
+    S* own = reinterpret_cast<S*>(states_ + (i + 1) % 2 * bytes_) + row * layout_.stride + column;
+    if (cluster_ == 1) {
+      *own = value;
+    } else {
+      for (int rank = 0; rank < cluster_; ++rank) store_in_cluster(own, rank, value);
+    }
+  }
+
+ private:
+  const Layout& layout_;
+  const int cluster_;
+  int64_t bytes_, other_;
+  char* states_;
+  const char* initial_;
+};
+
+// The product of the block's own column for one row, its parts over the depth added up in order.
+template <class T>
+FASTRNN_DEVICE T sum_slices(const Layout& layout, const T* sums, int row, int column) {
+  const int64_t pitch = layout.columns + kSkew;
+  T sum = 0;
+  for (int slice = 0; slice < layout.slices; ++slice) {
+    sum += sums[(slice * layout.rows + row) * pitch + column];
+  }
+  return sum;
+}
+
+// Whether kernels like this one are compiled for the architecture at hand.
+template <class S, bool Tensor>
+constexpr bool is_compiled() {
+  return Tensor ? kHasTensorCores : sizeof(S) > 2 || kHasNarrowFma;
+}
+
+// Calls f(element, tensor) for a dtype and a plan.
+template <class F>
+void visit(DType dtype, bool tensor, F&& f) {
+  const auto either = [&](auto element) {
+    tensor ? f(element, std::true_type{}) : f(element, std::false_type{});
+  };
+  switch (dtype) {
+    case DType::kFloat32:
+      return either(float{});
+    case DType::kFloat64:
+      return f(double{}, std::false_type{});
+    case DType::kBFloat16:
+      return either(BFloat16{});
+    case DType::kFloat16:
+      return either(Float16{});
+  }
+}
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,49 @@
+// The element types of tensors, the type each is computed in, and the value type of the cells.
+#pragma once
+
+#include "intrinsics.h"
+
+namespace fastrnn::cuda {
+
+template <class S>
+struct ComputeOf {
+  using Type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using Type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::Type;
+
+// One unit of one row, as the cells in ../cells see it.
+template <class T>
+struct Scalar {
+  T value;
+  Scalar() = default;
+  FASTRNN_DEVICE explicit constexpr Scalar(T v) : value(v) {}
+  FASTRNN_DEVICE explicit constexpr Scalar(int v) : value(static_cast<T>(v)) {}
+  FASTRNN_DEVICE friend Scalar operator+(Scalar a, Scalar b) { return Scalar(a.value + b.value); }
+  FASTRNN_DEVICE friend Scalar operator-(Scalar a, Scalar b) { return Scalar(a.value - b.value); }
+  FASTRNN_DEVICE friend Scalar operator*(Scalar a, Scalar b) { return Scalar(a.value * b.value); }
+  FASTRNN_DEVICE friend Scalar sigmoid(Scalar a) { return Scalar(T(1) / (T(1) + exp_(-a.value))); }
+  FASTRNN_DEVICE friend Scalar tanh(Scalar a) { return Scalar(tanh_(a.value)); }
+  // NaN stays.
+  FASTRNN_DEVICE friend Scalar relu(Scalar a) { return a.value < T(0) ? Scalar(0) : a; }
+  FASTRNN_DEVICE friend Scalar relu_derivative(Scalar h) { return Scalar(h.value <= T(0) ? 0 : 1); }
+};
+
+// 16 bytes of elements, in the type they are computed in.
+template <class S>
+struct Lanes {
+  static constexpr int count = 16 / sizeof(S);
+  Compute<S> values[count];
+  FASTRNN_DEVICE explicit Lanes(Vector16 bits) {
+    S elements[count];
+    __builtin_memcpy(elements, &bits, sizeof(bits));
+#pragma unroll
+    for (int i = 0; i < count; ++i) values[i] = widen(elements[i]);
+  }
+};
+
+}  // namespace fastrnn::cuda

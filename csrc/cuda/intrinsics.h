@@ -1,0 +1,210 @@
+// Everything that the kernels ask of the hardware. tests/cuda/harness has the same names for a CPU,
+// so that the kernels run where there is no GPU.
+#pragma once
+
+#ifndef __CUDACC__
+#include "harness.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define FASTRNN_DEVICE __device__ __forceinline__
+#define FASTRNN_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define FASTRNN_ARGUMENT const __grid_constant__
+
+namespace fastrnn::cuda {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+struct alignas(16) Vector16 {
+  uint32_t x, y, z, w;
+};
+
+struct Index3 {
+  int x, y, z;
+};
+
+// Whether code for tensor cores, or else code that takes their place, is compiled for this
+// architecture.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kHasTensorCores = false;
+#else
+constexpr bool kHasTensorCores = true;
+#endif
+// Whether kernels on elements of 16 bits without tensor cores are compiled.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+constexpr bool kHasNarrowFma = false;
+#else
+constexpr bool kHasNarrowFma = true;
+#endif
+
+// Where a thread is.
+FASTRNN_DEVICE int thread_index() { return threadIdx.x; }
+FASTRNN_DEVICE Index3 block_index() {
+  return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
+}
+FASTRNN_DEVICE int64_t grid_thread() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
+FASTRNN_DEVICE int64_t grid_threads() { return int64_t{gridDim.x} * blockDim.x; }
+
+FASTRNN_DEVICE char* dynamic_shared() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+FASTRNN_DEVICE void sync_block() { __syncthreads(); }
+template <class T>
+FASTRNN_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffff, value, mask);
+}
+
+FASTRNN_DEVICE Vector16 load(const void* p) { return *static_cast<const Vector16*>(p); }
+FASTRNN_DEVICE void store(void* p, Vector16 v) { *static_cast<Vector16*>(p) = v; }
+// From the cache that all blocks share: another block may just have written it.
+FASTRNN_DEVICE Vector16 load_shared_cache(const void* p) {
+  const uint4 v = __ldcg(static_cast<const uint4*>(p));
+  return {v.x, v.y, v.z, v.w};
+}
+
+// A counter that blocks meet at: what was written before an arrival is seen after a wait for it.
+FASTRNN_DEVICE void arrive(int64_t* counter) {
+  asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.u64 [%0], 1;"
+               :
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+}
+FASTRNN_DEVICE void wait_for(const int64_t* counter, int64_t count) {
+  int64_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s64 %0, [%1];"
+                 : "=l"(seen)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
+  } while (seen < count);
+}
+
+// A cluster's barrier in two halves, and stores to the shared memory of its blocks.
+FASTRNN_DEVICE void arrive_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+FASTRNN_DEVICE void wait_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+template <class S>
+FASTRNN_DEVICE void store_in_cluster([[maybe_unused]] S* own, [[maybe_unused]] int rank,
+                                     [[maybe_unused]] S value) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(rank));
+  *reinterpret_cast<S*>(there) = value;
+#endif
+}
+
+FASTRNN_DEVICE float widen(float v) { return v; }
+FASTRNN_DEVICE double widen(double v) { return v; }
+FASTRNN_DEVICE float widen(BFloat16 v) { return __uint_as_float(uint32_t{v.bits} << 16); }
+FASTRNN_DEVICE float widen(Float16 v) { return __half2float(__ushort_as_half(v.bits)); }
+FASTRNN_DEVICE void narrow(float v, float& to) { to = v; }
+FASTRNN_DEVICE void narrow(double v, double& to) { to = v; }
+FASTRNN_DEVICE void narrow(float v, BFloat16& to) {
+  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(v));
+}
+FASTRNN_DEVICE void narrow(float v, Float16& to) { to.bits = __half_as_ushort(__float2half_rn(v)); }
+
+FASTRNN_DEVICE float exp_(float x) { return expf(x); }
+FASTRNN_DEVICE double exp_(double x) { return exp(x); }
+FASTRNN_DEVICE float tanh_(float x) { return tanhf(x); }
+FASTRNN_DEVICE double tanh_(double x) { return ::tanh(x); }
+
+// d += a * b on tensor cores. The fragments are PTX's: m16n8k16 of 16-bit elements, two in a
+// register, and m16n8k8 of float32 rounded to tf32.
+FASTRNN_DEVICE void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+FASTRNN_DEVICE void mma(Float16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+FASTRNN_DEVICE void mma(float, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+FASTRNN_DEVICE float round_to_tf32(float v) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return __uint_as_float(bits);
+#else
+  return v;
+#endif
+}
+
+struct Launch {
+  Index3 grid;
+  int threads;
+  int64_t shared;    // bytes
+  int cluster;       // blocks along x
+  bool cooperative;  // all blocks run at once
+  void* stream;
+};
+
+// Throws std::runtime_error.
+void check(cudaError_t error, const char* what);
+
+template <class Args>
+void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (how.shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(how.shared)),
+          "shared memory");
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(how.grid.x, how.grid.y, how.grid.z);
+  config.blockDim = dim3(how.threads);
+  config.dynamicSmemBytes = how.shared;
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  config.attrs = attributes;
+  if (how.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = how.cluster;
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
+  if (how.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  void* arguments[] = {const_cast<Args*>(&args)};
+  check(cudaLaunchKernelExC(&config, function, arguments), "launch");
+}
+
+}  // namespace fastrnn::cuda
+
+#endif

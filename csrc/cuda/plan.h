@@ -1,0 +1,125 @@
+// How a scan is cut into blocks of threads and laid out in memory, for one pass. Plain numbers in,
+// plain numbers out: nothing here knows a device, so that all of it is tested without one.
+//
+// A block owns `units` hidden units, with all their columns of the weight, of `rows` rows of the
+// batch, in one direction. Blocks of the same rows and direction, a group, exchange states once per
+// step; groups never meet.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "../scan.h"
+
+#ifdef __CUDACC__
+#define FASTRNN_HD __host__ __device__
+#else
+#define FASTRNN_HD
+#endif
+
+namespace fastrnn::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kItems = 4;        // (row, unit) pairs of a thread, at most
+constexpr int kBlockBytes = 64;  // of one column or row, along the depth of the product
+constexpr int kTile = 16;        // columns of a tensor core's product
+constexpr int kWarpTiles = 4;    // of them in one warp at once
+constexpr int kOctet = 8;        // rows of a tensor core's product
+constexpr int kSkew = 4;         // between rows of sums: no two of a warp in one bank
+
+enum class Pass : int { kForward, kBackward };
+
+// Who hands a step's states to the next one.
+enum class Kind : int {
+  kStep,     // the end of a launch: any size whatsoever
+  kGrid,     // a counter in global memory; all blocks run at once
+  kCluster,  // a cluster's barrier and distributed shared memory, or one block alone
+};
+
+struct Plan {
+  Kind kind;
+  int units, rows;  // of a block; rows is a multiple of 8
+  int slices;       // of the depth, each the work of other warps
+  int cluster;      // blocks of a group, if they are a cluster, else 1
+  bool resident;    // the weights of a block stay in its shared memory
+  bool tensor;      // tensor cores multiply
+};
+
+// Of a GPU, what a plan depends on.
+struct DeviceInfo {
+  int processors;
+  int64_t shared;  // bytes of shared memory a block may have
+  int capability;  // 10 * major + minor
+};
+
+struct Problem {
+  Pass pass;
+  int gates;  // of the cell
+  DType dtype;
+  int64_t steps, batch, hidden;
+  int directions;
+  bool tf32;  // float32 may be rounded to it
+
+  FASTRNN_HD constexpr int64_t element() const {
+    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  }
+  FASTRNN_HD constexpr int64_t compute() const { return dtype == DType::kFloat64 ? 8 : 4; }
+  // The product of one step: W_hh h, or W_hh^T times the gradients of the gates.
+  FASTRNN_HD constexpr int columns_per_unit() const { return pass == Pass::kForward ? gates : 1; }
+  FASTRNN_HD constexpr int64_t depth() const {
+    return pass == Pass::kForward ? hidden : gates * hidden;
+  }
+};
+
+FASTRNN_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Everything that follows from a problem and a plan. Offsets and sizes are in bytes, `stride` in
+// elements.
+struct Layout {
+  int units, rows, columns;  // of a block; columns are filled up to whole tiles
+  int slices, row_parts, column_parts;
+  int64_t unit_tiles, row_tiles;
+  int64_t depth_blocks, stride;  // of a row of exchanged states
+  int64_t packed, exchange, carry, counters, workspace;
+  int64_t shared_exchange, shared_sums, shared;
+
+  FASTRNN_HD constexpr Layout(const Problem& p, const Plan& plan)
+      : units(plan.units),
+        rows(plan.rows),
+        columns(static_cast<int>(divide_up(p.columns_per_unit() * plan.units, kTile)) * kTile),
+        slices(plan.slices),
+        row_parts(static_cast<int>(divide_up(plan.rows, rows_per_warp(plan.tensor)))),
+        column_parts(static_cast<int>(divide_up(columns, kTile * kWarpTiles))),
+        unit_tiles(plan.kind == Kind::kCluster ? plan.cluster : divide_up(p.hidden, plan.units)),
+        row_tiles(divide_up(p.batch, plan.rows)),
+        depth_blocks(divide_up(p.depth() * p.element(), kBlockBytes)),
+        // An odd number of blocks: eight lanes that read two rows meet no bank twice.
+        stride((depth_blocks | 1) * kBlockBytes / p.element()),
+        packed(0),
+        exchange(p.directions * unit_tiles * depth_blocks * columns * kBlockBytes),
+        carry(exchange + 2 * p.directions * row_tiles * rows * stride * p.element()),
+        counters(carry + divide_up(2 * p.directions * p.batch * p.hidden * p.compute(), 16) * 16),
+        workspace(counters + p.directions * row_tiles * int64_t{sizeof(int64_t)}),
+        shared_exchange(plan.resident ? depth_blocks * columns * kBlockBytes : 0),
+        shared_sums(shared_exchange +
+                    (plan.kind == Kind::kCluster ? 2 * rows * stride * p.element() : 0)),
+        shared(shared_sums + int64_t{slices} * rows * (columns + kSkew) * p.compute()) {}
+
+  FASTRNN_HD static constexpr int rows_per_warp(bool tensor) {
+    return tensor ? 2 * kOctet : kOctet;
+  }
+  FASTRNN_HD constexpr int64_t blocks(int directions) const {
+    return unit_tiles * row_tiles * directions;
+  }
+};
+
+// Whether a device can run a problem so.
+bool is_possible(const Problem& problem, const DeviceInfo& device, const Plan& plan);
+
+// The plan that should take the least time; of the given kind if there is one, which a size or a
+// device may not allow.
+std::optional<Plan> make_plan(const Problem& problem, const DeviceInfo& device,
+                              std::optional<Kind> kind);
+
+}  // namespace fastrnn::cuda

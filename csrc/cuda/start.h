@@ -1,0 +1,116 @@
+// Before a scan, in one launch: the weights in the order in which blocks read them, the states that
+// the first step reads, and counters at zero.
+#pragma once
+
+#include "block.h"
+
+namespace fastrnn::cuda {
+
+// Element (column c of a block, depth k) of the packed weights; zero beyond H and the depth.
+template <class S, class Args>
+FASTRNN_DEVICE S weight_at(const Params<Args>& p, int direction, int64_t tile, int c, int64_t k) {
+  const Layout& l = p.layout;
+  const Problem& problem = p.args.problem;
+  const int64_t gate = c / l.units, unit = tile * l.units + c % l.units;
+  S zero;
+  narrow(Compute<S>(0), zero);
+  if (gate >= problem.columns_per_unit() || unit >= problem.hidden || k >= problem.depth()) {
+    return zero;
+  }
+  const S* weight = static_cast<const S*>(p.args.weight_hh[direction]);
+  S value = problem.pass == Pass::kForward
+                ? weight[(gate * problem.hidden + unit) * problem.hidden + k]
+                : weight[k * problem.hidden + unit];
+  if constexpr (sizeof(S) == 4) {
+    if (p.plan.tensor) value = round_to_tf32(value);
+  }
+  return value;
+}
+
+// 16 bytes of packed weights. Neighbouring threads read neighbouring elements: along the depth in
+// the forward pass, along the units in the backward one.
+template <class S, class Args>
+FASTRNN_DEVICE void pack(const Params<Args>& p, int64_t index) {
+  constexpr int count = 16 / sizeof(S);
+  const Layout& l = p.layout;
+  const bool along_depth = p.args.problem.pass == Pass::kForward;
+  const int64_t quarters = l.depth_blocks * 4;
+  const int64_t quarter = along_depth ? index % quarters : index / l.columns % quarters;
+  const int c = static_cast<int>(along_depth ? index / quarters % l.columns : index % l.columns);
+  const int64_t whole = index / quarters / l.columns;
+  const int64_t tile = whole % l.unit_tiles;
+  const int direction = static_cast<int>(whole / l.unit_tiles);
+  S values[count];
+  for (int i = 0; i < count; ++i) {
+    values[i] = weight_at<S>(p, direction, tile, c, quarter * count + i);
+  }
+  Vector16 bits;
+  __builtin_memcpy(&bits, values, sizeof(bits));
+  const int64_t block = (whole * l.depth_blocks + quarter / 4) * l.columns + c;
+  store(p.workspace + l.packed + block * kBlockBytes + quarter % 4 * 16, bits);
+}
+
+FASTRNN_DEVICE const void* first_states(const ForwardArgs& a, int which) {
+  return which == 0 ? a.h_0 : a.c_0;
+}
+FASTRNN_DEVICE const void* first_states(const BackwardArgs& a, int which) {
+  return which == 0 ? a.d_h_n : a.d_c_n;
+}
+// Rows without any step end as they begin.
+FASTRNN_DEVICE void* last_states(const ForwardArgs& a, int which) {
+  return which == 0 ? a.h_n : a.c_n;
+}
+FASTRNN_DEVICE void* last_states(const BackwardArgs&, int) { return nullptr; }
+
+template <class S, class Args>
+FASTRNN_KERNEL(kThreads)
+start_kernel(FASTRNN_ARGUMENT Params<Args> p) {
+  const Layout& l = p.layout;
+  const Problem& problem = p.args.problem;
+  const int64_t own = grid_thread(), step = grid_threads();
+
+  const int64_t vectors = (l.exchange - l.packed) / 16;
+  for (int64_t i = own; i < vectors; i += step) pack<S>(p, i);
+
+  // Both buffers, as only one row in two steps is written where a batch is filled up.
+  S* exchange = reinterpret_cast<S*>(p.workspace + l.exchange);
+  const int64_t rows = l.row_tiles * l.rows;
+  const int64_t states = problem.directions * rows * l.stride;
+  const bool has_h = problem.pass == Pass::kForward && first_states(p.args, 0) != nullptr;
+  for (int64_t i = own; i < states; i += step) {
+    const int64_t unit = i % l.stride, row = i / l.stride % rows, direction = i / l.stride / rows;
+    S value;
+    narrow(Compute<S>(0), value);
+    if (has_h && row < problem.batch && unit < problem.hidden) {
+      value = static_cast<const S*>(
+          first_states(p.args, 0))[(direction * problem.batch + row) * problem.hidden + unit];
+    }
+    exchange[i] = exchange[states + i] = value;
+  }
+
+  using T = Compute<S>;
+  T* carry = reinterpret_cast<T*>(p.workspace + l.carry);
+  const int64_t each = problem.directions * problem.batch * problem.hidden;
+  for (int64_t i = own; i < 2 * each; i += step) {
+    const int which = i < each ? 0 : 1;
+    const S* first = static_cast<const S*>(first_states(p.args, which));
+    S* last = static_cast<S*>(last_states(p.args, which));
+    S value;
+    narrow(T(0), value);
+    if (first != nullptr) value = first[i - which * each];
+    carry[i] = widen(value);
+    if (last != nullptr) last[i - which * each] = value;
+  }
+
+  int64_t* counters = reinterpret_cast<int64_t*>(p.workspace + l.counters);
+  for (int64_t i = own; i < problem.directions * l.row_tiles; i += step) counters[i] = 0;
+}
+
+template <class S, class Args>
+void start(const Cuda& device, const Params<Args>& params) {
+  const int64_t blocks = divide_up(params.layout.workspace / 16, kThreads);
+  const int grid = static_cast<int>(blocks < 4096 ? blocks : 4096);
+  launch(start_kernel<S, Args>, {{grid, 1, 1}, kThreads, 0, 1, false, device.stream}, params);
+}
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,62 @@
+"""Builds the CUDA kernels for a CPU, as a Python extension; see harness.h."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+CUDA = ROOT / "csrc" / "cuda"
+CELLS = ["Elman<Tanh>", "Elman<Relu>", "Gru", "Lstm"]
+NAME = "fastrnn_harness"
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+
+
+def load(sanitize: bool = False) -> ModuleType:
+    """The extension, compiled if it or its compiler has changed."""
+    import pybind11
+
+    compiler = os.environ.get("CXX", "c++")
+    flags = [*FLAGS, *(["-fsanitize=address", "-g"] if sanitize else [])]
+    includes = [str(HERE), pybind11.get_include(), sysconfig.get_path("include")]
+    flags += [f"-I{path}" for path in includes]
+    sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file()) + sorted(HERE.iterdir())
+    key = hashlib.sha256(repr((compiler, flags, sys.version)).encode())
+    for path in sources:
+        if path.is_file():
+            key.update(path.read_bytes())
+    folder = ROOT / "build" / "harness" / key.hexdigest()[:16]
+    library = folder / f"{NAME}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs = [(CUDA / "bind.cc", [f"-DFASTRNN_MODULE={NAME}"])]
+        jobs += [(CUDA / "plan.cc", []), (HERE / "harness.cc", [])]
+        for cell in CELLS:
+            for extra in ([], ["-DFASTRNN_BACKWARD"]):
+                jobs.append((CUDA / "kernels.cu", [f"-DFASTRNN_CELL={cell}", *extra]))
+        objects = [str(folder / f"{i}.o") for i in range(len(jobs))]
+
+        def compile_one(index: int) -> None:
+            source, more = jobs[index]
+            command = [compiler, *flags, *more, "-x", "c++", "-c", str(source)]
+            subprocess.run([*command, "-o", objects[index]], check=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, range(len(jobs))))
+        part = f"{library}.{os.getpid()}"
+        link = ["-fsanitize=address"] if sanitize else []
+        subprocess.run([compiler, "-shared", *link, *objects, "-o", part], check=True)
+        os.replace(part, library)
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,301 @@
+// The fibers behind harness.h.
+#include "harness.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "../../../csrc/cuda/device.h"
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace fastrnn::cuda {
+namespace {
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStack = 256 * 1024;
+#else
+constexpr size_t kStack = 64 * 1024;
+#endif
+
+// A stack of execution: switch_to leaves one and goes on in another.
+struct Fiber {
+#if defined(__x86_64__)
+  void* sp = nullptr;
+#else
+  ucontext_t context;
+#endif
+  void* stack = nullptr;  // the scheduler's own is not ours
+  size_t stack_size = 0;
+  void* fake_stack = nullptr;
+};
+
+#if defined(__x86_64__)
+extern "C" void fastrnn_harness_switch(void** from, void* to);
+asm(R"(
+.text
+.globl fastrnn_harness_switch
+.type fastrnn_harness_switch, @function
+fastrnn_harness_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fastrnn_harness_switch, .-fastrnn_harness_switch
+)");
+#endif
+
+void switch_to(Fiber& from, Fiber& to, [[maybe_unused]] bool ends = false) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(ends ? nullptr : &from.fake_stack, to.stack, to.stack_size);
+#endif
+#if defined(__x86_64__)
+  fastrnn_harness_switch(&from.sp, to.sp);
+#else
+  swapcontext(&from.context, &to.context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+}
+
+struct Warp {
+  Meeting meeting{32};
+  alignas(64) char given[2][32 * 64];
+};
+
+struct Block {
+  Index3 index;
+  Meeting meeting;
+  std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
+  std::vector<Warp> warps;
+  int running = 0;  // threads
+  bool stalls = false;
+  Meeting* cluster;
+  Block* first_of_cluster;
+};
+
+Fiber scheduler;
+int64_t progress;  // of any kind since the launch
+Launch current;
+const std::function<void()>* body;
+
+}  // namespace
+
+struct Thread {
+  Fiber fiber;
+  int index = 0;
+  Block* block = nullptr;
+  int64_t collectives = 0, cluster_generation = 0;
+  bool done = false;
+};
+
+Thread* self;
+
+namespace {
+
+void yield() {
+  Thread* own = self;
+  switch_to(own->fiber, scheduler);
+}
+
+void main_of_fiber() {
+#if defined(__SANITIZE_ADDRESS__)
+  const void* bottom;
+  size_t size;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+  scheduler.stack = const_cast<void*>(bottom);
+  scheduler.stack_size = size;
+#endif
+  (*body)();
+  self->done = true;
+  // The memory of a block ends with it, whoever in its cluster still writes there.
+  if (--self->block->running == 0) self->block->shared.reset();
+  ++progress;
+  switch_to(self->fiber, scheduler, true);
+}
+
+// Stacks are kept for the next launch.
+std::vector<void*> free_stacks;
+
+void prepare(Fiber& fiber) {
+  if (free_stacks.empty()) {
+    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    free_stacks.push_back(memory);
+  }
+  fiber.stack = free_stacks.back();
+  fiber.stack_size = kStack;
+  free_stacks.pop_back();
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStack);  // frames that never returned
+#endif
+#if defined(__x86_64__)
+  void** top = reinterpret_cast<void**>(static_cast<char*>(fiber.stack) + kStack);
+  *--top = nullptr;  // as if main_of_fiber had been called
+  *--top = reinterpret_cast<void*>(&main_of_fiber);
+  fiber.sp = top - 6;
+  std::fill(top - 6, top, nullptr);
+#else
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStack;
+  makecontext(&fiber.context, main_of_fiber, 0);
+#endif
+}
+
+// Blocks [begin, end) of the grid, all at once.
+void run_blocks(int64_t begin, int64_t end, std::mt19937* random) {
+  std::vector<Block> blocks(end - begin);
+  std::vector<Meeting> clusters((blocks.size() + current.cluster - 1) / current.cluster);
+  std::vector<Thread> threads(blocks.size() * current.threads);
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    const int64_t index = begin + static_cast<int64_t>(b);
+    Block& block = blocks[b];
+    block.index = {static_cast<int>(index % current.grid.x),
+                   static_cast<int>(index / current.grid.x % current.grid.y),
+                   static_cast<int>(index / current.grid.x / current.grid.y)};
+    block.meeting.size = current.threads;
+    // Of its own, so that a sanitizer sees its ends.
+    block.shared.reset(
+        static_cast<char*>(std::aligned_alloc(128, (current.shared + 127) / 128 * 128)));
+    std::memset(block.shared.get(), 0xff, current.shared);  // NaN in every type
+    block.warps.resize(current.threads / 32);
+    block.running = current.threads;
+    block.cluster = &clusters[b / current.cluster];
+    block.cluster->size = current.cluster * current.threads;
+    block.first_of_cluster = &blocks[b / current.cluster * current.cluster];
+    for (int t = 0; t < current.threads; ++t) {
+      Thread& thread = threads[b * current.threads + t];
+      thread.index = t;
+      thread.block = &block;
+      prepare(thread.fiber);
+    }
+  }
+  std::vector<Thread*> order(threads.size());
+  std::transform(threads.begin(), threads.end(), order.begin(), [](Thread& t) { return &t; });
+  int idle_rounds = 0;
+  while (!order.empty() && idle_rounds < 100) {
+    if (random != nullptr) {
+      std::shuffle(order.begin(), order.end(), *random);
+      for (Block& block : blocks) block.stalls = (*random)() % 2 == 0;  // others run ahead
+    }
+    const int64_t before = progress;
+    for (Thread* thread : order) {
+      if (thread->block->stalls) continue;
+      self = thread;
+      switch_to(scheduler, thread->fiber);
+    }
+    std::erase_if(order, [](Thread* thread) { return thread->done; });
+    idle_rounds = progress == before ? idle_rounds + 1 : 0;
+  }
+  const bool stuck = !order.empty();
+  self = nullptr;
+  for (Thread& thread : threads) free_stacks.push_back(thread.fiber.stack);
+  if (stuck) throw std::runtime_error("harness: every thread waits for another");
+}
+
+}  // namespace
+
+int64_t Meeting::arrive() {
+  ++progress;
+  const int64_t now = generation;
+  if (++arrived == size) {
+    arrived = 0;
+    ++generation;
+  }
+  return now;
+}
+
+void Meeting::wait(int64_t generation_of_arrival) const {
+  while (generation == generation_of_arrival) yield();
+}
+
+int thread_index() { return self->index; }
+Index3 block_index() { return self->block->index; }
+int64_t grid_thread() { return int64_t{block_index().x} * current.threads + thread_index(); }
+int64_t grid_threads() { return int64_t{current.grid.x} * current.threads; }
+char* dynamic_shared() { return self->block->shared.get(); }
+
+void sync_block() {
+  Meeting& meeting = self->block->meeting;
+  meeting.wait(meeting.arrive());
+}
+
+void arrive(int64_t* counter) {
+  ++progress;
+  ++*counter;
+}
+
+void wait_for(const int64_t* counter, int64_t count) {
+  while (*counter < count) yield();
+}
+
+void arrive_cluster() { self->cluster_generation = self->block->cluster->arrive(); }
+void wait_cluster() { self->block->cluster->wait(self->cluster_generation); }
+
+void* shared_of(void* own, int rank) {
+  char* there = self->block->first_of_cluster[rank].shared.get();
+  if (there == nullptr) {
+    std::fprintf(stderr, "harness: a block writes to one of its cluster that has ended\n");
+    std::abort();
+  }
+  return there + (static_cast<char*>(own) - dynamic_shared());
+}
+
+const char* exchange_in_warp(const void* own, int bytes) {
+  const int index = self->index;
+  Warp& warp = self->block->warps[index / 32];
+  char* given = warp.given[self->collectives++ % 2];
+  std::memcpy(given + 64 * (index % 32), own, bytes);
+  warp.meeting.wait(warp.meeting.arrive());
+  return given;
+}
+
+void run(const Launch& how, const std::function<void()>& thread) {
+  if (how.threads % 32 != 0 || how.grid.x % how.cluster != 0) {
+    throw std::runtime_error("harness: no such launch");
+  }
+  current = how;
+  body = &thread;
+  const char* seed = std::getenv("FASTRNN_HARNESS_SEED");
+  std::mt19937 random(seed == nullptr ? 0 : std::atoi(seed));
+  const int64_t blocks = int64_t{how.grid.x} * how.grid.y * how.grid.z;
+  const int64_t at_once = how.cooperative ? blocks : how.cluster;
+  for (int64_t b = 0; b < blocks; b += at_once) {
+    run_blocks(b, b + at_once, seed == nullptr ? nullptr : &random);
+  }
+}
+
+}  // namespace fastrnn::cuda
+
+// The device that the harness stands for: any plan goes.
+namespace fastrnn::cuda {
+DeviceInfo device_info(int device) { return {1 << 20, int64_t{1} << 30, device}; }
+void set_device(int) {}
+}  // namespace fastrnn::cuda

@@ -1,0 +1,97 @@
+"""The choice of a plan: a pure function of numbers, so tested for GPUs that are not here."""
+
+import pytest
+
+from fastrnn._ops import CELLS
+
+DTYPES = {"f32": 0, "f64": 1, "bf16": 2, "f16": 3}
+
+
+@pytest.fixture
+def gpus(harness):
+    """Multiprocessors, shared memory of a block, compute capability."""
+    kinds = [(40, 64, 75), (108, 163, 80), (84, 99, 86), (132, 227, 90), (148, 227, 100)]
+    kinds += [(170, 99, 120), (1, 48, 75)]
+    return [harness.DeviceInfo(count, kib * 1024, cc) for count, kib, cc in kinds]
+
+
+def problem(harness, cell, dtype, *, backward=False, T=100, B=16, H=128, D=1, tf32=False):
+    return harness.Problem(backward, CELLS[cell].index, DTYPES[dtype], T, B, H, D, tf32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_size_has_a_plan(harness, gpus, cell, dtype, backward):
+    for gpu in gpus:
+        for H in (1, 17, 128, 1024, 5000):
+            for B in (1, 9, 128, 3000):
+                given = problem(harness, cell, dtype, backward=backward, B=B, H=H, D=2, tf32=True)
+                plan = harness.make_plan(given, gpu)
+                assert plan is not None
+                assert harness.is_possible(given, gpu, plan)
+                assert plan.shared(given) <= gpu.shared
+                if plan.kind == harness.Kind.GRID:  # all blocks run at once
+                    assert plan.blocks(given) <= gpu.processors
+                if plan.kind == harness.Kind.CLUSTER:
+                    assert plan.cluster <= (8 if gpu.capability >= 90 else 1)
+                    assert plan.cluster * plan.units >= H
+
+
+def test_the_kind_asked_for(harness, gpus):
+    hopper = gpus[3]
+    for kind in harness.Kind.__members__.values():
+        given = problem(harness, "LSTM", "bf16", H=256)
+        assert harness.make_plan(given, hopper, kind).kind == kind
+    large = problem(harness, "LSTM", "bf16", B=4096, H=4096)
+    assert harness.make_plan(large, hopper, harness.Kind.GRID) is None
+    assert harness.make_plan(large, hopper, harness.Kind.CLUSTER) is None
+    assert harness.make_plan(large, hopper).kind == harness.Kind.STEP
+
+
+def test_small_layers_stay_on_one_chip(harness, gpus):
+    for gpu in gpus[1:-1]:
+        plan = harness.make_plan(problem(harness, "LSTM", "bf16", H=64), gpu)
+        assert plan.resident
+        assert plan.kind != harness.Kind.STEP
+
+
+def test_tensor_cores(harness, gpus):
+    turing, ampere = gpus[:2]
+    for dtype, tf32, gpu, expected in [
+        ("bf16", False, ampere, True),
+        ("f16", False, turing, False),
+        ("f32", False, ampere, False),
+        ("f32", True, ampere, True),
+        ("f32", True, turing, False),
+        ("f64", True, ampere, False),
+    ]:
+        given = problem(harness, "GRU", dtype, tf32=tf32)
+        assert harness.make_plan(given, gpu).tensor == expected, (dtype, tf32)
+
+
+def test_impossible_plans(harness, gpus):
+    given = problem(harness, "GRU", "f32", H=100)
+    right = {"kind": harness.Kind.STEP, "units": 16, "rows": 8, "slices": 1, "cluster": 1}
+    right |= {"resident": False, "tensor": False}
+    assert harness.is_possible(given, gpus[3], harness.Plan(**right))
+    for wrong in (
+        {"units": 24},
+        {"units": 0},
+        {"rows": 12},
+        {"rows": 128},
+        {"slices": 0},
+        {"cluster": 2},
+        {"tensor": True},
+        {"kind": harness.Kind.CLUSTER},
+    ):
+        assert not harness.is_possible(given, gpus[3], harness.Plan(**{**right, **wrong})), wrong
+
+
+def test_a_wrong_plan_is_refused(harness):
+    given = problem(harness, "GRU", "f32", H=100)
+    plan = harness.Plan(harness.Kind.CLUSTER, 8, 8, 1, 1, False, False)
+    zeros = [0] * 9
+    with pytest.raises(ValueError, match="this plan cannot run this problem"):
+        harness.forward(
+            2, given, plan, 90, 0, 0, 0, 0, [], 0, [], [], *zeros[:3], False, *zeros[:4]
+        )
