@@ -14,9 +14,9 @@
 //   forward(x, r, h_prev, extra) -> h
 //       x[G] = W_ih x_t + b_ih in, activated gates out; r[G] = W_hh h_{t-1} + b_hh;
 //       extra: the cell state in and out, or only out
-//   hidden(gate, extra) -> h, as forward returned it; only without a direct path and with saved
-//   gates backward(gate, h_prev, h, extra_prev, extra, dh, d_extra, dx, dr) -> direct part of
-//   dh_{t-1}
+//   hidden(gate, extra) -> h
+//       as forward returned it; only of cells with saved gates and without a direct path
+//   backward(gate, h_prev, h, extra_prev, extra, dh, d_extra, dx, dr) -> direct part of dh_{t-1}
 //       d_extra: gradient of the cell state in, of the previous one out; dx[G], dr[G]: gradients of
 //       x, r
 #pragma once

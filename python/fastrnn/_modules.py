@@ -229,7 +229,8 @@ class _RNNBase(RNNBase):
             mask = by_step("mask", mask)
         ragged = real = None
         if mask is not None and not is_per_sample(mask):
-            if takes_mask(input):
+            # Segments of steps are cut from packed rows, where no reset hides behind a masked step.
+            if takes_mask(input) and not self.checkpoint_every:
                 real = mask
                 resets = None if resets is None else segment_starts(mask, resets)
             else:

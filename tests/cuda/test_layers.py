@@ -45,6 +45,18 @@ def test_projection_as_torch_nn(device, bidirectional):
 
 @F64
 @pytest.mark.parametrize("kind", MASKS)
+def test_checkpoints_under_a_mask(device, cell, kind):
+    options = {"mask": make_mask(kind, 6, 4), "reset": make_mask("holes", 6, 4, seed=1)}
+    options = {name: t.to(device) for name, t in options.items()}
+    results = []
+    for every in (None, 2):
+        model = make(fastrnn, cell, 3, 9, checkpoint_every=every, dtype=torch.float64)
+        results.append(run(*on(device, model, *inputs(model, 6, 4)), **options))
+    assert_close(*results, 1e-11)
+
+
+@F64
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("resets", [False, True])
 def test_masks_as_on_the_cpu(device, cell, bidirectional, kind, resets, request):
     T, B = 5, 4
