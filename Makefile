@@ -20,7 +20,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 DEV_INSTALL = $(PIP) install --no-build-isolation --config-settings=build-dir=build/dev -e '.[dev]'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench dev clean test-cuda bench-cuda
+.PHONY: help demo test lint format bench docs docs-serve dev clean test-cuda bench-cuda
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -45,6 +45,15 @@ format: $(INSTALLED) ## rewrite the sources in the project's style
 
 bench: $(INSTALLED) ## compare with other libraries, in five minutes (ARGS="--full --json FILE")
 	$(BIN)/python -m bench $(ARGS)
+
+# Material's notice about MkDocs 2 is not about these pages.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(INSTALLED) ## build the documentation's site in build/site; a warning is an error
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(INSTALLED) ## show the site at http://localhost:8000 and follow changes
+	$(BIN)/python -m mkdocs serve
 
 # On a machine with a GPU and nvcc, with the Python, torch and build tools that are there: nothing is
 # downloaded. The package goes into a folder of its own.

@@ -74,28 +74,19 @@ class _CellBase(RNNCellBase):
         return tuple(s.reshape(shape) for s in final)
 
 
-_ARGUMENTS = """
-    Constructor, parameters, initial weights and state_dict are those of torch.nn.{name}; a
-    state_dict goes both ways.
+class LSTMCell(_CellBase):
+    """One step of a long short-term memory: torch.nn.LSTMCell, fused where that is faster.
 
-    forward(input, hx=None) -> {final}
+    Parameters, initial values and state_dict are those of torch.nn.LSTMCell; a state_dict goes both
+    ways. The definition is fastrnn.reference.lstm_cell.
 
     Args:
-        input: [B, I], or [I] unbatched.
-        hx: {hx}, [B, H] or [H] unbatched. None means zeros.
-
-    Returns:
-        {final}: shaped like hx.
-
-    Raises:
-        torch.nn.{name}'s own errors for what it refuses.
-"""
-
-
-class LSTMCell(_CellBase):
-    __doc__ = "One step of a long short-term memory; see fastrnn.reference.lstm_cell.\n" + (
-        _ARGUMENTS.format(name="LSTMCell", final="(h_1, c_1)", hx="(h_0, c_0)")
-    )
+        input_size: I, the features of the input.
+        hidden_size: H, the hidden units.
+        bias: whether there are b_ih and b_hh.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
 
     _gates = 4
 
@@ -112,6 +103,19 @@ class LSTMCell(_CellBase):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            input: [B, I], or [I] unbatched.
+            hx: (h_0, c_0), each [B, H], or [H] unbatched. None means zeros.
+
+        Returns:
+            (h_1, c_1): shaped like hx.
+
+        Raises:
+            RuntimeError: as torch.nn.LSTMCell's, with its text, for wrong shapes and dtypes.
+            ValueError: the same, for a wrong number of dimensions.
+        """
         if (
             hx is not None
             and self._is_small(input)
@@ -127,9 +131,18 @@ class LSTMCell(_CellBase):
 
 
 class GRUCell(_CellBase):
-    __doc__ = "One step of a gated recurrent unit; see fastrnn.reference.gru_cell.\n" + (
-        _ARGUMENTS.format(name="GRUCell", final="h_1", hx="h_0")
-    )
+    """One step of a gated recurrent unit: torch.nn.GRUCell, fused where that is faster.
+
+    Parameters, initial values and state_dict are those of torch.nn.GRUCell; a state_dict goes both
+    ways. The definition is fastrnn.reference.gru_cell.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the hidden units.
+        bias: whether there are b_ih and b_hh.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
 
     _gates = 3
 
@@ -144,6 +157,19 @@ class GRUCell(_CellBase):
         super().__init__(input_size, hidden_size, bias, self._gates, device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step.
+
+        Args:
+            input: [B, I], or [I] unbatched.
+            hx: h_0 [B, H], or [H] unbatched. None means zeros.
+
+        Returns:
+            h_1: shaped like hx.
+
+        Raises:
+            RuntimeError: as torch.nn.GRUCell's, with its text, for wrong shapes and dtypes.
+            ValueError: the same, for a wrong number of dimensions.
+        """
         if hx is not None and self._is_small(input) and hx.dim() == 2:
             weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
             return torch.gru_cell(input, hx, *weights)
@@ -154,9 +180,20 @@ class GRUCell(_CellBase):
 
 
 class RNNCell(_CellBase):
-    __doc__ = "One step of an Elman network; see fastrnn.reference.elman_cell.\n" + (
-        _ARGUMENTS.format(name="RNNCell", final="h_1", hx="h_0")
-    )
+    """One step of an Elman network: torch.nn.RNNCell, fused where that is faster.
+
+    Parameters, initial values and state_dict are those of torch.nn.RNNCell; a state_dict goes both
+    ways. The definition is fastrnn.reference.elman_cell.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the hidden units.
+        bias: whether there are b_ih and b_hh.
+        nonlinearity: "tanh" or "relu".
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
     _gates = 1
     __constants__ = nn.RNNCell.__constants__
     nonlinearity: str
@@ -174,6 +211,19 @@ class RNNCell(_CellBase):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step.
+
+        Args:
+            input: [B, I], or [I] unbatched.
+            hx: h_0 [B, H], or [H] unbatched. None means zeros.
+
+        Returns:
+            h_1: shaped like hx.
+
+        Raises:
+            RuntimeError: as torch.nn.RNNCell's, with its text, for wrong shapes and dtypes.
+            ValueError: the same, for a wrong number of dimensions.
+        """
         if self.nonlinearity not in _ELMAN:
             return nn.RNNCell.forward(self, input, hx)  # type: ignore[arg-type]  # which raises
         mode, operator = _ELMAN[self.nonlinearity]

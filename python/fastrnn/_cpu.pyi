@@ -17,8 +17,14 @@ class CellInfo:
 
 cells: dict[str, CellInfo]
 
-def cpu_variant() -> str: ...
-def cpu_variants() -> list[str]: ...
+def cpu_variant() -> str:
+    """The variant of the CPU kernels in use: the best that this processor can run, or the one that
+    FASTRNN_CPU names in the environment at the time of the import."""
+
+def cpu_variants() -> list[str]:
+    """The variants that this processor can run, best first: of "avx512bf16", "avx512", "avx2" and
+    "baseline"."""
+
 def forward(
     cell: int,
     dtype: int,

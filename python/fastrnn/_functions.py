@@ -203,18 +203,42 @@ def _vmap_by_loop(
 
 
 class LayerFunction(torch.autograd.Function):
-    """apply(mode, directions, batch, batch_sizes, resets, reverse, x, h_0, c_0, *weights).
+    """One layer in all its directions as an autograd function.
 
-    resets, laid out as x without its features, is True where a segment of a row begins; reverse
-    makes a single direction run from each row's last step to its first. h_0 [D, B, P] and, for an
-    LSTM, c_0 [D, B, H] may be None for zeros; P = H without a projection. Returns output, laid out
-    as x with D*P features, h_n [D, B, P], c_n [D, B, H] and every c_t, laid out as output with D*H
-    features (these two only for an LSTM), and a last tensor for backward alone.
+    Twice differentiable, and made for torch.func: grad, vmap, jvp and what they compose to.
     """
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """torch's, without its look at the signature, which takes as long as a small step."""
+        """apply(mode, directions, batch, batch_sizes, resets, reverse, x, h_0, c_0, *weights).
+
+        Args:
+            mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
+            directions: D, 1 or 2; the second runs from each row's last step to its first.
+            batch: B. Rows without any step exist in the states alone.
+            batch_sizes: None, and all rows live for T steps; or an int64 CPU tensor [T], the rows
+                alive at each step, not increasing, as in a PackedSequence.
+            resets: None, or a bool tensor laid out as x without its features, True where a segment
+                of a row begins.
+            reverse: whether a single direction runs from each row's last step to its first.
+            x: [T, B, I]; with batch_sizes [N, I] without padding, the rows of one step after the
+                other, longest row first, as PackedSequence.data.
+            h_0: [D, B, P], or None for zeros; P = H without a projection.
+            c_0: [D, B, H] for an LSTM, or None.
+            weights: direction by direction w_ih [G * H, I], w_hh [G * H, P], b_ih [G * H], b_hh
+                [G * H] and w_hr [P, H], as in torch.nn.RNNBase; biases and w_hr may be absent.
+
+        Returns:
+            output: laid out as x, with D * P features.
+            h_n: [D, B, P], after each row's last step.
+            c_n: [D, B, H], for an LSTM, else empty.
+            c: every c_t, laid out as output, with D * H features, for an LSTM; else nothing to use.
+            gates: for backward alone.
+
+        Raises:
+            ValueError: if a tensor has another shape, dtype or device than these.
+        """
+        # torch's, without its look at the signature, which takes as long as a small step.
         if transforming() or torch.compiler.is_compiling():
             return super().apply(*args)  # type: ignore[no-untyped-call]
         return super(torch.autograd.Function, cls).apply(  # type: ignore[misc]
@@ -274,7 +298,7 @@ class LayerFunction(torch.autograd.Function):
         mode, directions, batch, batch_sizes, resets, reverse, *tensors = args
         if batch_sizes is not None or any(dim is not None for dim in in_dims[9:]):
             return _vmap_by_loop(cls, info.batch_size, in_dims, args)
-        # All share the weights: their rows run as one batch [..., V*B, features].
+        # All share the weights: their rows run as one batch [..., V * B, features].
         samples = info.batch_size
 
         def fold(t: Tensor | None, dim: int | None) -> Tensor | None:
@@ -410,17 +434,15 @@ class LayerBackward(torch.autograd.Function):
 
 
 class ElmanFunction(LayerFunction):
-    __doc__ = "An Elman layer (torch.nn.RNN), modes RNN_TANH and RNN_RELU.\n\n" + str(
-        LayerFunction.__doc__
-    )
+    """An Elman layer (torch.nn.RNN), modes "RNN_TANH" and "RNN_RELU"."""
 
 
 class GRUFunction(LayerFunction):
-    __doc__ = "A GRU layer (torch.nn.GRU), mode GRU.\n\n" + str(LayerFunction.__doc__)
+    """A GRU layer (torch.nn.GRU), mode "GRU"."""
 
 
 class LSTMFunction(LayerFunction):
-    __doc__ = "An LSTM layer (torch.nn.LSTM), mode LSTM.\n\n" + str(LayerFunction.__doc__)
+    """An LSTM layer (torch.nn.LSTM), mode "LSTM"."""
 
 
 FUNCTIONS: dict[str, type[LayerFunction]] = {

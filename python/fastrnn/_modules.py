@@ -26,7 +26,7 @@ from ._ragged import (
     segment_starts,
 )
 
-States = tuple[Tensor, ...]  # (h,) or (h, c), each [L*D, B, H]
+States = tuple[Tensor, ...]  # (h,) or (h, c), each [L * D, B, H]
 
 
 def _check_devices(x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor]) -> None:
@@ -294,51 +294,41 @@ class _RNNBase(RNNBase):
         return next(packed), final, tuple(packed)
 
 
-_ARGUMENTS = """
-    Constructor, parameters, initial weights and state_dict are those of torch.nn.{name}; a
-    state_dict goes both ways. The constructor also takes
+class LSTM(_RNNBase):
+    """A long short-term memory network: torch.nn.LSTM on fused layers.
 
+    A step of one layer and direction, from x and the state (h, c):
+
+        i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh)
+        g = tanh(W_ih x + b_ih + W_hh h + b_hh)
+        c' = f * c + i * g
+        h' = o * tanh(c')
+
+    each gate with its own rows of the weights. With proj_size, h' is multiplied by W_hr (Sak et
+    al., arXiv:1402.1128). Hochreiter and Schmidhuber, 1997, with the forget gate of Gers et al.,
+    2000. The definition is fastrnn.reference.lstm_cell.
+
+    Parameters, initial values and state_dict are those of torch.nn.LSTM; a state_dict goes both
+    ways.
+
+    Args:
+        input_size: I, the features of a step of the input.
+        hidden_size: H, the hidden units.
+        num_layers: L; each layer takes the output of the one before.
+        bias: whether there are b_ih and b_hh.
+        batch_first: whether input and output are [B, T, features] instead of [T, B, features].
+        dropout: probability of dropout on the output of every layer but the last, in training.
+        bidirectional: whether each layer has a second direction, from the last step to the first.
+        proj_size: P, the features of a projected h; 0 for none, and P = H.
+        device: of the parameters.
+        dtype: of the parameters.
         checkpoint_every: keep for backward only the states between segments of so many steps, and
             compute the rest again, a segment at a time: less memory for at most one more forward.
 
-    forward(input, hx=None, *, lengths=None, mask=None, reset=None, return_states=False)
-        -> output, {final}[, {states}]
-
-    Args:
-        input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
-        hx: {hx}. None means zeros.
-        lengths: int64 [B] or a list, the number of real steps of each row, in any order, 0 allowed.
-        mask: bool, laid out as the input's first two dimensions, True where a step is real, in any
-            pattern. A step that is not real leaves the state as it is and outputs zeros, and what
-            stands there in the input never matters.
-        reset: bool, laid out as mask (a PackedSequence, or its data, for a PackedSequence), True
-            where a step begins a new segment of its row, such as an episode or a document. Nothing
-            goes from one segment to another: the forward direction enters a segment, and the
-            reverse direction the segment before it, with a zero state. On a step that is not real
-            it counts for the row's next real one.
-        return_states: whether to return {states} too.
-
-    Returns:
-        output: laid out as input with D*H features, a PackedSequence for a PackedSequence.
-        {final}: the states after each row's last real step, where the reverse direction starts.
-        {states}: {all_states} of every step, a tuple with one entry per layer, laid out as output.
-
     Raises:
-        torch.nn's own errors for what torch.nn refuses; ValueError for a wrong lengths, mask or
-        reset.
-"""
-
-
-class LSTM(_RNNBase):
-    __doc__ = "A long short-term memory network; see fastrnn.reference.lstm_cell.\n" + (
-        _ARGUMENTS.format(
-            name="LSTM",
-            final="(h_n, c_n)",
-            hx="(h_0, c_0), [L*D, B, H] each ([L*D, H] unbatched)",
-            states="c",
-            all_states="the cell states",
-        )
-    )
+        ValueError: if an argument is out of range. The texts are torch.nn's.
+        TypeError: if a size is not an int, or dropout is not a number.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -372,17 +362,39 @@ class LSTM(_RNNBase):
         reset: Tensor | PackedSequence | None = None,
         return_states: bool = False,
     ) -> Any:
+        """Runs all layers over all steps.
+
+        Args:
+            input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+            hx: (h_0, c_0), [L * D, B, P] and [L * D, B, H], without B if unbatched. None means
+                zeros.
+            lengths: int64 [B] or a list: the number of real steps of each row, which come first.
+                In any order, 0 allowed.
+            mask: bool, laid out as the input without its features; True where a step is real, in
+                any pattern. A step that is not real leaves the state as it is and outputs zeros,
+                and what stands there in the input never matters. Not together with lengths.
+            reset: bool, laid out as mask (a PackedSequence or its data, for a PackedSequence); True
+                where a step begins a new segment of its row, such as an episode or a document.
+                Nothing goes from one segment to another: the forward direction enters a segment,
+                and the reverse direction the segment before it, with a zero state. On a step that
+                is not real it counts for the row's next real one.
+            return_states: whether to return c too.
+
+        Returns:
+            output: laid out as input, with D * P features; a PackedSequence for a PackedSequence.
+            (h_n, c_n): the states after each row's last real step, shaped like hx. There the
+                reverse direction begins.
+            c: with return_states only: the cell states of every step, a tuple
+                with one entry [..., D * H] per layer, laid out as output.
+
+        Raises:
+            ValueError: if lengths, mask or reset is of a wrong type, shape or range, or both
+                lengths and mask are given, or one of them with a PackedSequence.
+            RuntimeError: as torch.nn's, with its text, for input and hx of wrong shapes or devices.
+        """
         states = None if hx is None else (hx[0], hx[1], *hx[2:])
         output, (h_n, c_n), c = self._forward(input, states, lengths, mask, reset, return_states)
         return (output, (h_n, c_n), c) if return_states else (output, (h_n, c_n))
-
-
-_ONE_STATE = {
-    "final": "h_n",
-    "hx": "h_0 [L*D, B, H] ([L*D, H] unbatched)",
-    "states": "h",
-    "all_states": "the hidden states",
-}
 
 
 class _OneState(_RNNBase):
@@ -398,15 +410,72 @@ class _OneState(_RNNBase):
         reset: Tensor | PackedSequence | None = None,
         return_states: bool = False,
     ) -> Any:
+        """Runs all layers over all steps.
+
+        Args:
+            input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+            hx: h_0 [L * D, B, H], without B if unbatched. None means zeros.
+            lengths: int64 [B] or a list: the number of real steps of each row, which come first.
+                In any order, 0 allowed.
+            mask: bool, laid out as the input without its features; True where a step is real, in
+                any pattern. A step that is not real leaves the state as it is and outputs zeros,
+                and what stands there in the input never matters. Not together with lengths.
+            reset: bool, laid out as mask (a PackedSequence or its data, for a PackedSequence); True
+                where a step begins a new segment of its row, such as an episode or a document.
+                Nothing goes from one segment to another: the forward direction enters a segment,
+                and the reverse direction the segment before it, with a zero state. On a step that
+                is not real it counts for the row's next real one.
+            return_states: whether to return h too.
+
+        Returns:
+            output: laid out as input, with D * H features; a PackedSequence for a PackedSequence.
+            h_n: the state after each row's last real step, shaped like hx. There the reverse
+                direction begins.
+            h: with return_states only: the hidden states of every step, a tuple
+                with one entry [..., D * H] per layer, laid out as output.
+
+        Raises:
+            ValueError: if lengths, mask or reset is of a wrong type, shape or range, or both
+                lengths and mask are given, or one of them with a PackedSequence.
+            RuntimeError: as torch.nn's, with its text, for input and hx of wrong shapes or devices.
+        """
         states = None if hx is None else (hx,)
         output, (h_n,), h = self._forward(input, states, lengths, mask, reset, return_states)
         return (output, h_n, h) if return_states else (output, h_n)
 
 
 class GRU(_OneState):
-    __doc__ = "A gated recurrent unit network; see fastrnn.reference.gru_cell.\n" + (
-        _ARGUMENTS.format(**_ONE_STATE, name="GRU")
-    )
+    """A gated recurrent unit network: torch.nn.GRU on fused layers.
+
+    A step of one layer and direction, from x and the state h:
+
+        r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh)
+        n = tanh(W_ih x + b_ih + r * (W_hh h + b_hh))
+        h' = (1 - z) * n + z * h
+
+    each gate with its own rows of the weights. Cho et al., arXiv:1406.1078, with r after the matrix
+    product, as torch has it. The definition is fastrnn.reference.gru_cell.
+
+    Parameters, initial values and state_dict are those of torch.nn.GRU; a state_dict goes both
+    ways.
+
+    Args:
+        input_size: I, the features of a step of the input.
+        hidden_size: H, the hidden units.
+        num_layers: L; each layer takes the output of the one before.
+        bias: whether there are b_ih and b_hh.
+        batch_first: whether input and output are [B, T, features] instead of [T, B, features].
+        dropout: probability of dropout on the output of every layer but the last, in training.
+        bidirectional: whether each layer has a second direction, from the last step to the first.
+        device: of the parameters.
+        dtype: of the parameters.
+        checkpoint_every: keep for backward only the states between segments of so many steps, and
+            compute the rest again, a segment at a time: less memory for at most one more forward.
+
+    Raises:
+        ValueError: if an argument is out of range, or proj_size is given. The texts are torch.nn's.
+        TypeError: if a size is not an int, or dropout is not a number.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
@@ -415,9 +484,35 @@ class GRU(_OneState):
 
 
 class RNN(_OneState):
-    __doc__ = "An Elman network with tanh or relu; see fastrnn.reference.elman_cell.\n" + (
-        _ARGUMENTS.format(**_ONE_STATE, name="RNN")
-    )
+    """An Elman network: torch.nn.RNN on fused layers.
+
+    A step of one layer and direction, from x and the state h, where f is tanh or relu:
+
+        h' = f(W_ih x + b_ih + W_hh h + b_hh)
+
+    Elman, "Finding structure in time", 1990. The definition is fastrnn.reference.elman_cell.
+
+    Parameters, initial values and state_dict are those of torch.nn.RNN; a state_dict goes both
+    ways.
+
+    Args:
+        input_size: I, the features of a step of the input.
+        hidden_size: H, the hidden units.
+        num_layers: L; each layer takes the output of the one before.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are b_ih and b_hh.
+        batch_first: whether input and output are [B, T, features] instead of [T, B, features].
+        dropout: probability of dropout on the output of every layer but the last, in training.
+        bidirectional: whether each layer has a second direction, from the last step to the first.
+        device: of the parameters.
+        dtype: of the parameters.
+        checkpoint_every: keep for backward only the states between segments of so many steps, and
+            compute the rest again, a segment at a time: less memory for at most one more forward.
+
+    Raises:
+        ValueError: if an argument is out of range, or proj_size is given. The texts are torch.nn's.
+        TypeError: if a size is not an int, or dropout is not a number.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:

@@ -32,12 +32,19 @@ _MARK = "_fastrnn_replaced"  # in the module's __dict__: restore takes back only
 
 
 class Swap(NamedTuple):
-    """What became of one module: `new` is its class now, or None where it was left."""
+    """What became of one module.
 
-    path: str  # as in model.named_modules(); "" is the model itself
+    Attributes:
+        path: as in model.named_modules(); "" is the model itself.
+        old: its class before.
+        new: its class now, or None where it was left.
+        reason: why it was left.
+    """
+
+    path: str
     old: Class
     new: Class | None
-    reason: str = ""  # why it was left
+    reason: str = ""
 
     def __str__(self) -> str:
         result = f"left: {self.reason}" if self.new is None else f"-> {_name(self.new)}"
@@ -45,14 +52,16 @@ class Swap(NamedTuple):
 
 
 class Report(tuple[Swap, ...]):
-    """The modules that a replace or restore met, one line each when printed."""
+    """The modules that a replace or restore met, a tuple of Swap; printed, one line each."""
 
     @property
     def swapped(self) -> list[Swap]:
+        """Those whose class was changed."""
         return [swap for swap in self if swap.new is not None]
 
     @property
     def left(self) -> list[Swap]:
+        """Those that were left, each with its reason."""
         return [swap for swap in self if swap.new is None]
 
     def __repr__(self) -> str:
@@ -111,9 +120,11 @@ def replace(model: nn.Module) -> Report:
     Left as they are: subclasses, modules whose forward was overridden on the instance, and those
     on a device or in a dtype without a kernel (meta tensors apart, which get theirs later).
 
+    Args:
+        model: any module; itself a recurrent one, too.
+
     Returns:
-        A tuple of Swap(path, old, new, reason), one for each module swapped or left; print it, or
-        take its .swapped and .left. Modules that are ours already do not appear.
+        A Swap for each module swapped or left. Modules that are ours already do not appear.
     """
 
     def swap(path: str, module: nn.Module) -> Swap | None:
@@ -133,7 +144,13 @@ def replace(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> Report:
     """Takes back what fastrnn.replace did in model, in place and with nothing else changed.
 
-    Modules that were built as ours stay. Returns a report as replace does.
+    Modules that were built as ours stay.
+
+    Args:
+        model: any module; itself a recurrent one, too.
+
+    Returns:
+        A Swap for each module that replace had swapped.
     """
 
     def swap(path: str, module: nn.Module) -> Swap | None:

@@ -136,8 +136,8 @@ def layer(
     """One layer in all its directions: forward and reverse, or a single one, which `reverse` turns.
 
     x [T, B, I]; mask and reset [T, B] as in `scan`; states h_0 [D, B, P] and, for an LSTM, c_0
-    [D, B, H]; weights one sequence per direction. Returns output [T, B, D*P], the final states like
-    `states`, and all c_t [T, B, D*H] (LSTM) or None.
+    [D, B, H]; weights one sequence per direction. Returns output [T, B, D * P], the final states
+    like `states`, and all c_t [T, B, D * H] (LSTM) or None.
     """
     if mask is not None:
         # A where() alone would let NaN through: its gradient is 0 * NaN.
@@ -167,14 +167,14 @@ def rnn(
     Args:
         mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
         x: [T, B, I].
-        hx: h_0 [L*D, B, P], for an LSTM the pair (h_0, c_0 [L*D, B, H]); None means zeros.
+        hx: h_0 [L * D, B, P], for an LSTM the pair (h_0, c_0 [L * D, B, H]); None means zeros.
         weights: as in torch.nn.RNNBase: layer by layer, direction by direction w_ih, w_hh, b_ih,
             b_hh, w_hr, where biases and projection may be absent.
         mask: bool [T, B], True where a step is real.
         reset: bool [T, B], True where a step begins a new segment of its row.
 
     Returns:
-        output [T, B, D*P] and the final states, shaped like hx.
+        output [T, B, D * P] and the final states, shaped like hx.
     """
     directions = 2 if bidirectional else 1
     each = len(weights) // (num_layers * directions)

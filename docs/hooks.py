@@ -1,0 +1,141 @@
+"""What mkdocs does beside Markdown: pictures drawn and set into their pages, and measured tables.
+
+A line <!-- bench: NAME --> on a page becomes what the function of that name in TABLES returns, from
+bench/results as it is at the time of the build.
+"""
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(ROOT), str(DOCS)]
+
+from pictures import PICTURES  # noqa: E402
+
+from bench import contention, heatmap, memory, results, table  # noqa: E402
+
+WIDE = {"benchmarks.md", "contract.md"}  # whose tables need the place of the table of contents
+
+
+def files(pattern: str, *other: str) -> Iterator[Path]:
+    """Result files that git keeps, without those that match `other`."""
+    for file in sorted(results.DIRECTORY.glob(pattern)):
+        if not file.name.startswith("latest") and not any(map(file.match, other)):
+            yield file
+
+
+def speed_files() -> list[Path]:
+    return list(files("*.json", "*-contention.json", "*-memory.json", "cuda-*.json"))
+
+
+def picture_of(result: Path) -> str:
+    return f"img/{result.stem}.png"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for name, draw in PICTURES.items():
+        files.append(File.generated(config, f"img/{name}.svg", content=draw().svg()))
+    with tempfile.TemporaryDirectory() as folder:
+        for file in speed_files():
+            drawn = Path(folder) / "picture.png"
+            heatmap.draw(results.load(file), drawn)
+            files.append(File.generated(config, picture_of(file), content=drawn.read_bytes()))
+    return files
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """Puts a picture's SVG in the place of its <img>, so that it takes the page's colours."""
+
+    def inline(match: re.Match[str]) -> str:
+        return f'<figure class="picture">{PICTURES[match[2]]().svg(alt=match[1])}</figure>'
+
+    names = "|".join(PICTURES)
+    html = re.sub(rf'<p><img alt="([^"]*)" src="img/({names})\.svg" ?/?></p>', inline, html)
+    is_measured = page.file.src_uri == "benchmarks.md"
+    return f'<div class="measured">{html}</div>' if is_measured else html
+
+
+# -- Benchmarks ------------------------------------------------------------------------------------
+
+
+def machine(result: dict[str, Any]) -> str:
+    about = result["machine"]
+    return f"{about['cpu']}, {about['variant']}, {result['threads']} threads"
+
+
+def speed() -> str:
+    parts = []
+    for file in speed_files():
+        result = results.load(file)
+        about = f"The fastest other library's time over fastrnn's on {machine(result)}"
+        parts += [f"### {machine(result)}", f"![{about}]({picture_of(file)})", *parts_of(result)]
+    return "\n\n".join(parts)
+
+
+def parts_of(result: results.Result) -> Iterator[str]:
+    *_, means, notes = table.render(result).split("\n\n")
+    for mode in ("inference", "training"):
+        rows = [row for row in result["rows"] if results.case_of(row).mode == mode]
+        yield f"**{mode.capitalize()}**"
+        yield table.render(result | {"rows": rows}, summary=False).split("\n\n")[0]
+    yield means
+    yield notes.replace("\n", "\n\n")
+
+
+def other(suffix: str, render: Callable[[list[dict[str, Any]]], str]) -> str:
+    parts = []
+    for file in files(f"*-{suffix}.json"):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        parts += [f"{machine(result)}:", render(result["rows"])]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def gpu() -> str:
+    parts = []
+    for file in files("cuda-*.json"):
+        from bench import cuda  # which needs torch
+
+        result = json.loads(file.read_text(encoding="utf-8"))
+        about = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+        rows = "\n".join(map(cuda.line, result["rows"]))
+        means = cuda.geometric_means(result["rows"]).replace("\n", "\n\n")
+        parts += [f"{about}. Microseconds per step:", f"{cuda.HEAD}\n{rows}", means]
+    return "\n\n".join(parts) or "No result of a GPU is in `bench/results` yet."
+
+
+def notes() -> str:
+    """bench/NOTES.md without its title, one level deeper."""
+    text = (ROOT / "bench" / "NOTES.md").read_text(encoding="utf-8").partition("\n")[2]
+    text = re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"`bench/\1`", text)
+    return re.sub("^#", "##", text, flags=re.MULTILINE)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "gpu": gpu,
+    "contention": lambda: other("contention", contention.render),
+    "memory": lambda: other("memory", memory.render),
+    "notes": notes,
+}
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in TABLES:
+            raise PluginError(f"{page.file.src_uri}: no table {match[1]!r}")
+        return TABLES[match[1]]()
+
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
+    return re.sub(r"^<!-- bench: ([\w-]+) -->$", fill, markdown, flags=re.MULTILINE)
