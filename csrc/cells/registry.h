@@ -35,7 +35,7 @@ struct CellList {
   template <class F>
   static void visit(int index, F&& f) {
     int i = 0;
-    ((i++ == index && (f(Cell{}), true)) || ...);
+    static_cast<void>(((i++ == index && (f(Cell{}), true)) || ...));
   }
 };
 

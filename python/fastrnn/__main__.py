@@ -6,7 +6,6 @@ Exit code 1, with a line on stderr for each thing that is wrong.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import importlib.util
 import json
@@ -26,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
+
+from ._openmp import openmp_library
 
 CELLS = "LSTM", "GRU", "RNN"
 T, B, I, H = 32, 8, 64, 64  # noqa: E741
@@ -54,32 +55,6 @@ def cpu() -> Report:
     }
 
 
-class _Symbol(ctypes.Structure):  # Dl_info of <dlfcn.h>
-    _fields_ = (
-        ("file", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("address", ctypes.c_void_p),
-    )
-
-
-def openmp_library() -> str | None:
-    """The file that OpenMP's functions come from, for the kernels as for torch."""
-    try:
-        process = ctypes.CDLL(None)
-    except TypeError:  # no dlopen on this system
-        return None
-    for name in ("GOMP_parallel", "__kmpc_fork_call"):  # what GCC's and LLVM's code calls
-        found = _Symbol()
-        if (
-            (function := getattr(process, name, None)) is not None
-            and process.dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found))
-            and found.file
-        ):
-            return os.fsdecode(found.file)
-    return None
-
-
 def openmp() -> Report:
     path = openmp_library()
     library = path and Path(path).name
@@ -106,6 +81,10 @@ def cuda() -> Report:
         except Exception as error:
             library = f"cannot be loaded: {error}"
     count = torch.cuda.device_count()
+    if library == "loaded" and not count:
+        library += (
+            ", but there is no device" if torch.version.cuda else ", but torch is without CUDA"
+        )
     return {
         "torch": torch.version.cuda,
         "library": library,

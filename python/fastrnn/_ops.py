@@ -17,19 +17,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._openmp import show_openmp
+
 try:
     from . import _cpu
 except ImportError as error:
-    if "GOMP" in str(error) or "omp_" in str(error):
+    if not any(name in str(error) for name in ("GOMP", "omp_", "__kmpc")):
+        raise
+    show_openmp()  # as this torch has not: that of 2.6 for aarch64, say
+    try:
+        from . import _cpu
+    except ImportError:
         raise ImportError(
             "fastrnn uses the OpenMP runtime that torch loads, and this torch "
             f"({torch.__version__}) has not made it visible: {error}"
         ) from error
-    raise
 
 try:
     _cuda: ModuleType | None = import_module("fastrnn._cuda")
-except ModuleNotFoundError:  # built without nvcc
+except ImportError:  # built without nvcc; python -m fastrnn tells of any other reason
     _cuda = None
 
 CELLS = _cpu.cells
