@@ -152,8 +152,8 @@ void forward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, Ad
   py::gil_scoped_release release;
   const size_t sequence = rows * args.directions * args.hidden * size_of(args.dtype);
   prefer_large_pages(args.output, rows * args.directions * args.shown * size_of(args.dtype));
-  if (args.extra != nullptr) prefer_large_pages(args.extra, sequence);
-  for (int d = 0; args.gates[0] != nullptr && d < args.directions; ++d) {
+  prefer_large_pages(args.extra, sequence);
+  for (int d = 0; d < args.directions; ++d) {
     prefer_large_pages(args.gates[d], gates_of(cell) * sequence / args.directions);
   }
   variant.forward(args, threads);
@@ -190,8 +190,15 @@ void backward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, A
   args.d_c_0 = pointer(d_c_0);
   const CpuVariant& variant = active_variant();
   py::gil_scoped_release release;
-  if (args.d_x != nullptr) {
-    prefer_large_pages(args.d_x, args.directions * rows * input * size_of(args.dtype));
+  prefer_large_pages(args.d_x, args.directions * rows * input * size_of(args.dtype));
+  // glibc maps buffers from 32 MiB on anew each time; smaller ones mostly come with their pages.
+  constexpr size_t kMapped = size_t{32} << 20;
+  const size_t column = gates_of(cell) * args.hidden * size_of(args.dtype);
+  for (int d = 0; d < args.directions; ++d) {
+    if (column * args.input >= kMapped)
+      prefer_large_pages(args.d_weight_ih[d], column * args.input);
+    if (column * args.shown >= kMapped)
+      prefer_large_pages(args.d_weight_hh[d], column * args.shown);
   }
   variant.backward(args, threads);
 }

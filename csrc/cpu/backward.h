@@ -20,12 +20,14 @@ class BackwardScan {
   using V = Vec<T>;
   // Gate gradients are kept as factors of products too, where these have another type.
   static constexpr bool kNarrows = !std::is_same_v<F, T>;
-  static constexpr bool kZips = Step<F>::values > 1;
+  static constexpr int kValues = Step<F>::values;
+  static constexpr bool kZips = kValues > 1;
   static constexpr int G = Cell::gates;
   // Rows of gate gradients in a chunk: a panel of as many rows, one register tile wide, fits into
   // L1.
   static constexpr int64_t kChunkRows = 128;
   static constexpr int64_t kShortSum = 8;
+  static constexpr int64_t kFewRows = 32;
 
  public:
   BackwardScan(const BackwardArgs& args, int threads, Workspace& workspace)
@@ -42,17 +44,21 @@ class BackwardScan {
         hh_(args.shown),
         ih_(args.input),
         hr_(args.hidden),
-        gradient_ih_(wide_, args.input, args.directions, workspace),
-        gradient_hh_(wide_, args.shown, args.directions, workspace),
-        gradient_hr_(projects_ ? args.shown : 0, args.hidden, args.directions, workspace) {
+        is_one_chunk_(args.steps > 0 && args.steps <= chunk_steps_),
+        gradient_ih_(wide_, args.input, args.directions, !is_one_chunk_, workspace),
+        gradient_hh_(wide_, args.shown, args.directions, !is_one_chunk_, workspace),
+        gradient_hr_(projects_ ? args.shown : 0, args.hidden, args.directions, !is_one_chunk_,
+                     workspace) {
     const size_t directions = args.directions;
     const size_t states = directions * args.batch * hidden_;
     const size_t projected = projects_ ? directions * chunk_rows() : 0;
-    packed_hh_ = workspace.take<F>(directions * hh_.blocks * packed_depth<F>(wide_) * hh_.width);
-    packed_ih_ = workspace.take<F>(
-        args.d_x == nullptr ? 0 : directions * ih_.blocks * packed_depth<F>(wide_) * ih_.width);
-    packed_hr_ = workspace.take<F>(
-        projects_ ? directions * hr_.blocks * packed_depth<F>(shown_) * hr_.width : 0);
+    const auto take_packed = [&](bool is_used, const Columns<T>& columns, int64_t depth) {
+      const size_t size = directions * columns.blocks * packed_depth<F>(depth) * columns.width;
+      return workspace.take<F>(is_used ? size : 0);
+    };
+    packed_hh_ = take_packed(multiplies_hh(), hh_, wide_);
+    packed_ih_ = take_packed(args.d_x != nullptr, ih_, wide_);
+    packed_hr_ = take_packed(projects_, hr_, shown_);
     chunk_h_ = workspace.take<T>(projected * stride_);
     chunk_hidden_ = workspace.take<F>(projected * stride_);
     carry_h_ = workspace.take<T>(Cell::has_direct_path ? states : 0);
@@ -122,6 +128,7 @@ class BackwardScan {
   const int64_t chunk_steps_;
   const int threads_;
   const Columns<T> hh_, ih_, hr_;
+  const bool is_one_chunk_;
   const WeightGradient<F> gradient_ih_, gradient_hh_, gradient_hr_;
   F* packed_hh_;
   F* packed_hr_;
@@ -236,29 +243,56 @@ class BackwardScan {
     return packed_ih_ + (direction * ih_.blocks + block) * packed_depth<F>(wide_) * ih_.width;
   }
 
+  // One step alone has none after it.
+  bool multiplies_hh() const { return args_.steps > 1 || args_.d_h_0 != nullptr; }
+
+  // Few rows read whole blocks of a weight as they lie: a copy would take longer than the product.
+  bool packs(const Columns<T>& columns, int64_t block, int64_t width) const {
+    const bool is_whole = (block + 1) * columns.width <= width;
+    return !is_whole || !kReadsUnpacked || steps_.total() > kFewRows;
+  }
+  static constexpr bool kReadsUnpacked = std::is_same_v<S, F> && !kZips;
+
   void pack(int direction, const Part& part) const {
+    const auto pack_blocks = [&](Range blocks, const Columns<T>& columns, const void* weight,
+                                 int64_t depth, int64_t width, auto target) {
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        if (!packs(columns, b, width)) continue;
+        pack_backward(static_cast<const S*>(weight), depth, width, columns.units, b, target(b));
+      }
+    };
     // Threads that split rows share the weights, threads that split units need only their own.
-    Range blocks = part.blocks;
-    if (!part.meets_each_step) blocks = share(hh_.blocks, part.rank, part.size);
-    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      pack_backward(static_cast<const S*>(args_.weight_hh[direction]), wide_, shown_, hh_.units, b,
-                    packed_hh(direction, b));
+    const auto all = [&part](int64_t blocks) { return share(blocks, part.rank, part.size); };
+    if (multiplies_hh()) {
+      pack_blocks(part.meets_each_step ? part.blocks : all(hh_.blocks), hh_,
+                  args_.weight_hh[direction], wide_, shown_,
+                  [&](int64_t b) { return packed_hh(direction, b); });
     }
     if (projects_) {
-      blocks = share(hr_.blocks, part.rank, part.size);
-      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-        pack_backward(static_cast<const S*>(args_.weight_hr[direction]), shown_, hidden_, hr_.units,
-                      b, packed_hr(direction, b));
-      }
+      pack_blocks(all(hr_.blocks), hr_, args_.weight_hr[direction], shown_, hidden_,
+                  [&](int64_t b) { return packed_hr(direction, b); });
     }
     if (args_.d_x != nullptr) {
-      blocks = share(ih_.blocks, part.rank, part.size);
-      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-        pack_backward(static_cast<const S*>(args_.weight_ih[direction]), wide_, input_, ih_.units,
-                      b, packed_ih(direction, b));
-      }
+      pack_blocks(all(ih_.blocks), ih_, args_.weight_ih[direction], wide_, input_,
+                  [&](int64_t b) { return packed_ih(direction, b); });
     }
     part.meet();
+  }
+
+  // sums[r * units + u] = the columns of a block of a weight [depth, width] times row r.
+  void multiply(const Columns<T>& columns, const void* weight, int64_t width, F* packed,
+                int64_t block, const F* const* rows, int count, int64_t depth, int64_t tile,
+                V* sums) const {
+    const F* from = packed;
+    int64_t apart = columns.width * kValues;
+    if constexpr (kReadsUnpacked) {
+      if (!packs(columns, block, width)) {
+        from = static_cast<const F*>(weight) + block * columns.width;
+        apart = width;
+      }
+    }
+    const F* later = later_of(from, depth, columns.units, tile);
+    tile_for<Multiply<F>>(columns.units, count)(rows, from, apart, later, depth, sums);
   }
 
   // Calls finish(row, count, column, sums) for every vector of columns of h of every tile of rows
@@ -276,9 +310,8 @@ class BackwardScan {
           fetch(row, count, block * hh_.width);
           const F* rows[kMaxRows];
           for (int r = 0; r < count; ++r) rows[r] = after(row + r);
-          const F* weights = packed_hh(direction, block);
-          const F* later = later_of(weights, wide_, hh_.units, i);
-          tile_for<Multiply<F>>(hh_.units, count)(rows, weights, later, wide_, sums);
+          multiply(hh_, args_.weight_hh[direction], shown_, packed_hh(direction, block), block,
+                   rows, count, wide_, i, sums);
         } else {
           for (int j = 0; j < count * hh_.units; ++j) sums[j] = V(T(0));
         }
@@ -354,9 +387,8 @@ class BackwardScan {
         const F* rows[kMaxRows];
         const int64_t local = steps_.offset(step.t) + row - step.chunk.begin;
         for (int r = 0; r < count; ++r) rows[r] = chunk_row(factors_h_, direction, local + r);
-        const F* weights = packed_hr(direction, block);
-        const F* later = later_of(weights, shown_, hr_.units, i);
-        tile_for<Multiply<F>>(hr_.units, count)(rows, weights, later, shown_, sums);
+        multiply(hr_, args_.weight_hr[direction], hidden_, packed_hr(direction, block), block, rows,
+                 count, shown_, i, sums);
         for (int u = 0; u < hr_.units; ++u) {
           const int64_t unit = (block * hr_.units + u) * V::lanes;
           if (hidden_ - unit >= V::lanes) {
@@ -525,6 +557,13 @@ class BackwardScan {
     }
   }
 
+  S* target(int direction, Weight weight) const {
+    void* const* targets = weight == Weight::kInput       ? args_.d_weight_ih
+                           : weight == Weight::kRecurrent ? args_.d_weight_hh
+                                                          : args_.d_weight_hr;
+    return static_cast<S*>(targets[direction]);
+  }
+
   // The part's own columns of the bias gradients.
   Range bias_columns(const Part& part) const {
     const Range vectors = share((wide_ + V::lanes - 1) / V::lanes, part.rank, part.size);
@@ -532,10 +571,10 @@ class BackwardScan {
   }
 
   void start_gradients(int direction, const Part& part) const {
-    for_each_gradient(direction, part,
-                      [&](const WeightGradient<F>& gradient, Weight, int64_t block, Range rows) {
-                        gradient.clear(direction, block, rows);
-                      });
+    const auto clear = [&](const WeightGradient<F>& gradient, Weight, int64_t block, Range rows) {
+      gradient.clear(direction, block, rows);
+    };
+    if (!is_one_chunk_) for_each_gradient(direction, part, clear);
     const Range columns = bias_columns(part);
     for (T* bias : {bias_ih_, bias_hh_}) {
       std::memset(bias + direction * stride_ + columns.begin, 0,
@@ -583,7 +622,12 @@ class BackwardScan {
             }
             gradient.pack(block, [&](int64_t k) { return sources[k]; }, chunk.rows, panel);
           }
-          gradient.add(direction, block, rows, left, stride_, panel, chunk.rows);
+          if (is_one_chunk_) {
+            gradient.assign(block, rows, left, stride_, panel, chunk.rows,
+                            target(direction, weight));
+          } else {
+            gradient.add(direction, block, rows, left, stride_, panel, chunk.rows);
+          }
         });
     if (args_.d_bias_ih[direction] != nullptr) {
       add_bias(chunk_row(chunk_, direction, 0), chunk.rows, bias_columns(part),
@@ -637,9 +681,8 @@ class BackwardScan {
                       const F* rows[kMaxRows];
                       for (int r = 0; r < count; ++r)
                         rows[r] = chunk_row(factors_, direction, row + r);
-                      const F* weights = packed_ih(direction, block);
-                      const F* later = later_of(weights, wide_, ih_.units, i);
-                      tile_for<Multiply<F>>(ih_.units, count)(rows, weights, later, wide_, sums);
+                      multiply(ih_, args_.weight_ih[direction], input_, packed_ih(direction, block),
+                               block, rows, count, wide_, i, sums);
                       for (int r = 0; r < count; ++r) {
                         for (int u = 0; u < ih_.units; ++u) {
                           const int64_t column = (block * ih_.units + u) * V::lanes;
@@ -666,14 +709,11 @@ class BackwardScan {
   }
 
   void write_gradients(int direction, const Part& part) const {
-    for_each_gradient(
-        direction, part,
-        [&](const WeightGradient<F>& gradient, Weight weight, int64_t block, Range rows) {
-          void* const* targets = weight == Weight::kInput       ? args_.d_weight_ih
-                                 : weight == Weight::kRecurrent ? args_.d_weight_hh
-                                                                : args_.d_weight_hr;
-          gradient.write(direction, block, rows, static_cast<S*>(targets[direction]));
-        });
+    const auto write = [&](const WeightGradient<F>& gradient, Weight weight, int64_t block,
+                           Range rows) {
+      gradient.write(direction, block, rows, target(direction, weight));
+    };
+    if (!is_one_chunk_) for_each_gradient(direction, part, write);
     if (args_.d_bias_ih[direction] == nullptr) return;
     const Range columns = bias_columns(part);
     const int64_t count = min_of(columns.end, wide_) - columns.begin;

@@ -23,9 +23,11 @@ class ForwardScan {
   static constexpr int G = Cell::gates;
   // Rows projected at once: enough to use the tallest tiles and to read W_ih rarely.
   static constexpr int64_t kProjectedRows = 256;
-  // Up to so many rows in all steps, packing the weights takes longer than reading them as they
-  // lie.
-  static constexpr int64_t kFewRows = 32;
+  // Up to so many rows in all steps, packing a weight takes longer than it saves: dot products with
+  // the weight as it lies end in a sum over lanes, the shorter the more often.
+  static constexpr int64_t few_rows(int64_t depth) {
+    return std::is_same_v<S, F> && Step<F>::values == 1 ? depth * 3 / 4 : 32;
+  }
 
  public:
   ForwardScan(const ForwardArgs& args, Workspace& workspace)
@@ -41,16 +43,17 @@ class ForwardScan {
         width_(units_ * G * V::lanes),
         blocks_((args.hidden + units_ * V::lanes - 1) / (units_ * V::lanes)),
         hr_(args.shown),
-        ahead_(max_of(1, min_of(args.steps, kProjectedRows / max_of(1, args.batch)))),
-        packs_(args.steps * args.batch > kFewRows) {
+        ahead_(max_of(1, min_of(args.steps, kProjectedRows / max_of(1, args.batch)))) {
     const int64_t states = args.directions * args.batch * stride_;
     const int64_t rows = args.directions * ahead_ * args.batch;
-    if (packs_) {
-      packed_ih_ = workspace.take<F>(args.directions * blocks_ * packed_depth<F>(input_) * width_);
-      packed_hh_ = workspace.take<F>(args.directions * blocks_ * packed_depth<F>(shown_) * width_);
-      packed_hr_ = workspace.take<F>(
-          projects_ ? args.directions * hr_.blocks * packed_depth<F>(hidden_) * hr_.width : 0);
-    }
+    const auto take_packed = [&](const void* weight, int64_t blocks, int64_t depth, int64_t width) {
+      const bool is_worth_it = weight != nullptr && steps_.total() > few_rows(depth);
+      const int64_t size = args.directions * blocks * packed_depth<F>(depth) * width;
+      return is_worth_it ? workspace.take<F>(size) : nullptr;
+    };
+    packed_ih_ = take_packed(args.weight_ih[0], blocks_, input_, width_);
+    packed_hh_ = take_packed(args.weight_hh[0], blocks_, shown_, width_);
+    packed_hr_ = take_packed(args.weight_hr[0], hr_.blocks, hidden_, hr_.width);
     projected_ = workspace.take<T>(rows * blocks_ * width_);
     copied_ = workspace.take<F>(kCopies ? rows * input_stride_ : 0);
     for (F*& h : h_) h = workspace.take<F>(states);
@@ -66,7 +69,7 @@ class ForwardScan {
   }
 
   void run(int direction, const Part& part) const {
-    if (packs_) pack(direction, part);
+    pack(direction, part);
     start_states(direction, part);
     part.meet();
     const int64_t step = steps_.runs_back(direction) ? -1 : 1;
@@ -101,10 +104,9 @@ class ForwardScan {
   const int64_t blocks_;
   const Columns<T> hr_;
   const int64_t ahead_;  // steps projected at once
-  const bool packs_;
-  F* packed_ih_ = nullptr;
-  F* packed_hh_ = nullptr;
-  F* packed_hr_ = nullptr;
+  F* packed_ih_;         // [D, blocks, depth, width], or null: the weight is read as it lies
+  F* packed_hh_;
+  F* packed_hr_;
   T* projected_;
   F* copied_;  // x of the steps projected at once
   // What a step hands to the next, [D, B, stride]: h, read from one and written to the other, and
@@ -129,13 +131,16 @@ class ForwardScan {
     return base + ((steps_.offset(t) + row) * args_.directions + direction) * columns;
   }
   F* packed_ih(int direction, int64_t block) const {
-    return packed_ih_ + (direction * blocks_ + block) * packed_depth<F>(input_) * width_;
+    return packed(packed_ih_, direction * blocks_ + block, input_, width_);
   }
   F* packed_hh(int direction, int64_t block) const {
-    return packed_hh_ + (direction * blocks_ + block) * packed_depth<F>(shown_) * width_;
+    return packed(packed_hh_, direction * blocks_ + block, shown_, width_);
   }
   F* packed_hr(int direction, int64_t block) const {
-    return packed_hr_ + (direction * hr_.blocks + block) * packed_depth<F>(hidden_) * hr_.width;
+    return packed(packed_hr_, direction * hr_.blocks + block, hidden_, hr_.width);
+  }
+  static F* packed(F* base, int64_t block, int64_t depth, int64_t width) {
+    return base == nullptr ? nullptr : base + block * packed_depth<F>(depth) * width;
   }
   // W_ih x + b_ih of one row for one block, in the order of the tile's columns; slot counts steps
   // ahead.
@@ -160,21 +165,21 @@ class ForwardScan {
   }
 
   void pack(int direction, const Part& part) const {
-    const S* weight_ih = static_cast<const S*>(args_.weight_ih[direction]);
-    const S* weight_hh = static_cast<const S*>(args_.weight_hh[direction]);
     // Threads that split rows share all weights, threads that split units need only their own.
-    Range blocks = part.blocks;
-    if (!part.meets_each_step) blocks = share(blocks.end, part.rank, part.size);
-    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      pack_forward(weight_ih, hidden_, input_, G, units_, b, packed_ih(direction, b));
-      pack_forward(weight_hh, hidden_, shown_, G, units_, b, packed_hh(direction, b));
-    }
-    if (!projects_) return;
-    blocks = share(hr_.blocks, part.rank, part.size);
-    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      pack_forward(static_cast<const S*>(args_.weight_hr[direction]), shown_, hidden_, 1, hr_.units,
-                   b, packed_hr(direction, b));
-    }
+    const Range blocks =
+        part.meets_each_step ? part.blocks : share(part.blocks.end, part.rank, part.size);
+    const auto pack_blocks = [](Range blocks, const void* weight, int64_t columns, int64_t depth,
+                                int gates, int units, auto target) {
+      for (int64_t b = blocks.begin; b < blocks.end && target(b) != nullptr; ++b) {
+        pack_forward(static_cast<const S*>(weight), columns, depth, gates, units, b, target(b));
+      }
+    };
+    pack_blocks(blocks, args_.weight_ih[direction], hidden_, input_, G, units_,
+                [&](int64_t b) { return packed_ih(direction, b); });
+    pack_blocks(blocks, args_.weight_hh[direction], hidden_, shown_, G, units_,
+                [&](int64_t b) { return packed_hh(direction, b); });
+    pack_blocks(share(projects_ ? hr_.blocks : 0, part.rank, part.size), args_.weight_hr[direction],
+                shown_, hidden_, 1, hr_.units, [&](int64_t b) { return packed_hr(direction, b); });
   }
 
   // Both buffers of h begin with h_0: in one direction rows begin at different steps. Rows without
@@ -226,17 +231,19 @@ class ForwardScan {
                 int64_t block, const F* const* rows, int count, int64_t depth, int64_t tile,
                 V* sums) const {
     const int vectors = units * gates;
-    if (packs_) {
+    if (packed != nullptr) {
       const F* later = later_of(packed, depth, vectors, tile);
-      return tile_for<Multiply<F>>(vectors, count)(rows, packed, later, depth, sums);
+      const int64_t apart = vectors * V::lanes * Step<F>::values;
+      return tile_for<Multiply<F>>(vectors, count)(rows, packed, apart, later, depth, sums);
     }
     for (int v = 0; v < vectors; ++v) {
       const int64_t unit = (block * units + v / gates) * V::lanes;
       if (unit >= columns) continue;
       const S* own = weight + (v % gates * columns + unit) * depth;
-      for (int r = 0; r < count; ++r) {
-        sums[r * vectors + v] = multiply_unpacked(rows[r], own, columns - unit, depth);
-      }
+      for_each_tile(0, count, Dot<S, F>::max_rows, [&](int64_t first, int some, int64_t) {
+        V* own_sums = sums + first * vectors + v;
+        dot_for<S, F>(some)(rows + first, own, columns - unit, depth, own_sums, vectors);
+      });
     }
   }
 
@@ -311,40 +318,66 @@ class ForwardScan {
   void run_rows(int direction, const Part& part, int64_t t, int64_t i, int64_t end) const {
     const int vectors = units_ * G;
     const F* h = h_[i % 2];
+    const int64_t slot = i % ahead_;
     const bool is_zero = i == 0 && args_.h_0 == nullptr;
-    for (int64_t block = part.blocks.begin; block < part.blocks.end; ++block) {
-      V biases[kMaxVectors];
-      load_bias(static_cast<const S*>(args_.bias_hh[direction]), block, biases);
+    end = min_of(end, part.rows.end);
+    const int64_t group = blocks_at_once(end - part.rows.begin);
+    for (int64_t first = part.blocks.begin; first < part.blocks.end; first += group) {
+      const int64_t last = min_of(first + group, part.blocks.end);
+      V biases[kMaxBlocks * kMaxVectors];
+      for (int64_t b = first; b < last; ++b) {
+        load_bias(static_cast<const S*>(args_.bias_hh[direction]), b,
+                  biases + (b - first) * vectors);
+      }
       const auto run_tile = [&](int64_t row, int count, int64_t index) {
         V sums[kMaxRows * kMaxVectors];
         if (is_zero) {
-          for (int j = 0; j < count * vectors; ++j) sums[j] = V(T(0));
+          for (int j = 0; j < (last - first) * count * vectors; ++j) sums[j] = V(T(0));
         } else {
           const F* rows[kMaxRows];
           for (int r = 0; r < count; ++r) rows[r] = h + state_offset(direction, row + r);
-          multiply(static_cast<const S*>(args_.weight_hh[direction]), G, hidden_, units_,
-                   packed_hh(direction, block), block, rows, count, shown_, index, sums);
+          if (group > 1 && last - first == group) {
+            const int64_t apart = packed_depth<F>(shown_) * width_;
+            tile_for<MultiplyBlocks<F>>(vectors, count)(rows, packed_hh(direction, first), apart,
+                                                        shown_, sums);
+          } else {
+            for (int64_t b = first; b < last; ++b) {
+              multiply(static_cast<const S*>(args_.weight_hh[direction]), G, hidden_, units_,
+                       packed_hh(direction, b), b, rows, count, shown_, index,
+                       sums + (b - first) * count * vectors);
+            }
+          }
         }
-        for (int u = 0; u < units_; ++u) {
-          const int64_t unit = (block * units_ + u) * V::lanes;
-          const Tile tile{direction,
-                          t,
-                          i,
-                          row,
-                          count,
-                          unit,
-                          sums + u * G,
-                          biases + u * G,
-                          projected(direction, block, i % ahead_, row) + u * G * V::lanes};
-          if (hidden_ - unit >= V::lanes) {
-            finish<true>(tile);
-          } else if (hidden_ > unit) {
-            finish<false>(tile);
+        for (int64_t b = first; b < last; ++b) {
+          for (int u = 0; u < units_; ++u) {
+            const int64_t unit = (b * units_ + u) * V::lanes;
+            const Tile tile{direction,
+                            t,
+                            i,
+                            row,
+                            count,
+                            unit,
+                            sums + (b - first) * count * vectors + u * G,
+                            biases + (b - first) * vectors + u * G,
+                            projected(direction, b, slot, row) + u * G * V::lanes};
+            if (hidden_ - unit >= V::lanes) {
+              finish<true>(tile);
+            } else if (hidden_ > unit) {
+              finish<false>(tile);
+            }
           }
         }
       };
-      for_each_tile(part.rows.begin, min_of(end, part.rows.end), max_rows(vectors), run_tile);
+      for_each_tile(part.rows.begin, end, max_rows(vectors), run_tile);
     }
+  }
+
+  // One or two rows take several blocks together: their products fill the multipliers, and their
+  // cells, one chain of dependent operations each, run side by side.
+  static constexpr int kMaxBlocks = MultiplyBlocks<F>::blocks(1);
+  int64_t blocks_at_once(int64_t rows) const {
+    const bool few = 0 < rows && rows <= MultiplyBlocks<F>::max_rows && packed_hh_ != nullptr;
+    return few ? MultiplyBlocks<F>::blocks(static_cast<int>(rows)) : 1;
   }
 
   // h_t = W_hr times what run_rows left, for the part's rows and features.

@@ -10,17 +10,18 @@
 namespace fastrnn::FASTRNN_VARIANT {
 
 // The gradient of one weight [rows, columns] of each direction. Columns are cut into blocks as wide
-// as a register tile; the sums of a block lie together. F: the factors' type.
+// as a register tile; the sums of a block lie together. A scan of one chunk keeps no sums: its
+// products are the gradient. F: the factors' type.
 template <class F>
 class WeightGradient {
   using T = Compute<F>;
 
  public:
-  WeightGradient(int64_t rows, int64_t columns, int directions, Workspace& workspace)
+  WeightGradient(int64_t rows, int64_t columns, int directions, bool sums, Workspace& workspace)
       : rows_(rows),
         columns_(columns),
         cut_(columns),
-        sums_(workspace.take<T>(directions * cut_.blocks * rows * cut_.width)) {}
+        sums_(workspace.take<T>(sums ? directions * cut_.blocks * rows * cut_.width : 0)) {}
 
   int64_t blocks() const { return cut_.blocks; }
 
@@ -55,6 +56,18 @@ class WeightGradient {
     for_each_tile(rows.begin, rows.end, max_rows(cut_.units), [&](int64_t row, int count, int64_t) {
       tile_for<Accumulate<F>>(cut_.units, count)(d_gates + row * Step<F>::values, stride, panel,
                                                  depth, sums(direction, block, row));
+    });
+  }
+
+  // Writes the products of all rows of gate gradients with the panel.
+  template <class S>
+  void assign(int64_t block, Range rows, const F* d_gates, int64_t stride, const F* panel,
+              int64_t depth, S* weight) const {
+    const int64_t first = block * cut_.width;
+    for_each_tile(rows.begin, rows.end, max_rows(cut_.units), [&](int64_t row, int count, int64_t) {
+      tile_for<Assign<F, S>>(cut_.units, count)(d_gates + row * Step<F>::values, stride, panel,
+                                                depth, weight + row * columns_ + first, columns_,
+                                                columns_ - first);
     });
   }
 

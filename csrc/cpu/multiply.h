@@ -56,13 +56,14 @@ constexpr int64_t packed_depth(int64_t depth) {
   return (depth + Step<F>::values - 1) / Step<F>::values * Step<F>::values;
 }
 
-// acc[r][v] += sum over k of left(r, k) * packed[k][v].
+// acc[r][v] += sum over k of left(r, k) * packed[k][v], where a step is `apart` from the next.
 template <class F, int NV, int MR, class Left>
 [[gnu::always_inline]] inline void multiply_add(Vec<Compute<F>> (&acc)[MR][NV], Left left,
-                                                const F* packed, const F* later, int64_t depth) {
+                                                const F* packed, int64_t apart, const F* later,
+                                                int64_t depth) {
   using Factors = Step<F>;
   constexpr int line = Factors::V::lanes * Factors::values;
-  for (int64_t k = 0; k < depth; k += Factors::values, packed += NV * line, later += line) {
+  for (int64_t k = 0; k < depth; k += Factors::values, packed += apart, later += line) {
     __builtin_prefetch(later, 0, 2);
     decltype(Factors::load(packed)) w[NV];
 #pragma GCC unroll 4
@@ -81,7 +82,8 @@ template <class F>
 struct Multiply {
   using V = Vec<Compute<F>>;
   template <int NV, int MR>
-  static void run(const F* const* rows, const F* packed, const F* later, int64_t depth, V* sums) {
+  static void run(const F* const* rows, const F* packed, int64_t apart, const F* later,
+                  int64_t depth, V* sums) {
     V acc[MR][NV];
     const F* row[MR];
 #pragma GCC unroll 8
@@ -90,7 +92,7 @@ struct Multiply {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] = V(0);
     }
-    multiply_add(acc, [&row](int r, int64_t k) { return row[r] + k; }, packed, later, depth);
+    multiply_add(acc, [&row](int r, int64_t k) { return row[r] + k; }, packed, apart, later, depth);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -98,31 +100,102 @@ struct Multiply {
   }
 };
 
-// target[r][v] += sum over k of columns[k * stride + r] * packed[k][v]: a product with the left
-// side transposed, added to what is there. Where a step takes two values of k, two rows on the left
-// are zipped: columns[k / 2 * 2 * stride + 2 * r + k % 2].
+// The same for some blocks of packed columns, `apart` from each other, at once: a tile of one or
+// two rows has too few sums to keep the multipliers busy. sums[b][r][v].
+template <class F>
+struct MultiplyBlocks {
+  using V = Vec<Compute<F>>;
+  static constexpr int max_rows = 2;
+  static constexpr int blocks(int rows) { return FASTRNN_REGISTERS / 8 / rows; }
+
+  template <int NV, int MR>
+  static void run(const F* const* rows, const F* packed, int64_t apart, int64_t depth, V* sums) {
+    using Factors = Step<F>;
+    constexpr int NB = blocks(MR), line = Factors::V::lanes * Factors::values;
+    V acc[NB][MR][NV];
+#pragma GCC unroll 8
+    for (int b = 0; b < NB; ++b)
+#pragma GCC unroll 2
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[b][r][v] = V(0);
+    for (int64_t k = 0; k < depth; k += Factors::values, packed += NV * line) {
+      decltype(Factors::broadcast(rows[0])) a[MR];
+#pragma GCC unroll 2
+      for (int r = 0; r < MR; ++r) a[r] = Factors::broadcast(rows[r] + k);
+#pragma GCC unroll 8
+      for (int b = 0; b < NB; ++b)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          const auto w = Factors::load(packed + b * apart + v * line);
+#pragma GCC unroll 2
+          for (int r = 0; r < MR; ++r) acc[b][r][v] = Factors::multiply_add(acc[b][r][v], a[r], w);
+        }
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < NB; ++b)
+#pragma GCC unroll 2
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sums[(b * MR + r) * NV + v] = acc[b][r][v];
+  }
+};
+
+// A product with the left side transposed: body(r, v, sum over k of columns[k * stride + r] *
+// packed[k][v]). Where a step takes two values of k, two rows on the left are zipped:
+// columns[k / 2 * 2 * stride + 2 * r + k % 2].
+template <class F, int NV, int MR, class Body>
+[[gnu::always_inline]] inline void multiply_transposed(const F* columns, int64_t stride,
+                                                       const F* packed, const void* later,
+                                                       int64_t depth, Body body) {
+  using V = Vec<Compute<F>>;
+  V acc[MR][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[r][v] = V(0);
+  multiply_add(
+      acc,
+      [columns, stride](int r, int64_t k) { return columns + k * stride + r * Step<F>::values; },
+      packed, NV * Step<F>::V::lanes * Step<F>::values, static_cast<const F*>(later), depth);
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) body(r, v, acc[r][v]);
+}
+
+// Adds it to target[r][v].
 template <class F>
 struct Accumulate {
   using T = Compute<F>;
   template <int NV, int MR>
   static void run(const F* columns, int64_t stride, const F* packed, int64_t depth, T* target) {
     using V = Vec<T>;
-    V acc[MR][NV];
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = V(T(0));
-    multiply_add(
-        acc,
-        [columns, stride](int r, int64_t k) { return columns + k * stride + r * Step<F>::values; },
-        packed, reinterpret_cast<const F*>(target), depth);
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        T* p = target + (r * NV + v) * V::lanes;
-        (V::load(p) + acc[r][v]).store(p);
-      }
+    multiply_transposed<F, NV, MR>(columns, stride, packed, target, depth,
+                                   [target](int r, int v, V sum) {
+                                     T* p = target + (r * NV + v) * V::lanes;
+                                     (V::load(p) + sum).store(p);
+                                   });
+  }
+};
+
+// Writes its first `count` columns into rows of a matrix of `width`.
+template <class F, class S>
+struct Assign {
+  template <int NV, int MR>
+  static void run(const F* columns, int64_t stride, const F* packed, int64_t depth, S* target,
+                  int64_t width, int64_t count) {
+    using V = Vec<Compute<F>>;
+    multiply_transposed<F, NV, MR>(columns, stride, packed, target, depth,
+                                   [=](int r, int v, V sum) {
+                                     S* p = target + r * width + v * V::lanes;
+                                     const int64_t left = count - v * V::lanes;
+                                     if (left >= V::lanes) {
+                                       sum.store(p);
+                                     } else if (left > 0) {
+                                       sum.store(p, left);
+                                     }
+                                   });
   }
 };
 
@@ -135,45 +208,88 @@ template <class T, int W, int... I>
   const auto high = __builtin_shufflevector(a.raw, b.raw, (I & W ? lanes + I : I + W)...);
   return Vec<T>(low + high);
 }
-template <class T, int W = Vec<T>::lanes / 2>
+// Folds From / To vectors into one: parts of From lanes that belong together become parts of To.
+template <class T, int From, int To>
 [[gnu::always_inline]] inline Vec<T> sum_lanes(Vec<T>* a) {
-  if constexpr (W == 0) {
+  if constexpr (From == To) {
     return a[0];
   } else {
+    constexpr int half = From / 2, apart = half / To;
 #pragma GCC unroll 8
-    for (int i = 0; i < W; ++i) {
-      a[i] = fold<T, W>(a[i], a[i + W], std::make_integer_sequence<int, Vec<T>::lanes>());
+    for (int i = 0; i < apart; ++i) {
+      a[i] = fold<T, half>(a[i], a[i + apart], std::make_integer_sequence<int, Vec<T>::lanes>());
     }
-    return sum_lanes<T, W / 2>(a);
+    return sum_lanes<T, half, To>(a);
   }
 }
 
-// Lane i of the result is row i of `weight`, which has `count` of them, times `row`. For so few
-// rows that packing the weights would take longer than the product.
+// A tile of dot products of rows with rows of a weight as it lies, its depth along the lanes: for
+// so few rows that packing the weight would take longer than the product. Lane i of sums[r *
+// stride] is rows[r] times row i of `weight`, which has `count` of them.
 template <class S, class F>
-Vec<Compute<S>> multiply_unpacked(const F* row, const S* weight, int64_t count, int64_t depth) {
+struct Dot {
   using T = Compute<S>;
   using V = Vec<T>;
-  constexpr int lanes = V::lanes;
-  const S* from[lanes];
-  V acc[lanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) {
-    from[i] = weight + (i < count ? i : count - 1) * depth;
-    acc[i] = V(T(0));
+  // Rows of the weight at once. They lie lanes / columns apart, so that the first folds of
+  // sum_lanes are done while all sums are in registers.
+  static constexpr int columns = V::lanes < 4 ? V::lanes : 4;
+  static constexpr int max_rows = (FASTRNN_REGISTERS - 1) / (columns + 1);
+
+  template <int MR>
+  static void run(const F* const* rows, const S* weight, int64_t count, int64_t depth, V* sums,
+                  int stride) {
+    constexpr int groups = V::lanes / columns;
+    V folded[MR][groups];
+    for (int j = 0; j < groups; ++j) {
+      const S* from[columns];
+#pragma GCC unroll 4
+      for (int c = 0; c < columns; ++c) {
+        const int64_t i = j + c * groups;
+        from[c] = weight + (i < count ? i : count - 1) * depth;
+      }
+      V acc[MR][columns];
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; ++c) acc[r][c] = V(T(0));
+      int64_t k = 0;
+      for (; k + V::lanes <= depth; k += V::lanes) {
+        multiply_add<MR>(
+            acc, [&](int r) { return V::load(rows[r] + k); },
+            [&](int c) { return V::load(from[c] + k); });
+      }
+      if (k < depth) {
+        multiply_add<MR>(
+            acc, [&](int r) { return V::load(rows[r] + k, depth - k); },
+            [&](int c) { return V::load(from[c] + k, depth - k); });
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) folded[r][j] = sum_lanes<T, V::lanes, groups>(acc[r]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) sums[r * stride] = sum_lanes<T, groups, 1>(folded[r]);
   }
-  int64_t k = 0;
-  for (; k + lanes <= depth; k += lanes) {
-    const V a = V::load(row + k);
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) acc[i] = acc[i] + a * V::load(from[i] + k);
+
+ private:
+  template <int MR, class Left, class Right>
+  [[gnu::always_inline]] static void multiply_add(V (&acc)[MR][columns], Left left, Right right) {
+    V a[MR];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) a[r] = left(r);
+#pragma GCC unroll 4
+    for (int c = 0; c < columns; ++c) {
+      const V w = right(c);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) acc[r][c] = acc[r][c] + a[r] * w;
+    }
   }
-  if (k < depth) {
-    const V a = V::load(row + k, depth - k);
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) acc[i] = acc[i] + a * V::load(from[i] + k, depth - k);
-  }
-  return sum_lanes<T>(acc);
+};
+
+// The rows of the tallest tile that a kernel takes: max_rows(NV) if it does not say.
+template <class Kernel, int NV>
+constexpr int tallest() {
+  if constexpr (requires { Kernel::max_rows; }) return Kernel::max_rows;
+  return max_rows(NV);
 }
 
 // Kernel::run for a tile of `rows` by `vectors`, both only known at run time.
@@ -187,14 +303,25 @@ template <class Kernel>
 auto tile_for(int vectors, int rows) {
   switch (vectors) {
     case 1:
-      return tile_of<Kernel, 1>(rows, std::make_integer_sequence<int, max_rows(1)>());
+      return tile_of<Kernel, 1>(rows, std::make_integer_sequence<int, tallest<Kernel, 1>()>());
     case 2:
-      return tile_of<Kernel, 2>(rows, std::make_integer_sequence<int, max_rows(2)>());
+      return tile_of<Kernel, 2>(rows, std::make_integer_sequence<int, tallest<Kernel, 2>()>());
     case 3:
-      return tile_of<Kernel, 3>(rows, std::make_integer_sequence<int, max_rows(3)>());
+      return tile_of<Kernel, 3>(rows, std::make_integer_sequence<int, tallest<Kernel, 3>()>());
     default:
-      return tile_of<Kernel, 4>(rows, std::make_integer_sequence<int, max_rows(4)>());
+      return tile_of<Kernel, 4>(rows, std::make_integer_sequence<int, tallest<Kernel, 4>()>());
   }
+}
+
+template <class S, class F, int... I>
+auto dot_for(int rows, std::integer_sequence<int, I...>) {
+  static constexpr decltype(&Dot<S, F>::template run<1>) table[] = {
+      &Dot<S, F>::template run<I + 1>...};
+  return table[rows - 1];
+}
+template <class S, class F>
+auto dot_for(int rows) {
+  return dot_for<S, F>(rows, std::make_integer_sequence<int, Dot<S, F>::max_rows>());
 }
 
 // What the tile-th tile on a block brings nearer: a part of the block that follows in memory. The
@@ -211,6 +338,7 @@ template <class Body>
 inline void for_each_tile(int64_t begin, int64_t end, int most, Body body) {
   const int64_t rows = end - begin;
   if (rows <= 0) return;
+  if (rows <= most) return body(begin, static_cast<int>(rows), 0);
   const int64_t tiles = (rows + most - 1) / most;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t first = begin + i * rows / tiles;

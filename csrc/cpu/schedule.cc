@@ -8,7 +8,7 @@ namespace fastrnn {
 
 namespace {
 
-constexpr double kBarrierCycles = 1000;
+constexpr double kBarrierCycles = 1500;
 // What a parallel region has to save, some 10 us: starting one costs less, but a core that another
 // process holds may cost milliseconds.
 constexpr double kRegionCycles = 40000;

@@ -19,6 +19,7 @@ size_t round_up(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 char* allocate(size_t bytes) {
   void* p = std::aligned_alloc(kLine, round_up(bytes));
   if (p == nullptr) throw std::bad_alloc();
+  prefer_large_pages(p, bytes);
   return static_cast<char*>(p);
 }
 
@@ -68,7 +69,7 @@ void prefer_large_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t kLeast = size_t{4} << 20;
   constexpr uintptr_t kPage = 4096;
-  if (bytes < kLeast) return;
+  if (memory == nullptr || bytes < kLeast) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failing is fine

@@ -35,7 +35,8 @@ class Workspace {
 };
 
 // Asks the system for large pages under a big buffer that is about to be written for the first
-// time: the page faults of a fresh buffer take as long as a tenth of a large layer's training step.
+// time: the page faults of a fresh buffer take as long as a tenth of a large layer's training step,
+// and most of a single step's. Null is nothing.
 void prefer_large_pages(void* memory, size_t bytes);
 
 }  // namespace fastrnn
