@@ -23,6 +23,22 @@ def test_tails(cell, dtype, H):
         assert_close(actual, expected)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [(130, 1, 5, 65), (90, 2, 70, 130), (1, 1, 130, 70), (1, 7, 70, 130), (2, 9, 64, 128)],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_few_rows(cell, dtype, sizes):
+    """T, B, I, H where blocks share a tile, and where weights are read as they lie."""
+    T, B, *features = sizes
+    for options in [{}, {"proj_size": 20}] if cell == "LSTM" else [{}]:
+        models = pair(cell, *features, dtype=dtype, **options)
+        x, hx = inputs(models[0], T, B)
+        actual, expected = (run(model, x, hx) for model in models)
+        assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("kind", ["lengths", "holes"])
 @pytest.mark.parametrize("H", [1, 15, 17, 33])
 def test_masked_tails(cell, dtype, H, kind):
