@@ -10,9 +10,11 @@ custom_op decorator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +131,15 @@ class _Memory:
         return [self.at(name, tensor, shape) for tensor in tensors]
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _parts(tensor: Tensor) -> list[int]:
+    """The addresses of a tensor's parts by direction."""
+    return [tensor.data_ptr()] if tensor.shape[0] == 1 else [part.data_ptr() for part in tensor]
+
+
 def _layout(x: Tensor, batch_sizes: Tensor | None, batch: int) -> tuple[int, int, int]:
     """T, N and the address of batch_sizes, of a sequence [T, B, ...] or ragged [N, ...]."""
     if batch_sizes is None:
@@ -225,40 +236,66 @@ def _scan_forward(
         memory.at("c_0", c_0, (directions, batch, hidden)),
         output.data_ptr(),
         h_n.data_ptr(),
-        0 if c_n is None else c_n.data_ptr(),
-        [] if gates is None else [g.data_ptr() for g in gates],
-        0 if extra is None else extra.data_ptr(),
+        _address(c_n),
+        [] if gates is None else _parts(gates),
+        _address(extra),
         torch.get_num_threads(),
     )
     return results
 
 
+def _gradient_shapes(
+    mode: str, x: Tensor, weight_hh: list[Tensor], batch: int
+) -> tuple[tuple[int, ...], ...]:
+    """Of one direction: x, h_0, c_0, the three weights and the biases."""
+    _, hidden, shown, wide = _sizes(mode, weight_hh)
+    return (
+        tuple(x.shape),
+        (batch, shown),
+        (batch, hidden),
+        (wide, x.shape[-1]),
+        (wide, shown),
+        (shown, hidden),
+        (wide,),
+        (wide,),
+    )
+
+
 def _backward_outputs(
-    mode: str,
-    x: Tensor,
-    weight_hh: list[Tensor],
-    batch: int,
-    wanted: list[bool],
+    mode: str, x: Tensor, weight_hh: list[Tensor], batch: int, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     """Gradients of x (the part of each direction), h_0, c_0, the three weights and the biases.
 
     `wanted` says which of x, h_0, c_0, each weight and both biases; the others are empty.
     """
-    directions, hidden, shown, wide = _sizes(mode, weight_hh)
-    shapes = (
-        (directions, *x.shape),
-        (directions, batch, shown),
-        (directions, batch, hidden),
-        (directions, wide, x.shape[-1]),
-        (directions, wide, shown),
-        (directions, shown, hidden),
-        (directions, wide),
-        (directions, wide),
+    directions = len(weight_hh)
+    shapes = _gradient_shapes(mode, x, weight_hh, batch)
+    return tuple(
+        x.new_empty((directions, *shape) if w else 0)
+        for shape, w in zip(shapes, (*wanted, wanted[-1]))
     )
-    return tuple(x.new_empty(shape if w else 0) for shape, w in zip(shapes, (*wanted, wanted[-1])))
+
+
+def _separate_outputs(
+    mode: str, x: Tensor, weight_hh: list[Tensor], batch: int, wanted: list[bool]
+) -> tuple[Tensor | list[Tensor] | None, ...]:
+    """The same with a list per direction for each weight, and None for what is not wanted.
+
+    To cut a tensor into its parts takes longer than to make them.
+    """
+    each = range(len(weight_hh))
+    shapes = _gradient_shapes(mode, x, weight_hh, batch)
+    return (
+        *(x.new_empty((len(each), *s)) if w else None for s, w in zip(shapes[:3], wanted)),
+        *(
+            [x.new_empty(s) for _ in each] if w else []
+            for s, w in zip(shapes[3:], (*wanted[3:], wanted[-1]))
+        ),
+    )
 
 
 def _scan_backward(
+    outputs: Callable[..., tuple[Any, ...]],
     mode: str,
     x: Tensor,
     weight_ih: list[Tensor],
@@ -278,7 +315,8 @@ def _scan_backward(
     d_c_n: Tensor | None,
     d_extra: Tensor | None,
     wanted: list[bool],
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
+    """fastrnn::scan_backward into what `outputs` allocates."""
     cell, (directions, hidden, shown, wide) = CELLS[mode], _sizes(mode, weight_hh)
     steps, rows, batch_sizes_address = _layout(x, batch_sizes, batch)
     inputs = x.shape[-1]
@@ -286,7 +324,7 @@ def _scan_backward(
     sequence, states = (*x.shape[:-1], directions * shown), (directions, batch, shown)
     cells, cell_states = (*x.shape[:-1], directions * hidden), (directions, batch, hidden)
     x = x.contiguous()
-    results = _backward_outputs(mode, x, weight_hh, batch, wanted)
+    results = outputs(mode, x, weight_hh, batch, wanted)
     d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_w_hr, d_b_ih, d_b_hh = results
     if cell.saves_gates:
         memory.at("gates", gates, (directions, rows, wide))
@@ -306,15 +344,15 @@ def _scan_backward(
         memory.at("h_0", h_0, states),
         memory.at("c_0", c_0, cell_states),
         memory.at("output", output, sequence),
-        [g.data_ptr() for g in gates],
+        _parts(gates),
         memory.at("extra", extra, cells, _state_dtype(x)) if cell.has_extra else 0,
         memory.at("d_output", d_output, sequence),
         memory.at("d_h_n", d_h_n, states),
         memory.at("d_c_n", d_c_n, cell_states),
         memory.at("d_extra", d_extra, cells, _state_dtype(x)),
-        d_x.data_ptr(),
-        d_h_0.data_ptr(),
-        d_c_0.data_ptr(),
+        _address(d_x),
+        _address(d_h_0),
+        _address(d_c_0),
         [d.data_ptr() for d in d_w_ih],
         [d.data_ptr() for d in d_w_hh],
         [d.data_ptr() for d in d_w_hr],
@@ -333,7 +371,7 @@ def filled(x: Tensor, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
 _library.impl(
     "scan_forward", lambda mode, x, *args: filled(x, _scan_forward(mode, x, *args)), "CPU"
 )
-_library.impl("scan_backward", _scan_backward, "CPU")
+_library.impl("scan_backward", partial(_scan_backward, _backward_outputs), "CPU")
 if _cuda is not None:
     from ._cuda_ops import Scan
 
@@ -361,4 +399,4 @@ def _(  # type: ignore[no-untyped-def]
 scan_forward = torch.ops.fastrnn.scan_forward.default
 scan_backward = torch.ops.fastrnn.scan_backward.default
 scan_forward_cpu = _scan_forward
-scan_backward_cpu = _scan_backward
+scan_backward_cpu = partial(_scan_backward, _separate_outputs)
