@@ -85,6 +85,7 @@ $(CUDA_PACKAGE): $(SOURCES)
 
 test-cuda: $(CUDA_PACKAGE) ## build for this GPU and test on it, also under compute-sanitizer
 	$(CUDA_RUN) -m pytest tests/cuda -k "not harness" -p no:cacheprovider $(ARGS)
+	$(CUDA_RUN) -m pytest tests --device cuda -p no:cacheprovider $(ARGS)
 ifneq ($(SANITIZE),)
 	for tool in memcheck racecheck; do \
 	    PYTHONPATH=$(CUDA_PACKAGE):$(PYTHONPATH) $(SANITIZE) --tool $$tool --error-exitcode 1 \

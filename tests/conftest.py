@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 # Before torch loads: its threads spin at barriers, and a busy machine would take minutes more.
@@ -9,11 +10,50 @@ import torch
 import fastrnn
 from helpers import CELLS, TOLERANCE
 
+# What tests a CPU, a process, a program or the definition, or puts its tensors on the CPU.
+CPU_ONLY = ["bench", "char_lm", "common_modules", "diagnostics", "distributed", "docs", "math"]
+CPU_ONLY += ["reference", "surnames", "tagging", "threads", "tiles", "variants"]
+if importlib.util.find_spec("hypothesis") is None:  # a GPU's machine may not have it
+    CPU_ONLY += ["properties"]
 
-def pytest_report_header() -> str:
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda", "harness"],
+        default="cpu",
+        help="what runs the layers: harness is the CUDA kernels, compiled for the CPU",
+    )
+
+
+def pytest_configure(config) -> None:
+    device = config.getoption("device")
+    if device == "cpu":
+        return
+    torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
+    if device == "cuda":
+        torch.set_default_device("cuda")
+        for dtype in TOLERANCE:  # cuDNN adds up in another order than any CPU
+            TOLERANCE[dtype] *= 10
+    else:
+        from backends import take_over
+        from harness import build
+
+        take_over(build.load())
+
+
+def pytest_ignore_collect(collection_path, config) -> bool | None:
+    """Of the CPU's tests, a GPU runs those of layers; its own are in cuda."""
+    if config.getoption("device") == "cpu":
+        return None
+    name = collection_path.stem
+    return name == "cuda" or name.removeprefix("test_") in CPU_ONLY or None
+
+
+def pytest_report_header(config) -> str:
     return (
-        f"fastrnn {fastrnn.__version__}, CPU variant {fastrnn.cpu_variant()} "
-        f"of {', '.join(fastrnn.cpu_variants())}; torch {torch.__version__}"
+        f"fastrnn {fastrnn.__version__} on {config.getoption('device')}, CPU variant "
+        f"{fastrnn.cpu_variant()} of {', '.join(fastrnn.cpu_variants())}; torch {torch.__version__}"
     )
 
 

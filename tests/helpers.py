@@ -24,6 +24,11 @@ MASKS = ["lengths", "left", "holes"]
 State = Tensor | tuple[Tensor, ...] | None
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    """A generator on the device where tensors are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def make(library, cell: str, *sizes: int, **options) -> nn.RNNBase:
     """The model for `cell` from `library` (fastrnn or torch.nn); the seed is set first."""
     name, extra, _ = CELLS[cell]
@@ -40,7 +45,7 @@ def pair(cell: str, *sizes: int, **options) -> tuple[nn.RNNBase, nn.RNNBase]:
 
 def inputs(model: nn.RNNBase, T: int, B: int, *, hx: bool = True, seed: int = 0):
     """A random input in the model's layout and dtype and, if asked for, an initial state."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     entries = model.num_layers * (2 if model.bidirectional else 1)
 
     def randn(*shape: int) -> Tensor:  # drawn in float32, so that every dtype sees the same values
@@ -55,7 +60,7 @@ def inputs(model: nn.RNNBase, T: int, B: int, *, hx: bool = True, seed: int = 0)
 
 def make_mask(kind: str, T: int, B: int, seed: int = 0) -> Tensor:
     """A bool [T, B] mask with a row of no real step if B > 1, and a full row if B > 2."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     if kind == "holes":
         mask = torch.rand(T, B, generator=generator) < 0.6
     else:
@@ -89,7 +94,7 @@ def run(
     output, h_n = (forward or model)(x, pack(states), **options)
     results = dict(zip(("output", "h_n", "c_n"), (output, *unpack(h_n)), strict=False))
 
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     incoming = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in results.values()]
     wanted = {"input": x, **dict(zip(("h_0", "c_0"), states, strict=False))}
     wanted |= dict(model.named_parameters())

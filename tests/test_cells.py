@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import fastrnn
 from fastrnn import _cells
-from helpers import TOLERANCE, assert_close, pack, unpack
+from helpers import TOLERANCE, assert_close, pack, seeded, unpack
 
 CELLS = {
     "LSTM": ("LSTMCell", {}),
@@ -34,7 +34,7 @@ def pair(cell: str, inputs: int, hidden: int, **options) -> tuple[nn.Module, nn.
 
 def arguments(cell: str, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 1):
     """An input and a state; shape is B, I, H, or I, H unbatched."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     *batch, inputs, hidden = shape
 
     def randn(size: int):
@@ -166,7 +166,7 @@ def test_other_dtypes(cell, dtype, fused):
 def test_autocast(cell, sizes):
     ours, theirs = pair(cell, *sizes[1:])
     x, hx = arguments(cell, *sizes)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         actual, expected = unpack(ours(x, hx)), unpack(theirs(x, hx))
     assert_close(dict(enumerate(actual)), dict(enumerate(expected)), 0)
 

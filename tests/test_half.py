@@ -47,13 +47,14 @@ def test_no_further_than_torch(cell, half, bidirectional, hx):
 @pytest.mark.parametrize("half", HALF, ids=str)
 @pytest.mark.parametrize("masked", ["holes", "lengths"])
 @pytest.mark.parametrize("sizes", [(1, 1, 3, 5), (12, 4, 17, 33), (40, 20, 9, 130)], ids=str)
-def test_masks_and_resets(cell, half, bidirectional, masked, sizes):
+def test_masks_and_resets(cell, half, bidirectional, masked, sizes, request):
     T, B, *features = sizes
     model = make(fastrnn, cell, *features, bidirectional=bidirectional, dtype=half)
     exact = exact_of(model, cell, *features, bidirectional=bidirectional)
     x, hx = inputs(model, T, B)
     options = {"mask": make_mask(masked, T, B), "reset": torch.rand(T, B) < 0.2}
-    bound = 12 * torch.finfo(half).eps
+    # On CUDA, W_ih x + b_ih is rounded once more.
+    bound = (12 if request.config.getoption("device") == "cpu" else 24) * torch.finfo(half).eps
     for name, error in errors(model, exact, x, hx, **options).items():
         assert error <= bound, name
 
@@ -120,7 +121,10 @@ def test_autocast(cell, hx_dtype, grad, bidirectional):
         hx = tuple(h.to(hx_dtype) for h in unpack(hx))
         hx = hx if len(hx) > 1 else hx[0]
     results = []
-    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.set_grad_enabled(grad),
+        torch.autocast(torch.get_default_device().type, torch.bfloat16),
+    ):
         for model in (ours, theirs):
             output, last = model(x, hx)
             shown = [output, *unpack(last)]
@@ -137,7 +141,7 @@ def test_autocast(cell, hx_dtype, grad, bidirectional):
 def test_autocast_leaves_float64_alone(cell):
     ours, theirs = pair(cell, 6, 9, dtype=torch.float64)
     x, hx = inputs(ours, 7, 3)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert ours(x, hx)[0].dtype == theirs(x, hx)[0].dtype == torch.float64
 
 
@@ -145,7 +149,7 @@ def test_autocast_to_float16(cell):
     """torch.nn.LSTM fails here."""
     model = make(fastrnn, cell, 6, 9)
     x, hx = inputs(model, 7, 3)
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(torch.get_default_device().type, torch.float16):
         output, _ = model(x, hx)
     assert output.dtype == (torch.float32 if cell == "GRU" else torch.float16)
     torch.testing.assert_close(output.float(), model(x, hx)[0], atol=2e-2, rtol=0)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fastrnn
 import helpers
 from fastrnn import _cells
-from helpers import assert_close, make_mask, pack, pair, unpack
+from helpers import assert_close, make_mask, pack, pair, seeded, unpack
 
 LAYERS, CELLS = ["LSTM", "GRU", "RNN"], ["LSTMCell", "GRUCell", "RNNCell"]
 ROWS = (2, 5)
@@ -62,7 +62,7 @@ def is_layer(model: nn.Module) -> bool:
 
 def arguments(model: nn.Module, rows: int = ROWS[1]):
     """The same input and state for every model and dtype; all want gradients."""
-    generator = torch.Generator().manual_seed(rows)
+    generator = seeded(rows)
     dtype = next(model.parameters()).dtype
 
     def leaf(*shape: int) -> Tensor:

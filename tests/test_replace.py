@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastrnn
-from helpers import assert_close
+from helpers import assert_close, seeded
 
 PAIRS = {
     nn.LSTM: fastrnn.LSTM,
@@ -58,7 +58,7 @@ def build() -> Model:
 
 
 def data() -> Tensor:
-    return torch.randn(4, 40, 3, generator=torch.Generator().manual_seed(1))
+    return torch.randn(4, 40, 3, generator=seeded(1))
 
 
 def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from helpers import (
     make_mask,
     pack,
     run,
+    seeded,
     unpack,
 )
 
@@ -25,7 +26,7 @@ T, B = 9, 4
 
 def make_reset(T: int, B: int, seed: int = 0) -> torch.Tensor:
     """bool [T, B]: row 0 without any, row 1 begins anew at once and at the end, the others vary."""
-    reset = torch.rand(T, B, generator=torch.Generator().manual_seed(seed)) < 0.3
+    reset = torch.rand(T, B, generator=seeded(seed)) < 0.3
     reset[:, 0] = False
     reset[:, 1:2] = False
     reset[0, 1:2] = reset[-1, 1:2] = True

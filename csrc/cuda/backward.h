@@ -10,11 +10,9 @@
 
 namespace fastrnn::cuda {
 
-using BackwardParams = Params<BackwardArgs>;
-
 template <class Cell, class S, bool Tensor, template <class, class> class Exchange>
 FASTRNN_KERNEL(kThreads)
-backward_kernel(FASTRNN_ARGUMENT BackwardParams p) {
+backward_kernel(FASTRNN_ARGUMENT Params<BackwardArgs> p) {
   if constexpr (is_compiled<S, Tensor>()) {
     constexpr int G = Cell::gates;
     using T = Compute<S>;
@@ -28,8 +26,6 @@ backward_kernel(FASTRNN_ARGUMENT BackwardParams p) {
     const BackwardArgs& a = p.args;
     const int64_t hidden = block.hidden;
     T* sums = reinterpret_cast<T*>(dynamic_shared() + p.layout.shared_sums);
-    T* carry_h = block.template carry<T>(0);
-    T* carry_c = block.template carry<T>(1);
     const auto read = [](const void* base, int64_t i) {
       return V(base == nullptr ? T(0) : widen(static_cast<const S*>(base)[i]));
     };
@@ -37,13 +33,8 @@ backward_kernel(FASTRNN_ARGUMENT BackwardParams p) {
       return V(base == nullptr ? T(0) : static_cast<const T*>(base)[i]);
     };
 
-    V dh[kItems], dc[kItems];  // what goes to the step before beside the product
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      if (!block.owns(k)) continue;
-      dh[k] = V(carry_h[block.state(k)]);
-      if constexpr (Cell::has_cell_state) dc[k] = V(carry_c[block.state(k)]);
-    }
+    Carried<Cell, T> carried(block);
+    auto& [dh, dc] = carried;
     const char* weights = block_weights(block);
     Swap exchange(block);
     exchange.start();
@@ -129,31 +120,17 @@ backward_kernel(FASTRNN_ARGUMENT BackwardParams p) {
       exchange.arrive();
     }
     exchange.finish();
-
-    if (p.plan.kind != Kind::kStep) return;
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      if (!block.owns(k)) continue;
-      carry_h[block.state(k)] = dh[k].value;
-      if constexpr (Cell::has_cell_state) carry_c[block.state(k)] = dc[k].value;
-    }
+    carried.leave(block);
   }
 }
 
 template <class Device, class Cell>
 void backward_dev_impl(const Device& device, const BackwardArgs& args) {
-  BackwardParams params(device, args);
   visit(args.problem.dtype, device.plan.tensor, [&](auto element, auto tensor) {
     using S = decltype(element);
-    start<S>(device, params);
-    const Launch how = scan_launch(params, device.stream);
-    if (device.plan.kind == Kind::kCluster) {
-      return launch(backward_kernel<Cell, S, tensor.value, ClusterExchange>, how, params);
-    }
-    const int64_t launches = device.plan.kind == Kind::kStep ? args.problem.steps + 1 : 1;
-    for (params.step = 0; params.step < launches; ++params.step) {
-      launch(backward_kernel<Cell, S, tensor.value, GridExchange>, how, params);
-    }
+    launch_pass<S>(device, args, args.problem.steps + 1,
+                   backward_kernel<Cell, S, tensor.value, ClusterExchange>,
+                   backward_kernel<Cell, S, tensor.value, GridExchange>);
   });
 }
 

@@ -32,9 +32,9 @@ void set(Pointer (&target)[kMaxDirections], const Addresses& source) {
 }
 
 Problem make_problem(bool backward, int cell, int dtype, int64_t steps, int64_t batch,
-                     int64_t hidden, int directions, bool tf32) {
+                     int64_t hidden, int directions, bool reverse, bool tf32) {
   if (cell < 0 || cell >= Cells::size || dtype < 0 || dtype >= kDTypes || steps < 0 || batch < 0 ||
-      hidden < 1 || directions < 1 || directions > kMaxDirections) {
+      hidden < 1 || directions < 1 || directions > kMaxDirections || (reverse && directions > 1)) {
     throw std::invalid_argument("sizes out of range");
   }
   int gates = 0;
@@ -46,6 +46,7 @@ Problem make_problem(bool backward, int cell, int dtype, int64_t steps, int64_t 
           batch,
           hidden,
           directions,
+          reverse,
           tf32};
 }
 
@@ -137,7 +138,7 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   py::class_<Problem>(m, "Problem")
       .def(py::init(&make_problem), py::arg("backward"), py::arg("cell"), py::arg("dtype"),
            py::arg("steps"), py::arg("batch"), py::arg("hidden"), py::arg("directions"),
-           py::arg("tf32"));
+           py::arg("reverse"), py::arg("tf32"));
 
   py::class_<Plan>(m, "Plan")
       .def(py::init<Kind, int, int, int, int, bool, bool>(), py::arg("kind"), py::arg("units"),
@@ -167,6 +168,13 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
     return splits;
   });
   m.def("device_info", &device_info, py::arg("device"));
+  m.def("upload", [](int device, Address stream, Address values, int64_t count, Address to) {
+    py::gil_scoped_release release;
+    set_device(device);
+    upload(reinterpret_cast<const int64_t*>(values), count, reinterpret_cast<int64_t*>(to),
+           reinterpret_cast<void*>(stream));
+  });
+  m.attr("built_for") = built_for();
   m.def("forward", &forward);
   m.def("backward", &backward);
 }

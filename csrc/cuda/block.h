@@ -49,8 +49,9 @@ struct Block {
   const int local_unit;  // and among the block's own
   const int local_row;   // of the thread's first item; the others follow at row_step
   const int row_step;
-  const bool up;  // t grows along the pass
-  int64_t count;  // steps until no row of the block is alive
+  const bool reverse;  // the direction runs from each row's last step to its first
+  const bool up;       // t grows along the pass
+  int64_t count;       // steps until no row of the block is alive
 
   FASTRNN_DEVICE explicit Block(const Params<Args>& params)
       : p(params),
@@ -64,7 +65,8 @@ struct Block {
         local_unit(thread_index() % params.layout.units),
         local_row(thread_index() / params.layout.units),
         row_step(kThreads / params.layout.units),
-        up((direction == 0) == (params.args.problem.pass == Pass::kForward)),
+        reverse(direction == 1 || params.args.problem.reverse),
+        up(reverse == (params.args.problem.pass == Pass::kBackward)),
         count(params.args.problem.steps) {
     const int64_t* lengths = params.args.places.lengths;
     if (lengths == nullptr) return;
@@ -113,14 +115,38 @@ struct Block {
     const int64_t n = t * batch + row(item);
     const int64_t* table = p.args.places.before[direction];
     if (table != nullptr) return table[n];
-    if (direction == 0) return t == 0 ? kInitial : n - batch;
+    if (!reverse) return t == 0 ? kInitial : n - batch;
     return t == p.args.problem.steps - 1 ? kInitial : n + batch;
   }
+};
 
-  template <class T>
-  FASTRNN_DEVICE T* carry(int which) const {
-    return reinterpret_cast<T*>(p.workspace + p.layout.carry) +
-           which * p.args.problem.directions * batch * hidden;
+// What goes from step to step of a thread's items beside the product: h and c, or their gradients.
+// From launch to launch it goes through the workspace.
+template <class Cell, class T>
+struct Carried {
+  Scalar<T> h[kItems], c[kItems];
+
+  template <class Args>
+  FASTRNN_DEVICE explicit Carried(const Block<Args>& block) {
+    each(block, [](Scalar<T>& value, const T& kept) { value = Scalar<T>(kept); });
+  }
+  template <class Args>
+  FASTRNN_DEVICE void leave(const Block<Args>& block) {
+    if (block.p.plan.kind != Kind::kStep) return;
+    each(block, [](const Scalar<T>& value, T& kept) { kept = value.value; });
+  }
+
+ private:
+  template <class Args, class F>
+  FASTRNN_DEVICE void each(const Block<Args>& block, F&& f) {
+    T* kept = reinterpret_cast<T*>(block.p.workspace + block.p.layout.carry);
+    const int64_t count = block.p.args.problem.directions * block.batch * block.hidden;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (!block.owns(k)) continue;
+      f(h[k], kept[block.state(k)]);
+      if constexpr (Cell::has_cell_state) f(c[k], kept[count + block.state(k)]);
+    }
   }
 };
 

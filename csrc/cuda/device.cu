@@ -25,6 +25,8 @@ DeviceInfo device_info(int device) {
               attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
+int built_for() { return CUDART_VERSION; }
+
 void set_device(int device) { check(cudaSetDevice(device), "device"); }
 
 }  // namespace fastrnn::cuda

@@ -8,11 +8,9 @@
 
 namespace fastrnn::cuda {
 
-using ForwardParams = Params<ForwardArgs>;
-
 template <class Cell, class S, bool Tensor, template <class, class> class Exchange>
 FASTRNN_KERNEL(kThreads)
-forward_kernel(FASTRNN_ARGUMENT ForwardParams p) {
+forward_kernel(FASTRNN_ARGUMENT Params<ForwardArgs> p) {
   if constexpr (is_compiled<S, Tensor>()) {
     constexpr int G = Cell::gates;
     using T = Compute<S>;
@@ -26,23 +24,17 @@ forward_kernel(FASTRNN_ARGUMENT ForwardParams p) {
     const ForwardArgs& a = p.args;
     const int64_t hidden = block.hidden;
     T* sums = reinterpret_cast<T*>(dynamic_shared() + p.layout.shared_sums);
-    T* carry_h = block.template carry<T>(0);
-    T* carry_c = block.template carry<T>(1);
     S* all_gates = static_cast<S*>(a.gates);
 
-    V bias[G], h[kItems], c[kItems];
+    V bias[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
       const S* own = static_cast<const S*>(a.bias_hh[block.direction]);
       bias[g] =
           V(own == nullptr || block.unit >= hidden ? T(0) : widen(own[g * hidden + block.unit]));
     }
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      if (!block.owns(k)) continue;
-      h[k] = V(carry_h[block.state(k)]);
-      if constexpr (Cell::has_cell_state) c[k] = V(carry_c[block.state(k)]);
-    }
+    Carried<Cell, T> carried(block);
+    auto& [h, c] = carried;
     const char* weights = block_weights(block);
     Swap exchange(block);
     exchange.start();
@@ -110,31 +102,17 @@ forward_kernel(FASTRNN_ARGUMENT ForwardParams p) {
       exchange.arrive();
     }
     exchange.finish();
-
-    if (p.plan.kind != Kind::kStep) return;
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      if (!block.owns(k)) continue;
-      carry_h[block.state(k)] = h[k].value;
-      if constexpr (Cell::has_cell_state) carry_c[block.state(k)] = c[k].value;
-    }
+    carried.leave(block);
   }
 }
 
 template <class Device, class Cell>
 void forward_dev_impl(const Device& device, const ForwardArgs& args) {
-  ForwardParams params(device, args);
   visit(args.problem.dtype, device.plan.tensor, [&](auto element, auto tensor) {
     using S = decltype(element);
-    start<S>(device, params);
-    const Launch how = scan_launch(params, device.stream);
-    if (device.plan.kind == Kind::kCluster) {
-      return launch(forward_kernel<Cell, S, tensor.value, ClusterExchange>, how, params);
-    }
-    const int64_t launches = device.plan.kind == Kind::kStep ? args.problem.steps : 1;
-    for (params.step = 0; params.step < launches; ++params.step) {
-      launch(forward_kernel<Cell, S, tensor.value, GridExchange>, how, params);
-    }
+    launch_pass<S>(device, args, args.problem.steps,
+                   forward_kernel<Cell, S, tensor.value, ClusterExchange>,
+                   forward_kernel<Cell, S, tensor.value, GridExchange>);
   });
 }
 

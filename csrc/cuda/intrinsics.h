@@ -100,6 +100,7 @@ FASTRNN_DEVICE void arrive_cluster() {
 FASTRNN_DEVICE void wait_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  __syncwarp();  // unlike __syncthreads, the barrier may leave a warp's threads apart
 #endif
 }
 template <class S>

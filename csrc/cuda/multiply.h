@@ -60,7 +60,7 @@ struct Accumulator<S, true> {
       }
     }
   }
-  FASTRNN_DEVICE void finish() {}
+  FASTRNN_DEVICE void finish(int) {}
 
   // The weights are rounded once, before the scan.
   FASTRNN_DEVICE static Vector16 prepare(Vector16 v) {
@@ -114,10 +114,11 @@ struct Accumulator<S, false> {
     }
   }
 
-  FASTRNN_DEVICE void finish() {
+  FASTRNN_DEVICE void finish(int tiles) {
     const int quarter = Lane().quarter;
 #pragma unroll
     for (int m = 0; m < kWarpTiles; ++m) {
+      if (m >= tiles) break;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         T four[4], two[2];
@@ -178,7 +179,7 @@ FASTRNN_DEVICE void multiply(const Layout& layout, const char* weights, const ch
         if (k + j < end) acc.add(w + (k + j) * block_bytes, tiles, read[j], octets);
       }
     }
-    acc.finish();
+    acc.finish(tiles);
     Compute<S>* target = sums + (slice * layout.rows + row + 2 * lane.quarter) * pitch + column;
 #pragma unroll
     for (int m = 0; m < kWarpTiles; ++m) {

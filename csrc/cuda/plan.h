@@ -59,7 +59,8 @@ struct Problem {
   DType dtype;
   int64_t steps, batch, hidden;
   int directions;
-  bool tf32;  // float32 may be rounded to it
+  bool reverse;  // a single direction runs from each row's last step to its first
+  bool tf32;     // float32 may be rounded to it
 
   FASTRNN_HD constexpr int64_t element() const {
     return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;

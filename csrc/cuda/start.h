@@ -106,11 +106,21 @@ start_kernel(FASTRNN_ARGUMENT Params<Args> p) {
   for (int64_t i = own; i < problem.directions * l.row_tiles; i += step) counters[i] = 0;
 }
 
+// All launches of a pass of `steps` steps; its kernel exchanges states in a cluster or in the grid.
 template <class S, class Args>
-void start(const Cuda& device, const Params<Args>& params) {
+void launch_pass(const Cuda& device, const Args& args, int64_t steps,
+                 void (*in_cluster)(Params<Args>), void (*in_grid)(Params<Args>)) {
+  Params<Args> params(device, args);
   const int64_t blocks = divide_up(params.layout.workspace / 16, kThreads);
   const int grid = static_cast<int>(blocks < 4096 ? blocks : 4096);
   launch(start_kernel<S, Args>, {{grid, 1, 1}, kThreads, 0, 1, false, device.stream}, params);
+
+  const Kind kind = device.plan.kind;
+  const int64_t launches = kind == Kind::kStep ? steps : 1;
+  for (; params.step < launches; ++params.step) {
+    launch(kind == Kind::kCluster ? in_cluster : in_grid, scan_launch(params, device.stream),
+           params);
+  }
 }
 
 }  // namespace fastrnn::cuda

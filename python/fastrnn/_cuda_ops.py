@@ -15,7 +15,7 @@ call can be captured in a CUDA graph.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from types import ModuleType
@@ -29,8 +29,10 @@ from ._ops import (
     CELLS,
     _backward_outputs,
     _forward_outputs,
+    _layout,
     _Sizes,
     _sizes,
+    _state_dtype,
     filled,
 )
 
@@ -46,6 +48,67 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _expect(
+    like: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype | None = None,
+    **given: Tensor | list[Tensor] | None,
+) -> None:
+    """ValueError unless each is of this shape, of like's device, and of its dtype or `dtype`.
+
+    To the kernels they are addresses.
+    """
+    dtype = like.dtype if dtype is None else dtype
+    for name, tensors in given.items():
+        for t in tensors if isinstance(tensors, list) else [tensors]:
+            if t is None or (t.shape == shape and t.dtype == dtype and t.device == like.device):
+                continue
+            raise ValueError(
+                f"{name}: expected a {dtype} tensor of shape {list(shape)} on {like.device}, got "
+                f"{t.dtype} {list(t.shape)} on {t.device}"
+            )
+
+
+def _check(
+    mode: str,
+    x: Tensor,
+    weight_ih: list[Tensor],
+    weight_hh: list[Tensor],
+    weight_hr: list[Tensor],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    batch: int,
+) -> _Sizes:
+    """What both passes are given."""
+    directions, hidden, shown, wide = sizes = _sizes(mode, weight_hh)
+    for name, each in (("weight_ih", weight_ih), ("weight_hr", weight_hr or weight_hh)):
+        if len(each) != directions:
+            raise ValueError(f"{name}: expected one tensor per direction, got {len(each)}")
+    if not weight_hr and shown != hidden:
+        raise ValueError(f"weight_hh: expected {hidden} columns, got {shown}")
+    _expect(x, (wide, x.shape[-1]), weight_ih=weight_ih)
+    _expect(x, (wide, shown), weight_hh=weight_hh)
+    _expect(x, (shown, hidden), weight_hr=weight_hr)
+    _expect(x, (directions, batch, shown), h_0=h_0)
+    _expect(x, (directions, batch, hidden), c_0=c_0)
+    _expect(x, x.shape[:-1], torch.bool, resets=resets)
+    if batch_sizes is not None and batch_sizes.dtype == torch.bool:
+        _expect(x, (*x.shape[:-2], batch), torch.bool, mask=batch_sizes)
+        return sizes
+    _layout(x, batch_sizes, batch)
+    if batch_sizes is not None:
+        alive = batch_sizes.tolist()
+        most = [batch, *alive]
+        if sum(alive) != len(x) or min(most) < 0 or any(a > b for a, b in zip(alive, most)):
+            raise ValueError(
+                f"batch_sizes: expected not to increase, to lie in [0, {batch}] and to add up to "
+                f"{len(x)}, got {alive if len(alive) < 9 else f'{len(alive)} steps'}"
+            )
+    return sizes
+
+
 class _Rows:
     """Where the steps of each row lie among all N, and what comes before each.
 
@@ -59,25 +122,32 @@ class _Rows:
     mask: Tensor | None = None  # bool [T, B]
 
     def __init__(
-        self, x: Tensor, real: Tensor | None, resets: Tensor | None, batch: int, directions: int
+        self,
+        x: Tensor,
+        real: Tensor | None,
+        resets: Tensor | None,
+        batch: int,
+        directions: int,
+        reverse: bool,
     ) -> None:
         self.batch, self.count, self.device = batch, x.shape[:-1].numel(), x.device
+        self.reverse = (True,) if reverse else (False, True)[:directions]  # of each direction
         self.steps = len(x if real is None else real)
         if real is None and resets is None:
             return
         if real is not None and real.dtype != torch.bool:
-            sizes = real.to(x.device, non_blocking=True).unsqueeze(1)
+            sizes = real.unsqueeze(1)
             row = torch.arange(batch, device=x.device)
             place = torch.where(row < sizes, sizes.cumsum(0) - sizes + row, -1)
             self.lengths = (row < sizes).sum(0)
         else:
             place = torch.arange(self.count, device=x.device).view(-1, batch)
             if real is not None:
-                self.mask = real.contiguous()
+                self.mask = real = real.contiguous()  # whose strides the tables take
                 self.lengths = torch.where(real, place // batch + 1, 0).amax(0)
                 place = torch.where(real, place, -1)
         self.place = place
-        self.before = [self._find_before(place, resets, d == 1) for d in range(directions)]
+        self.before = [self._find_before(place, resets, reverse) for reverse in self.reverse]
 
     def _find_before(self, place: Tensor, resets: Tensor | None, reverse: bool) -> Tensor:
         if reverse:
@@ -111,7 +181,7 @@ class _Rows:
 
     def first(self, direction: int) -> Tensor:
         """[B]: the place of the step that each row's initial state goes into; N for none."""
-        edge = self._edge(last=direction == 1)
+        edge = self._edge(last=self.reverse[direction])
         if self.before is None:
             return edge
         begins = (self.before[direction] == _INITIAL) & (self.place >= 0)  # type: ignore[operator]
@@ -119,12 +189,15 @@ class _Rows:
 
     def last(self, direction: int) -> Tensor:
         """[B]: the place of each row's last step in the direction's order; N for none."""
-        return self._edge(last=direction == 0)
+        return self._edge(last=not self.reverse[direction])
 
     def states_before(self, output: Tensor, h_0: Tensor | None, direction: int) -> Tensor:
         """[N, H]: what went into each step, of output [N, H] and h_0 [B, H] or None for zeros."""
-        assert self.place is not None
-        assert self.before is not None
+        if self.place is None or self.before is None:
+            initial = output.new_zeros(self.batch, output.shape[1]) if h_0 is None else h_0
+            if self.reverse[direction]:
+                return torch.cat((output[self.batch :], initial))
+            return torch.cat((initial, output[: -self.batch]))
         before = self.before[direction]
         zeros = output.new_zeros(1, output.shape[1])
         table = torch.cat((output, zeros) if h_0 is None else (output, zeros, h_0))
@@ -142,11 +215,6 @@ def _rows_at(table: Tensor, index: Tensor, other: Tensor | None) -> Tensor:
     """Rows of [N, features] at index [B]; where that is N, the row of `other`, or zeros."""
     found = table.index_select(0, index.clamp(max=len(table) - 1))
     return torch.where((index < len(table)).unsqueeze(1), found, 0 if other is None else other)
-
-
-def _refuse(reverse: bool) -> None:
-    if reverse:
-        raise ValueError("reverse: a single direction that runs backwards is not for CUDA yet")
 
 
 def _allows_tf32() -> bool:
@@ -188,6 +256,36 @@ class Scan:
         plan = self._choose(problem, self._kernels.device_info(device))
         return problem, plan, plan.workspace(problem)
 
+    def _where(self, device: torch.device) -> tuple[int, int]:
+        """Its number and stream."""
+        if device.type != "cuda":
+            return self._device, 0
+        stream = torch.cuda.current_stream(device)
+        return stream.device_index, stream.cuda_stream
+
+    def upload(self, values: Tensor, device: torch.device) -> Tensor:
+        """A copy of the CPU's int64 values, by arguments of launches: nothing waits, and a CUDA
+        graph keeps what stands in them."""
+        values = values.contiguous()
+        copy = torch.empty_like(values, device=device)
+        with torch.cuda.device(device) if copy.is_cuda else nullcontext():
+            numbers = values.data_ptr(), values.numel(), copy.data_ptr()
+            self._kernels.upload(*self._where(copy.device), *numbers)
+        return copy
+
+    def _rows(
+        self,
+        x: Tensor,
+        real: Tensor | None,
+        resets: Tensor | None,
+        batch: int,
+        directions: int,
+        reverse: bool,
+    ) -> _Rows:
+        if real is not None and real.dtype != torch.bool:
+            real = self.upload(real, x.device)
+        return _Rows(x, real, resets, batch, directions, reverse)
+
     def _run(
         self,
         backward: bool,
@@ -199,12 +297,10 @@ class Scan:
         *addresses: Any,
     ) -> None:
         """The scan alone; `addresses` are what its pass takes after weight_hh."""
-        device, stream = self._device, 0
-        if x.is_cuda:
-            device = x.get_device()
-            stream = torch.cuda.current_stream(device).cuda_stream
+        device, stream = self._where(x.device)
         cell = CELLS[mode].index
-        numbers = _DTYPES[x.dtype], rows.steps, rows.batch, sizes.hidden, sizes.directions
+        reverse = sizes.directions == 1 and rows.reverse[0]
+        numbers = _DTYPES[x.dtype], rows.steps, rows.batch, sizes.hidden, sizes.directions, reverse
         problem, plan, size = self._plan(device, backward, cell, *numbers, _allows_tf32())
         workspace = x.new_empty(size, dtype=torch.uint8)
         (self._kernels.backward if backward else self._kernels.forward)(
@@ -238,8 +334,10 @@ class Scan:
         keep: bool,
         all_c: bool,
     ) -> tuple[Tensor, ...]:
-        _refuse(reverse)
-        sizes = _sizes(mode, weight_hh)
+        batch = x.shape[1] if batch_sizes is None else batch  # a trace knows only the number
+        weights = weight_ih, weight_hh, weight_hr
+        sizes = _check(mode, x, *weights, h_0, c_0, batch_sizes, resets, batch)
+        _expect(x, (sizes.wide,), bias_ih=bias_ih, bias_hh=bias_hh)
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
             results = _forward_outputs(mode, x, weight_hh, batch, keep, all_c)
@@ -250,7 +348,7 @@ class Scan:
                     if last is not None:
                         last.zero_() if first is None else last.copy_(first)
                 return filled(x, results)
-            rows = _Rows(x, batch_sizes, resets, batch, sizes.directions)
+            rows = self._rows(x, batch_sizes, resets, batch, sizes.directions, reverse)
             keeps_gates = gates is not None
             if gates is None:
                 gates = x.new_empty(sizes.directions, rows.count, sizes.wide)
@@ -333,9 +431,17 @@ class Scan:
         d_extra: Tensor | None,
         wanted: list[bool],
     ) -> tuple[Tensor, ...]:
-        _refuse(reverse)
-        sizes = _sizes(mode, weight_hh)
-        directions, hidden, _, wide = sizes
+        weights = weight_ih, weight_hh, weight_hr
+        sizes = _check(mode, x, *weights, h_0, c_0, batch_sizes, resets, batch)
+        directions, hidden, shown, wide = sizes
+        cell, steps, count = CELLS[mode], x.shape[:-1], x.shape[:-1].numel()
+        _expect(x, (*steps, directions * shown), output=output, d_output=d_output)
+        _expect(x, (directions, batch, shown), d_h_n=d_h_n)
+        _expect(x, (directions, batch, hidden), d_c_n=d_c_n)
+        if cell.saves_gates:
+            _expect(x, (directions, count, wide), gates=gates)
+        every = (*steps, directions * hidden)
+        _expect(x, every, _state_dtype(x), extra=extra if cell.has_extra else None, d_extra=d_extra)
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
             d_output, d_extra = _contiguous(d_output), _contiguous(d_extra)
@@ -350,7 +456,7 @@ class Scan:
                     else:
                         d_result.copy_(given)
                 return results
-            rows = _Rows(x, batch_sizes, resets, batch, directions)
+            rows = self._rows(x, batch_sizes, resets, batch, directions, reverse)
             new = x.new_empty if rows.mask is None else x.new_zeros
             d_gates = new((directions, rows.count, wide))
             splits = self._kernels.splits_gradient(CELLS[mode].index)
@@ -382,7 +488,7 @@ class Scan:
             )
             if rows.mask is not None:  # 0 * NaN
                 inputs = inputs.masked_fill(~rows.mask.view(-1, 1), 0)
-            shown = output.view(rows.count, directions, sizes.shown)
+            states = output.view(rows.count, directions, shown)
             for d in range(directions):
                 # The gradients of W_hh h: those of W_ih x, but for the last gate of some cells.
                 own = wide - hidden if splits else wide
@@ -393,7 +499,7 @@ class Scan:
                     torch.mm(d_gates[d].t(), inputs, out=d_w_ih[d])
                 if d_w_hh.numel():
                     initial = None if h_0 is None else h_0[d]
-                    d_w_hh[d] = _recurrent_product(parts, shown[:, d], initial, rows, d)
+                    d_w_hh[d] = _recurrent_product(parts, states[:, d], initial, rows, d)
                 if d_b_ih.numel():
                     torch.sum(d_gates[d], 0, out=d_b_ih[d])
                     d_b_hh[d] = d_b_ih[d]
@@ -410,18 +516,8 @@ def _recurrent_product(
     parts: list[Tensor], output: Tensor, h_0: Tensor | None, rows: _Rows, direction: int
 ) -> Tensor:
     """[sum of columns, H]: parts^T, each [N, columns], times the states before each step."""
-    if rows.before is not None:
-        before = rows.states_before(output, h_0, direction)
-        return torch.cat([part.t() @ before for part in parts])
-    # All steps but those that begin, and these.
-    after = slice(rows.batch, None) if direction == 0 else slice(None, -rows.batch)
-    first = slice(None, rows.batch) if direction == 0 else slice(-rows.batch, None)
-    before = output[: -rows.batch] if direction == 0 else output[rows.batch :]
-    products = [part[after].t() @ before for part in parts]
-    if h_0 is not None:
-        for product, part in zip(products, parts):
-            product.addmm_(part[first].t(), h_0)
-    return products[0] if len(products) == 1 else torch.cat(products)
+    before = rows.states_before(output, h_0, direction)
+    return torch.cat([part.t() @ before for part in parts])
 
 
 # Projections (LSTM): h = W_hr m, where the scan runs over m.

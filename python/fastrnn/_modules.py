@@ -51,13 +51,14 @@ def _run_layer(
     """One layer, on its kernel where there is one: output, final states, every c_t if wanted."""
     tensors = [x, *weights] + [s for s in (h_0, c_0) if s is not None]
     compiling, transformed = torch.compiler.is_compiling(), transforming()
-    if (
-        mask is not None
-        or not all(map(has_kernel, tensors))
-        or (spec.reverse and not x.is_cpu)
-        or (compiling and transformed)  # which torch.compile knows for plain torch only
-    ):
+    on_kernels = (
+        mask is None
+        and all(map(has_kernel, tensors))
+        and not (compiling and transformed)  # which torch.compile knows for plain torch only
+    )
+    if not (on_kernels and x.is_cpu):
         _check_devices(x, (h_0, c_0), weights)
+    if not on_kernels:
         output, *rest = reference_layer(spec, x, h_0, c_0, weights, mask)
     elif compiling or torch._C._get_tracing_state() is not None:
         keep = compiling and torch.is_grad_enabled()  # the bare operator has a gradient too

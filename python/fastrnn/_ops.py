@@ -10,7 +10,10 @@ custom_op decorator.
 
 from __future__ import annotations
 
+import ctypes
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -38,6 +41,24 @@ except ImportError as error:
 try:
     _cuda: ModuleType | None = import_module("fastrnn._cuda")
 except ImportError:  # built without nvcc; python -m fastrnn tells of any other reason
+    _cuda = None
+
+
+def _driver_version() -> int:
+    """The CUDA version that the driver is for, 0 without one; does not initialise CUDA."""
+    version = ctypes.c_int(0)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
+if _cuda is not None and 0 < _driver_version() // 1000 < _cuda.built_for // 1000:
+    warnings.warn(
+        f"fastrnn's CUDA kernels are built for CUDA {_cuda.built_for // 1000}, the driver is for "
+        f"{_driver_version() // 1000}: CUDA tensors run on the definition in plain torch",
+        RuntimeWarning,
+        stacklevel=2,
+    )
     _cuda = None
 
 CELLS = _cpu.cells
@@ -73,6 +94,14 @@ def takes_mask(x: Tensor) -> bool:
     To sort and pack the rows of a mask on a GPU, the host would have to wait for it.
     """
     return x.is_cuda and has_kernel(x)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """int64 values of the CPU on `device`; if that is a GPU with kernels, nothing waits for it."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if device.type != "cuda" or _cuda is None or transformed:
+        return values.to(device)
+    return _on_cuda.upload(values, device)
 
 
 def is_plain(x: Tensor, *others: Tensor | None) -> bool:

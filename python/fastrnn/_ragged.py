@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._ops import upload
+
 
 class Ragged(NamedTuple):
     """Where the rows of a ragged batch lie in a padded one."""
@@ -167,15 +169,16 @@ def check_lengths(
         lengths = torch.tensor(list(lengths), dtype=torch.int64)
     if lengths.dtype != torch.int64 or lengths.shape != (batch,):
         raise _wrong_lengths(batch, steps, f"{lengths.dtype} {list(lengths.shape)}")
-    if torch.compiler.is_compiling():
-        inside = ((lengths >= 0) & (lengths <= steps)).all()
+    compiling = torch.compiler.is_compiling()
+    values = lengths if compiling else unwrapped(lengths)
+    if compiling or lengths.is_cuda:  # to look at them, the host would have to wait
+        inside = ((values >= 0) & (values <= steps)).all()
         torch._assert_async(inside, "lengths: expected integers in [0, T]")
         return lengths.to(device)
-    values = unwrapped(lengths)
     low, high = (int(values.min()), int(values.max())) if values.numel() else (0, 0)
     if low < 0 or high > steps:
         raise _wrong_lengths(batch, steps, str(low if low < 0 else high))
-    return lengths.to(device)
+    return upload(lengths, device)
 
 
 def _wrong_lengths(batch: int, steps: int, got: str) -> ValueError:

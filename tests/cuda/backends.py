@@ -1,5 +1,6 @@
 """Ways to run the CUDA kernels: on a GPU or on the harness, and in which arithmetic."""
 
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fastrnn import _cuda_ops
+from fastrnn import _cuda_ops, _functions, _modules, _ops
 
 
 class Engine(NamedTuple):
@@ -51,3 +52,19 @@ class Backend(NamedTuple):
             if engine.dtype.itemsize == 2 and not engine.tensor and capability >= 80:
                 pytest.skip("compiled for older GPUs only")
         return _cuda_ops.Scan(self.kernels, choose, capability)
+
+
+def take_over(kernels: ModuleType) -> None:
+    """From now on in this process, layers on CPU tensors run on the kernels of the harness.
+
+    They run as on an H100, or as FASTRNN_CUDA_PLAN says.
+    """
+    h100 = kernels.DeviceInfo(132, 227 * 1024, 90)
+    scan = _cuda_ops.Scan(kernels, device=h100.capability)
+    scan._choose = lambda problem, _: scan._make_plan(problem, h100)
+    _functions.scan_forward_cpu, _functions.scan_backward_cpu = scan.forward, scan.backward
+    _modules.takes_mask = _ops.has_kernel
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that these operators have kernels already
+        _ops._library.impl("scan_forward", scan.forward, "CPU", allow_override=True)
+        _ops._library.impl("scan_backward", scan.backward, "CPU", allow_override=True)

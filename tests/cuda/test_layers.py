@@ -1,12 +1,28 @@
 """Layers on the CUDA kernels: what users call. On the harness the layers run on CPU tensors."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
-from fastrnn import _functions, _modules
-from helpers import CELLS, MASKS, assert_close, inputs, make, make_mask, pack, pair, run, unpack
+from fastrnn import _functions, _modules, _ops
+from fastrnn._functions import LayerFunction, Spec
+from helpers import (
+    CELLS,
+    MASKS,
+    assert_close,
+    inputs,
+    make,
+    make_mask,
+    pack,
+    pair,
+    run,
+    seeded,
+    unpack,
+)
 
 F64 = pytest.mark.parametrize("engine", ["f64"], indirect=True)
 
@@ -64,7 +80,7 @@ def test_masks_as_on_the_cpu(device, cell, bidirectional, kind, resets, request)
     x, hx = inputs(model, T, B)
     options = {"mask": make_mask(kind, T, B)}
     if resets:
-        options["reset"] = torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.3
+        options["reset"] = torch.rand(T, B, generator=seeded()) < 0.3
     here = {name: t.to(device) for name, t in options.items()}
     actual = run(*on(device, model, x, hx), **here)
     request.getfixturevalue("monkeypatch").undo()
@@ -104,6 +120,81 @@ def test_gradcheck(device, cell, bidirectional):
 
 
 @F64
+def test_double_backward(device, cell, bidirectional):
+    model = make(fastrnn, cell, 2, 3, bidirectional=bidirectional, dtype=torch.float64)
+    model, x, hx = on(device, model, *inputs(model, 3, 2))
+    states = tuple(h.requires_grad_() for h in unpack(hx))
+
+    def layer(x, *states):
+        output, h_n = model(x, pack(states))
+        return (output, *unpack(h_n))
+
+    torch.autograd.gradgradcheck(layer, (x.requires_grad_(), *states))
+
+
+@F64
+def test_backward_in_eval(device, cell):
+    ours, theirs = pair(cell, 3, 9, dtype=torch.float64)
+    x, hx = inputs(ours, 5, 4)
+    actual = run(*on(device, ours.eval(), x, hx))
+    assert_close({n: t.cpu() for n, t in actual.items()}, run(theirs, x, hx), 1e-11)
+
+
+@F64
+def test_one_direction_backwards(device, cell):
+    """As the second direction of a bidirectional layer."""
+    model = make(fastrnn, cell, 3, 9, bidirectional=True, dtype=torch.float64)
+    model, x, _ = on(device, model, *inputs(model, 5, 4, hx=False))
+    mask = make_mask("holes", 5, 4).to(device)
+    weights = [getattr(model, name) for name in model._all_weights[1]]
+    for given in ({}, {"batch_sizes": mask}):
+        rows = given.get("batch_sizes")
+        spec = Spec(model.mode, 1, 4, rows, None, reverse=True)
+        output, h_n, *_ = LayerFunction.apply(*spec, x, None, None, *weights)
+        both, states = model(x, **({} if rows is None else {"mask": mask}))
+        expected = both[..., 9:], unpack(states)[0][1:]
+        for actual, want in zip((output, h_n), expected):
+            assert torch.equal(actual, want)
+        grads = torch.autograd.grad(output.sin().sum(), weights)
+        wanted = torch.autograd.grad(expected[0].sin().sum(), weights)
+        assert_close(dict(enumerate(grads)), dict(enumerate(wanted)), 1e-12)
+
+
+BAD = {
+    "dtype of a state": lambda x, h, w: (x, h.float(), w),
+    "shape of a state": lambda x, h, w: (x, h[:, :1], w),
+    "dtype of a weight": lambda x, h, w: (x, h, [w[0].float(), *w[1:]]),
+    "shape of a bias": lambda x, h, w: (x, h, [*w[:3], w[3][:1]]),
+    "device of a state": lambda x, h, w: (x, h.to("meta"), w),
+}
+
+
+@F64
+@pytest.mark.parametrize("bad", BAD)
+def test_what_the_kernels_cannot_read_is_refused(device, bad):
+    """To them a tensor is an address: another dtype would be read as a wrong number."""
+    model = make(fastrnn, "GRU", 3, 9, dtype=torch.float64)
+    model, x, h = on(device, model, *inputs(model, 5, 4))
+    x, h, weights = BAD[bad](x, h.detach(), [w.detach() for w in model.parameters()])
+    each = [[w] for w in weights]
+    scan = _functions.scan_forward_cpu if device == "cpu" else _ops.scan_forward
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+        scan("GRU", x, *each[:2], [], *each[2:], h, None, None, None, 4, False, True, False)
+
+
+@F64
+@pytest.mark.parametrize("wrong", [[3, 4, 1], [4, 2], [4, 3, 2], [4, 4, -1]], ids=str)
+def test_wrong_batch_sizes(device, wrong):
+    model = make(fastrnn, "GRU", 3, 9, dtype=torch.float64)
+    model = model.to(device)
+    each = [[w.detach()] for w in model.parameters()]
+    x, sizes = torch.zeros(8, 3, dtype=torch.float64, device=device), torch.tensor(wrong)
+    scan = _functions.scan_forward_cpu if device == "cpu" else _ops.scan_forward
+    with pytest.raises(ValueError, match="batch_sizes"):
+        scan("GRU", x, *each[:2], [], *each[2:], None, None, sizes, None, 4, False, True, False)
+
+
+@F64
 def test_states_of_every_step(device, bidirectional):
     model = make(fastrnn, "LSTM", 3, 9, 2, bidirectional=bidirectional, dtype=torch.float64)
     model, x, hx = on(device, model, *inputs(model, 5, 4))
@@ -140,16 +231,37 @@ def test_parity_with_cudnn(cell, dtype, bidirectional, sizes, tf32, monkeypatch)
     assert_close(actual, expected, 2e-2 if tf32 else PARITY[dtype])
 
 
+KINDS = ["plain", "mask", "lengths", "packed"]
+
+
+def forward_of(model, x, kind):
+    """A call of the model on x [12, 6, I] on a GPU, that returns the output."""
+    if kind == "packed":
+
+        def forward():
+            sizes = torch.tensor([6, 5, 5, 4, 3, 3, 2, 1])  # gone when a graph replays
+            return model(PackedSequence(x.flatten(0, 1)[: int(sizes.sum())], sizes))[0].data
+
+        return forward
+    options = {
+        "plain": {},
+        "mask": {"mask": make_mask("holes", 12, 6).cuda()},
+        "lengths": {"lengths": torch.tensor([12, 0, 3, 7, 1, 12]).cuda()},
+    }[kind]
+    return lambda: model(x, **options)[0]
+
+
 @needs_gpu
-def test_graph_capture(cell):
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_capture(cell, kind):
     model = make(fastrnn, cell, 8, 40, 2, bidirectional=True).cuda()
     x = torch.randn(12, 6, 8, device="cuda", requires_grad=True)
-    mask = make_mask("holes", 12, 6).cuda()
+    forward = forward_of(model, x, kind)
 
     def step():
         for p in (x, *model.parameters()):
             p.grad = None
-        model(x, mask=mask)[0].sin().sum().backward()
+        forward().sin().sum().backward()
         return [x.grad, *(p.grad for p in model.parameters())]
 
     expected = [g.clone() for g in step()]
@@ -188,16 +300,31 @@ def test_streams_and_determinism(cell):
 
 
 @needs_gpu
-def test_no_host_synchronisation(cell):
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_host_synchronisation(cell, kind):
     model = make(fastrnn, cell, 8, 40, bidirectional=True).cuda()
     x = torch.randn(12, 6, 8, device="cuda", requires_grad=True)
-    mask, reset = (make_mask("holes", 12, 6, seed=s).cuda() for s in (0, 1))
-    model(x)[0].sum().backward()  # loads the kernels
+    forward = forward_of(model, x, kind)
+    forward().sum().backward()  # loads the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(x, mask=mask, reset=reset)[0].sum().backward()
+        forward().sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_wrong_lengths_on_a_gpu():
+    """A device-side assertion ends all work on the device, so in a process of its own."""
+    script = """
+import torch, fastrnn
+model = fastrnn.GRU(3, 5).cuda()
+model(torch.zeros(4, 2, 3).cuda(), lengths=torch.tensor([4, 5]).cuda())
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "assert" in done.stderr
 
 
 @needs_gpu

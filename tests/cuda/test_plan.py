@@ -16,7 +16,7 @@ def gpus(harness):
 
 
 def problem(harness, cell, dtype, *, backward=False, T=100, B=16, H=128, D=1, tf32=False):
-    return harness.Problem(backward, CELLS[cell].index, DTYPES[dtype], T, B, H, D, tf32)
+    return harness.Problem(backward, CELLS[cell].index, DTYPES[dtype], T, B, H, D, False, tf32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,90 @@
+"""The host never waits for the device: no value is read back, so that a CUDA graph takes all of it.
+
+On a GPU, test_layers asks torch. Without one: the operators, run on the harness, and the layers, on
+fake CUDA tensors, call nothing of torch that would wait.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastrnn
+from fastrnn import _ops
+from helpers import make
+from test_scan import ROWS, Case, make_case, run_on
+
+aten = torch.ops.aten
+READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2}
+INDEXED = {aten.index, aten.index_put, aten.index_put_}
+
+
+class NoReads(TorchDispatchMode):
+    """Fails at what would wait for a GPU; collects the calls of fastrnn's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scans: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        packet = func.overloadpacket
+        assert packet not in READS, f"{func} waits"
+        if packet in INDEXED:
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a mask as index waits"
+        if func.namespace == "fastrnn":
+            self.scans.append(func._opname)
+        result = func(*args, **(kwargs or {}))
+        if packet in (aten._to_copy, aten.copy_):
+            source = args[0 if packet == aten._to_copy else 1]
+            assert not (source.is_cuda and result.is_cpu), "a copy to the host waits"
+        return result
+
+
+@pytest.mark.parametrize("engine", ["f32", "bf16"], indirect=True)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shown", [0, 4])
+def test_operators(backend, cell, engine, rows, shown, monkeypatch):
+    if shown and cell != "LSTM":
+        pytest.skip("LSTM only")
+    resets, ragged = ROWS[rows]
+    case = make_case(cell, 4, 5, 3, 6, resets=resets, ragged=ragged, shown=shown)
+    original = Case.run
+
+    def watched(operator):
+        def call(*args):
+            with NoReads():
+                return operator(*args)
+
+        return call
+
+    def run(self, forward, backward):
+        return original(self, watched(forward), watched(backward))
+
+    monkeypatch.setattr(Case, "run", run)
+    run_on(case, backend, engine)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mask", "lengths", "reset"])
+@torch.no_grad()  # this torch may have no autograd for CUDA
+def test_layers(monkeypatch, cell, kind):
+    monkeypatch.setattr(_ops, "_cuda", object())  # as if there were kernels
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = make(fastrnn, cell, 3, 5, 2, bidirectional=True, device="meta")
+
+    def on_cuda(t: Tensor) -> Tensor:
+        return FakeTensor(mode, t.detach().to("meta"), torch.device("cuda:0"))
+
+    T, B = 4, 3
+    marks = on_cuda(torch.ones(T, B, dtype=torch.bool))
+    lengths = on_cuda(torch.ones(B, dtype=torch.int64))
+    x = on_cuda(torch.zeros(T, B, 3))
+    options = {
+        "mask": {"mask": marks},
+        "lengths": {"lengths": lengths},
+        "reset": {"reset": marks},
+    }
+    weights = {name: on_cuda(p) for name, p in model.named_parameters()}
+    with mode, NoReads() as calls:
+        torch.func.functional_call(model, weights, (x,), options.get(kind, {}))
+    assert calls.scans == ["scan_forward"] * 2
