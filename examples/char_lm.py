@@ -8,14 +8,13 @@
 
 With --backend torch the same program runs on torch.nn: the same losses at another speed. torchrun
 shares the batch out over its processes: the same losses again, and a checkpoint fits any number
-of them. Needs torch and tqdm.
+of them. Needs torch and tqdm, and _common.py beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ import sysconfig
 import time
 from collections import deque
 from collections.abc import Callable
-from math import inf, isfinite, log
+from math import isfinite, log
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,22 +33,20 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import _common
+from _common import BACKENDS, Parser, UserError, library, writable
+
 State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"  # h, or (h, c) of LSTM
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun says which of how many processes this is
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 works: deque[Any] = deque(maxlen=9)
 
-BACKENDS = {"fastrnn": "fastrnn", "torch": "torch.nn"}  # modules that define LSTM, GRU and RNN
 STDLIB_LIMIT = 4_000_000  # characters of the default text
 LR_DECAY = 300  # the learning rate falls with 1 / sqrt(1 + step / 300)
 HELD_OUT = 20  # the last 1/20 of the text is for validation
 SHAPE = ("cell", "layers", "hidden", "embed", "batch")  # options that a checkpoint fixes
 THIS_RUN = ("checkpoint", "resume", "losses", "minutes", "max_steps")  # ... and those it omits
-
-
-class UserError(Exception):
-    """What the user can put right: ends the program with one line and no traceback."""
 
 
 def say(line: str) -> None:
@@ -95,10 +92,7 @@ def read_text(file: str | None) -> str:
     if file is None:
         modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         return "".join(m.read_text("utf-8", "replace") for m in modules)[:STDLIB_LIMIT]
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text") from error
+    return _common.read_text(file)
 
 
 def encode(text: str, vocabulary: str) -> Tensor:
@@ -118,10 +112,7 @@ class CharLM(nn.Module):
 
     def __init__(self, vocabulary: str, args: argparse.Namespace) -> None:
         super().__init__()
-        try:
-            layers = getattr(importlib.import_module(BACKENDS[args.backend]), args.cell.upper())
-        except (ImportError, RuntimeError) as error:
-            raise UserError(f"--backend {args.backend} cannot be imported: {error}") from error
+        layers = getattr(library(args.backend), args.cell.upper())
         between = args.dropout if args.layers > 1 else 0.0
         self.vocabulary = vocabulary
         self.embedding = nn.Embedding(len(vocabulary), args.embed)
@@ -283,67 +274,51 @@ def train(trainer: Trainer, check: Callable[[], None]) -> tuple[list[float], boo
     return losses, interrupted
 
 
-def make_parser() -> argparse.ArgumentParser:
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser("char_lm.py", description=summary, epilog=examples)
-    parser.usage = argparse.SUPPRESS  # an error then is one line
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def make_parser() -> Parser:
+    parser = Parser("char_lm.py", __doc__)
+    parser.group("text")
+    help = "UTF-8 text to learn (default: Python's standard library)"
+    parser.option("--text", help, metavar="FILE")
+    parser.number("--batch", 32, "stretches of the text that are read side by side")
+    parser.number("--steps", 64, "characters that a gradient flows back through")
 
-    def option(name: str, help: str, **how: Any) -> None:
-        group.add_argument(name, help=help, **how)
+    parser.group("model")
+    parser.choice("--backend", "whose layers", *BACKENDS)
+    parser.choice("--cell", "kind of layer", "gru", "lstm", "rnn")
+    parser.number("--layers", 1, "recurrent layers")
+    parser.number("--hidden", 256, "units in each recurrent layer")
+    parser.number("--embed", 64, "size of the vector that stands for a character")
+    parser.number("--dropout", 0.0, "share of activations dropped before each layer", 0, 1)
 
-    def number(name: str, default: float, help: str, low: float = 1, high: float = inf) -> None:
-        """An option for a number of the default's type in ``[low, high)``."""
+    parser.group("training")
+    parser.number("--lr", 0.003, "Adam's learning rate in the beginning", 0, 10)
+    parser.number("--clip", 1.0, "largest norm of the gradient; a larger one is scaled down", 0)
+    parser.number("--seed", 0, "seed of all random numbers", 0, 2**63)
+    parser.either()
+    parser.number("--minutes", 2.0, "train for this time", 0)
+    help = "... or up to this step, earlier runs included"
+    parser.option("--max-steps", help, type=int, metavar="N")
 
-        def parse(text: str) -> float:
-            value = type(default)(text)
-            if not low <= value < high:
-                raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
-            return value
+    parser.group("files")
+    parser.option("--checkpoint", "save the training here, after each validation", metavar="FILE")
+    help = "continue from there, with its options or new ones"
+    parser.option("--resume", help, action="store_true")
+    parser.number("--every", 500, "steps from one validation to the next")
+    parser.option("--losses", "write the loss of each step of this run as CSV", metavar="FILE")
 
-        parse.__name__ = type(default).__name__  # for argparse's "invalid int value"
-        option(name, f"{help} (default: {default})", type=parse, default=default, metavar="N")
-
-    group = parser.add_argument_group("text")
-    option("--text", "UTF-8 text to learn (default: Python's standard library)", metavar="FILE")
-    number("--batch", 32, "stretches of the text that are read side by side")
-    number("--steps", 64, "characters that a gradient flows back through")
-
-    group = parser.add_argument_group("model")
-    option("--backend", "whose layers (default: fastrnn)", choices=[*BACKENDS], default="fastrnn")
-    option("--cell", "kind of layer (default: gru)", choices=["lstm", "gru", "rnn"], default="gru")
-    number("--layers", 1, "recurrent layers")
-    number("--hidden", 256, "units in each recurrent layer")
-    number("--embed", 64, "size of the vector that stands for a character")
-    number("--dropout", 0.0, "share of activations dropped before each layer", 0, 1)
-
-    group = parser.add_argument_group("training")
-    number("--lr", 0.003, "Adam's learning rate in the beginning", 0, 10)
-    number("--clip", 1.0, "largest norm of the gradient; a larger one is scaled down", 0)
-    number("--seed", 0, "seed of all random numbers", 0, 2**63)
-    group = group.add_mutually_exclusive_group()
-    number("--minutes", 2.0, "train for this time", 0)
-    option("--max-steps", "... or up to this step, earlier runs included", type=int, metavar="N")
-
-    group = parser.add_argument_group("files")
-    option("--checkpoint", "save the training here, after each validation", metavar="FILE")
-    option("--resume", "continue from there, with its options or new ones", action="store_true")
-    number("--every", 500, "steps from one validation to the next")
-    option("--losses", "write the loss of each step of this run as CSV", metavar="FILE")
-
-    group = parser.add_argument_group("sample")
-    number("--sample", 500, "characters to write in the end", 0)
-    number("--temperature", 0.7, "0: always the likeliest character; 1: as often as learnt", 0)
-    option("--prime", "text that the sample continues (default: a new line)", metavar="TEXT")
+    parser.group("sample")
+    parser.number("--sample", 500, "characters to write in the end", 0)
+    help = "0: always the likeliest character; 1: as often as learnt"
+    parser.number("--temperature", 0.7, help, 0)
+    parser.option("--prime", "text that the sample continues (default: a new line)", metavar="TEXT")
     return parser
 
 
 def run(args: argparse.Namespace, saved: dict[str, Any] | None) -> int:
     if args.batch % WORLD:
         raise UserError(f"--batch {args.batch} cannot be shared out over {WORLD} processes")
-    for file in filter(None, (args.checkpoint, args.losses)):  # now, not after the training
-        if not Path(file).absolute().parent.is_dir():
-            raise UserError(f"cannot write {file}: no such directory")
+    for file in (args.checkpoint, args.losses):
+        writable(file)
     text = read_text(args.text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     if saved and saved["digest"] != digest:

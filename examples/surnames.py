@@ -5,37 +5,42 @@
   surnames.py --data names --picture confusion.png
 
 Each file, such as Polish.txt, has one name per line in UTF-8. Every tenth name, always the same
-ones, is held out. With --backend torch the same program runs on torch.nn: the same numbers at
-another speed. Needs torch and tqdm, and matplotlib for the picture.
+ones, is held out. --backend torch runs the same program on torch.nn: the same numbers at another
+speed; --backend both compares them. Needs torch and tqdm, _common.py beside it, and matplotlib for
+the picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import sys
-import time
 import unicodedata
-from collections.abc import Iterator
-from math import inf
 from pathlib import Path
+from types import ModuleType
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pack_padded_sequence
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
+
+from _common import (
+    BACKENDS,
+    Parser,
+    UserError,
+    execute,
+    make_models,
+    ragged,
+    read_text,
+    report,
+    train,
+    writable,
+)
 
 Names: TypeAlias = "list[tuple[str, int]]"  # a name and its language's number
 
-BACKENDS = {"fastrnn": "fastrnn", "torch": "torch.nn"}  # modules that define LSTM, GRU and RNN
 HELD_OUT = 10  # one name in so many
-
-
-class UserError(Exception):
-    """What the user can put right: ends the program with one line and no traceback."""
 
 
 def normal(name: str) -> str:
@@ -55,12 +60,8 @@ def read_names(folder: str) -> tuple[list[str], Names, Names]:
         raise UserError(f"{folder}: expected two or more files, named LANGUAGE.txt")
     sides: tuple[Names, Names] = [], []
     for number, file in enumerate(files):
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 text") from error
         # Once each: the data has some names many times, and that would count them many times.
-        for name in sorted({normal(line) for line in lines} - {""}):
+        for name in sorted({normal(line) for line in read_text(file).splitlines()} - {""}):
             sides[is_held_out(name)].append((name, number))
     if not all(sides):
         raise UserError(f"{folder}: too few names")
@@ -70,12 +71,11 @@ def read_names(folder: str) -> tuple[list[str], Names, Names]:
 class Classifier(nn.Module):
     """Embedding, recurrent layers in both directions, and scores from their final states."""
 
-    def __init__(self, characters: str, languages: int, args: argparse.Namespace) -> None:
+    def __init__(
+        self, library: ModuleType, characters: str, languages: int, args: argparse.Namespace
+    ) -> None:
         super().__init__()
-        try:
-            layers = getattr(importlib.import_module(BACKENDS[args.backend]), args.cell.upper())
-        except (ImportError, RuntimeError) as error:
-            raise UserError(f"--backend {args.backend} cannot be imported: {error}") from error
+        layers = getattr(library, args.cell.upper())
         self.codes = {char: code for code, char in enumerate(characters, 1)}  # 0: any other
         self.embedding = nn.Embedding(1 + len(characters), args.embed)
         self.rnn = layers(args.embed, args.hidden, args.layers, bidirectional=True)
@@ -85,52 +85,14 @@ class Classifier(nn.Module):
     def forward(self, names: list[str]) -> Tensor:
         """Scores ``[len(names), languages]``."""
         rows = [torch.tensor([self.codes.get(char, 0) for char in name]) for name in names]
-        lengths = torch.tensor([len(name) for name in names])
-        x = self.dropout(self.embedding(nn.utils.rnn.pad_sequence(rows)))
-        if isinstance(self.rnn, (nn.LSTM, nn.GRU, nn.RNN)):
-            _, state = self.rnn(pack_padded_sequence(x, lengths, enforce_sorted=False))
-        else:
-            _, state = self.rnn(x, lengths=lengths)
+        x = self.dropout(self.embedding(pad_sequence(rows)))
+        _, state = ragged(self.rnn, x, [len(name) for name in names])
         h = state[0] if isinstance(state, tuple) else state  # of an LSTM without c
         return self.head(self.dropout(torch.cat((h[-2], h[-1]), dim=1)))
 
-
-def batches(names: Names, size: int, generator: torch.Generator) -> Iterator[Names]:
-    """The names in a new order, for ever; the last few of each pass make no batch."""
-    size = min(size, len(names))
-    while True:
-        order = torch.randperm(len(names), generator=generator).tolist()
-        for start in range(0, len(names) - size + 1, size):
-            yield [names[i] for i in order[start : start + size]]
-
-
-def train(model: Classifier, names: Names, args: argparse.Namespace) -> list[float]:
-    """Trains until the budget is spent, with a falling learning rate; returns the losses."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    stream = batches(names, args.batch, torch.Generator().manual_seed(args.seed))
-    losses: list[float] = []
-    start = time.monotonic()
-    steps = args.epochs * max(1, len(names) // args.batch)
-    budget = args.minutes * 60 or steps
-
-    def spent() -> float:
-        return time.monotonic() - start if args.minutes else len(losses)
-
-    model.train()
-    layout = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=budget, bar_format=layout, disable=None) as bar:  # None: on a terminal
-        while (now := spent()) < budget or not losses:
-            optimizer.param_groups[0]["lr"] = args.lr * max(0, 1 - now / budget)
-            batch, languages = zip(*next(stream))
-            loss = cross_entropy(model(list(batch)), torch.tensor(languages))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-            bar.set_postfix_str(f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
-            bar.update(min(spent(), budget) - bar.n)
-    return losses
+    def loss(self, batch: Names) -> Tensor:
+        names, languages = zip(*batch)
+        return cross_entropy(self(list(names)), torch.tensor(languages))
 
 
 @torch.no_grad()
@@ -168,95 +130,53 @@ def draw(counts: Tensor, languages: list[str], file: str) -> None:
     figure.savefig(file, dpi=120)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser("surnames.py", description=summary, epilog=examples)
-    parser.usage = argparse.SUPPRESS  # an error then is one line
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-
-    def number(name: str, default: float, help: str, low: float = 1, high: float = inf) -> None:
-        """An option for a number of the default's type in ``[low, high)``."""
-
-        def parse(text: str) -> float:
-            value = type(default)(text)
-            if not low <= value < high:
-                raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
-            return value
-
-        parse.__name__ = type(default).__name__  # for argparse's "invalid int value"
-        help = f"{help} (default: {default})"
-        group.add_argument(name, help=help, type=parse, default=default, metavar="N")
-
-    def choice(name: str, help: str, *choices: str) -> None:
-        help = f"{help} (default: {choices[0]})"
-        group.add_argument(name, help=help, choices=choices, default=choices[0])
-
-    group = parser.add_argument_group("files")
-    group.add_argument("--data", help="folder of LANGUAGE.txt", metavar="FOLDER", required=True)
+def make_parser() -> Parser:
+    parser = Parser("surnames.py", __doc__)
+    parser.group("files")
+    parser.option("--data", "folder of LANGUAGE.txt", metavar="FOLDER", required=True)
     help = "draw the confusion matrix here (default: print it)"
-    group.add_argument("--picture", help=help, metavar="FILE")
+    parser.option("--picture", help, metavar="FILE")
 
-    group = parser.add_argument_group("model")
-    choice("--backend", "whose layers", *BACKENDS)
-    choice("--cell", "kind of layer", "gru", "lstm", "rnn")
-    number("--layers", 1, "recurrent layers")
-    number("--hidden", 128, "units in each direction of a layer")
-    number("--embed", 64, "size of the vector that stands for a character")
-    number("--dropout", 0.3, "share of activations dropped before and after the layers", 0, 1)
+    parser.group("model")
+    parser.choice("--backend", "whose layers", *BACKENDS, "both")
+    parser.choice("--cell", "kind of layer", "gru", "lstm", "rnn")
+    parser.number("--layers", 1, "recurrent layers")
+    parser.number("--hidden", 128, "units in each direction of a layer")
+    parser.number("--embed", 64, "size of the vector that stands for a character")
+    help = "share of activations dropped before and after the layers"
+    parser.number("--dropout", 0.3, help, 0, 1)
 
-    group = parser.add_argument_group("training")
-    number("--batch", 64, "names in a batch")
-    number("--lr", 0.004, "Adam's learning rate in the beginning; in the end it is 0", 0, 10)
-    number("--seed", 0, "seed of all random numbers", 0, 2**63)
-    group = group.add_mutually_exclusive_group()
-    number("--epochs", 10, "train so many times on each name")
-    number("--minutes", 0.0, "... or for this time, if it is not 0", 0)
+    parser.training("names", batch=64, lr=0.004, epochs=10)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.picture and not Path(args.picture).absolute().parent.is_dir():  # now, not in the end
-        raise UserError(f"cannot write {args.picture}: no such directory")
+    writable(args.picture)
     languages, training, held_out = read_names(args.data)
     characters = "".join(sorted({char for name, _ in training for char in name}))
-    torch.manual_seed(args.seed)
-    model = Classifier(characters, len(languages), args)
-    weights = sum(p.numel() for p in model.parameters())
     print(
         f"data: {len(languages)} languages, {len(characters)} characters, "
         f"{len(training):,} names for training, {len(held_out):,} held out"
     )
-    print(
-        f"model: {args.layers} x {args.hidden} {args.cell} of {args.backend}, {weights:,} weights"
-    )
+    models = make_models(lambda lib: Classifier(lib, characters, len(languages), args), args)
+    trained = train(models, training, args)
 
-    start = time.monotonic()
-    losses = train(model, training, args)
-    seconds = time.monotonic() - start
-    counts = confusion(model, held_out, len(languages))
-    accuracy = counts.trace().item() / counts.sum().item()
-    print(f"trained: {len(losses):,} steps in {seconds:.1f} seconds, last loss {losses[-1]:.6f}")
+    counts = {name: confusion(m, held_out, len(languages)) for name, m in models.items()}
+    first = next(iter(counts.values()))
     if args.picture:
         try:
-            draw(counts, languages, args.picture)
+            draw(first, languages, args.picture)
         except ImportError:
             print("no matplotlib, so no picture but a table:")
             args.picture = None
     if not args.picture:
-        print(table(counts, languages))
-    print(f"held-out accuracy: {accuracy:.2%}")
+        print(table(first, languages))
+    accuracy = {name: (c.trace() / c.sum()).item() for name, c in counts.items()}
+    report(trained, "held-out accuracy", accuracy)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return execute(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -70,3 +70,12 @@ def dtype(request) -> torch.dtype:
 @pytest.fixture(params=[False, True], ids=["uni", "bi"])
 def bidirectional(request) -> bool:
     return request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Enough for tiny models, and quick on a busy machine, where torch.nn's threads spin."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -2,34 +2,22 @@
 goes on bit for bit.
 """
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "char_lm.py"
-SPEC = importlib.util.spec_from_file_location("char_lm", EXAMPLE)
-char_lm = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(char_lm)
+import char_lm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CELLS = ["lstm", "gru", "rnn"]
 BACKENDS = ["fastrnn", "torch"]
 SMALL = ["--hidden=16", "--embed=8", "--batch=4", "--steps=16", "--lr=0.01", "--sample=40"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Enough for models this small, and quick on a busy machine, where torch.nn's threads spin."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -70,7 +58,7 @@ def run_two(text, tmp_path):
     def run(*options, interrupt_at=None):
         losses = tmp_path / "losses.csv"
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        program = [EXAMPLE, f"--text={text}", *SMALL, f"--losses={losses}", *options]
+        program = [char_lm.__file__, f"--text={text}", *SMALL, f"--losses={losses}", *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         errors = tmp_path / "errors.txt"
         with (
@@ -308,16 +296,6 @@ def test_default_text():
     text = char_lm.read_text(None)
     assert len(text) > 1_000_000
     assert "class ArgumentParser" in text
-
-
-def test_help():
-    command = [sys.executable, "-Werror", EXAMPLE, "--help"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
-    )
-    assert done.returncode == 0, done.stderr
-    for option in ["--cell", "--backend", "--minutes", "--resume", "--prime"]:
-        assert f"\n  {option} " in done.stdout
 
 
 def refused(capsys, *options):
