@@ -26,7 +26,7 @@ class ForwardScan {
   // Up to so many rows in all steps, packing a weight takes longer than it saves: dot products with
   // the weight as it lies end in a sum over lanes, the shorter the more often.
   static constexpr int64_t few_rows(int64_t depth) {
-    return std::is_same_v<S, F> && Step<F>::values == 1 ? depth * 3 / 4 : 32;
+    return std::is_same_v<S, F> && Step<F>::values == 1 ? min_of(depth * 3 / 4, 256) : 32;
   }
 
  public:

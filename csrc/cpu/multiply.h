@@ -199,16 +199,25 @@ struct Assign {
   }
 };
 
-// Lane i of the result is the sum over the lanes of a[i]. Halves are folded onto each other, those
-// of two vectors at a time, until one vector is left.
+// Seen as a matrix of two rows and blocks of W lanes, exchanges the odd blocks of a with the even
+// ones of b.
 template <class T, int W, int... I>
-[[gnu::always_inline]] inline Vec<T> fold(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+[[gnu::always_inline]] inline void exchange(Vec<T>& a, Vec<T>& b,
+                                            std::integer_sequence<int, I...>) {
   constexpr int lanes = Vec<T>::lanes;
   const auto low = __builtin_shufflevector(a.raw, b.raw, (I & W ? lanes + I - W : I)...);
   const auto high = __builtin_shufflevector(a.raw, b.raw, (I & W ? lanes + I : I + W)...);
-  return Vec<T>(low + high);
+  a = low;
+  b = high;
 }
-// Folds From / To vectors into one: parts of From lanes that belong together become parts of To.
+template <class T, int W>
+[[gnu::always_inline]] inline void exchange(Vec<T>& a, Vec<T>& b) {
+  exchange<T, W>(a, b, std::make_integer_sequence<int, Vec<T>::lanes>());
+}
+
+// Lane i of the result is the sum over the lanes of a[i], for From = lanes and To = 1: halves are
+// folded onto each other, those of two vectors at a time, until one vector is left. Else From / To
+// vectors become one: parts of From lanes that belong together become parts of To.
 template <class T, int From, int To>
 [[gnu::always_inline]] inline Vec<T> sum_lanes(Vec<T>* a) {
   if constexpr (From == To) {
@@ -217,9 +226,22 @@ template <class T, int From, int To>
     constexpr int half = From / 2, apart = half / To;
 #pragma GCC unroll 8
     for (int i = 0; i < apart; ++i) {
-      a[i] = fold<T, half>(a[i], a[i + apart], std::make_integer_sequence<int, Vec<T>::lanes>());
+      exchange<T, half>(a[i], a[i + apart]);
+      a[i] = a[i] + a[i + apart];
     }
     return sum_lanes<T, half, To>(a);
+  }
+}
+
+// Vectors that are the rows of a square become its columns.
+template <class T, int W = Vec<T>::lanes / 2>
+[[gnu::always_inline]] inline void transpose(Vec<T>* rows) {
+  if constexpr (W > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec<T>::lanes; ++i) {
+      if (!(i & W)) exchange<T, W>(rows[i], rows[i + W]);
+    }
+    transpose<T, W / 2>(rows);
   }
 }
 

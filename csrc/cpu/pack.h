@@ -35,7 +35,18 @@ void pack_forward(const S* weight, int64_t hidden, int64_t depth, int gates, int
     const int64_t left = hidden - unit;
     const int count = left < 0 ? 0 : left < lanes ? static_cast<int>(left) : lanes;
     const S* source = weight + (v % gates * hidden + unit) * depth;
-    for (int64_t k = 0; k < packed_depth<F>(depth); ++k) {
+    int64_t k = 0;
+    if constexpr (std::is_same_v<S, F> && values == 1) {
+      for (; count == lanes && k + lanes <= depth; k += lanes) {
+        Vec<F> square[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) square[i] = Vec<F>::load(source + i * depth + k);
+        transpose<F>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) square[i].store(packed + ((k + i) * vectors + v) * lanes);
+      }
+    }
+    for (; k < packed_depth<F>(depth); ++k) {
       F* lane = packed + (k / values * vectors + v) * lanes * values + k % values;
       const int filled = k < depth ? count : 0;
       for (int i = 0; i < filled; ++i) convert(source[i * depth + k], lane[i * values]);

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +14,7 @@ from types import ModuleType
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CUDA = ROOT / "csrc" / "cuda"
-CELLS = ["Elman<Tanh>", "Elman<Relu>", "Gru", "Lstm"]
+REGISTRY = ROOT / "csrc" / "cells" / "registry.h"
 NAME = "fastrnn_harness"
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
@@ -26,6 +27,12 @@ SANITIZERS = [
     "-g1",
     "-O1",
 ]
+
+
+def cells() -> list[str]:
+    """The cell types in the registry."""
+    [found] = re.findall(r"using Cells = CellList<([^;]*)>;", REGISTRY.read_text(encoding="utf-8"))
+    return re.split(r",\s*", found)
 
 
 def load(sanitize: bool = False) -> ModuleType:
@@ -48,7 +55,7 @@ def load(sanitize: bool = False) -> ModuleType:
         folder.mkdir(parents=True, exist_ok=True)
         jobs = [(CUDA / "bind.cc", [f"-DFASTRNN_MODULE={NAME}"])]
         jobs += [(CUDA / "plan.cc", []), (CUDA / "upload.cu", []), (HERE / "harness.cc", [])]
-        for cell in CELLS:
+        for cell in cells():
             for extra in ([], ["-DFASTRNN_BACKWARD"]):
                 jobs.append((CUDA / "kernels.cu", [f"-DFASTRNN_CELL={cell}", *extra]))
         # A preloaded sanitizer is not for the compiler.
