@@ -5,8 +5,8 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,14 +172,24 @@ def test_wrong_scan(run, monkeypatch, kernel):
 
 @pytest.mark.parametrize("devices", [0, 1])
 def test_cuda_library_that_does_not_load(run, monkeypatch, devices):
-    def find(name):
-        return ModuleSpec(name, None)
+    def refuse(name):
+        raise ImportError(f"{name}: libcuda.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(diagnostics.importlib.util, "find_spec", find)
-    monkeypatch.setitem(sys.modules, "fastrnn._cuda", None)
+    monkeypatch.setattr(fastrnn._load, "import_module", refuse)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"device {i}")
     code, output, errors = run()
     assert "fastrnn's library: cannot be loaded: " in output
     assert code == devices  # without a device nobody misses it
     assert len(errors) == devices
+
+
+@pytest.mark.parametrize(
+    ("driver", "text"),
+    [(12080, "cannot be used: built for CUDA 13, the driver"), (13010, "loaded"), (0, "loaded")],
+)
+def test_cuda_library_newer_than_the_driver(run, monkeypatch, driver, text):
+    library = SimpleNamespace(built_for=13000)
+    monkeypatch.setattr(fastrnn._load, "import_module", lambda name: library)
+    monkeypatch.setattr(fastrnn._load, "_driver_version", lambda: driver)
+    assert f"fastrnn's library: {text}" in run()[1]

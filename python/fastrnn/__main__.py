@@ -6,8 +6,6 @@ Exit code 1, with a line on stderr for each thing that is wrong.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 
 import fastrnn
 
-from ._openmp import openmp_library
+from ._load import find_cuda, openmp_library
 
 CELLS = "LSTM", "GRU", "RNN"
 T, B, I, H = 32, 8, 64, 64  # noqa: E741
@@ -71,15 +69,7 @@ def openmp() -> Report:
 
 
 def cuda() -> Report:
-    library, name = None, "fastrnn._cuda"
-    if importlib.util.find_spec(name) is None:
-        library = "not part of this installation"
-    else:
-        try:
-            importlib.import_module(name)
-            library = "loaded"
-        except Exception as error:
-            library = f"cannot be loaded: {error}"
+    _, library = find_cuda()
     count = torch.cuda.device_count()
     if library == "loaded" and not count:
         library += (

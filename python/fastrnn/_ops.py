@@ -10,56 +10,14 @@ custom_op decorator.
 
 from __future__ import annotations
 
-import ctypes
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from importlib import import_module
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._openmp import show_openmp
-
-try:
-    from . import _cpu
-except ImportError as error:
-    if not any(name in str(error) for name in ("GOMP", "omp_", "__kmpc")):
-        raise
-    show_openmp()  # as this torch has not: that of 2.6 for aarch64, say
-    try:
-        from . import _cpu
-    except ImportError:
-        raise ImportError(
-            "fastrnn uses the OpenMP runtime that torch loads, and this torch "
-            f"({torch.__version__}) has not made it visible: {error}"
-        ) from error
-
-try:
-    _cuda: ModuleType | None = import_module("fastrnn._cuda")
-except ImportError:  # built without nvcc; python -m fastrnn tells of any other reason
-    _cuda = None
-
-
-def _driver_version() -> int:
-    """The CUDA version that the driver is for, 0 without one; does not initialise CUDA."""
-    version = ctypes.c_int(0)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return version.value
-
-
-if _cuda is not None and 0 < _driver_version() // 1000 < _cuda.built_for // 1000:
-    warnings.warn(
-        f"fastrnn's CUDA kernels are built for CUDA {_cuda.built_for // 1000}, the driver is for "
-        f"{_driver_version() // 1000}: CUDA tensors run on the definition in plain torch",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    _cuda = None
+from ._load import _cpu, _cuda
 
 CELLS = _cpu.cells
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastrnn._openmp import openmp_library
+from fastrnn._load import openmp_library
 
 # What torch 2.6 for aarch64 does: no library that it shows to all others depends on the runtime.
 HIDDEN = """
