@@ -1,4 +1,4 @@
-"""A result as a picture: python -m bench.heatmap [FILE] [PICTURE]
+"""A result as a picture: python -m bench.heatmap [FILE] [PICTURE].
 
 One row per shape, one column per mode and cell; colour and number are the best peer's time over
 fastrnn's.

@@ -39,6 +39,12 @@ py::dict cell_infos() {
   return infos;
 }
 
+bool has_cell_state(int cell) {
+  bool has = false;
+  Cells::visit(cell, [&](auto c) { has = decltype(c)::has_cell_state; });
+  return has;
+}
+
 int gates_of(int cell) {
   int gates = 0;
   Cells::visit(cell, [&](auto c) { gates = decltype(c)::gates; });
@@ -177,6 +183,12 @@ void backward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, A
   set_optional(args.d_weight_hr, d_weight_hr, args.directions);
   set_optional(args.d_bias_ih, d_bias_ih, args.directions);
   set_optional(args.d_bias_hh, d_bias_hh, args.directions);
+  if (!d_weight_hr.empty() && weight_hr.empty()) {
+    throw std::invalid_argument("expected weight_hr with its gradient");
+  }
+  if (d_c_0 != 0 && !has_cell_state(cell)) {
+    throw std::invalid_argument("expected no gradient of c_0: this cell has no cell state");
+  }
   args.h_0 = pointer(h_0);
   args.c_0 = pointer(c_0);
   args.output = pointer(output);

@@ -278,3 +278,45 @@ def test_two_threads_at_once(cell):
     with ThreadPoolExecutor(2) as pool:
         for actual in pool.map(call, range(8)):
             assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("flagged", [torch._neg_view, torch._efficientzerotensor], ids=str)
+def test_states_in_flags(cell, flagged):
+    """Negation and zeros that stand in a tensor's flags alone, not in its memory."""
+    model = make(fastrnn, cell, 3, 7)
+    x, hx = inputs(model, 4, 2)
+    given = [
+        flagged(h) if flagged is torch._neg_view else flagged(h.shape, dtype=h.dtype)
+        for h in unpack(hx)
+    ]
+    results = []
+    for states in (given, [h.clone() if h._is_zerotensor() else h.resolve_neg() for h in given]):
+        output, _ = model(x, pack(tuple(states)))
+        results.append([output, *torch.autograd.grad(output.sum(), list(model.parameters()))])
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_saved_tensors_of_other_strides(cell):
+    """A hook may hand back what forward saved in another layout."""
+
+    def restride(t):
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+    model = make(fastrnn, cell, 3, 7, bidirectional=True)
+    x, hx = inputs(model, 4, 2)
+    grads = []
+    for unpack_saved in (lambda t: t, restride):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack_saved):
+            output, _ = model(x, hx)
+        grads.append(torch.autograd.grad(output.sum(), list(model.parameters())))
+    for actual, expected in zip(*grads):
+        assert torch.equal(actual, expected)
+
+
+def test_no_c_0_without_a_cell_state():
+    model = make(fastrnn, "GRU", 3, 7)
+    c_0 = torch.zeros(1, 2, 7, requires_grad=True)
+    x = torch.zeros(4, 2, 3)
+    with pytest.raises(ValueError, match="c_0: expected None for GRU"):
+        fastrnn.GRUFunction.apply("GRU", 1, 2, None, None, False, x, None, c_0, *model.parameters())

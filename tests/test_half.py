@@ -153,3 +153,17 @@ def test_autocast_to_float16(cell):
         output, _ = model(x, hx)
     assert output.dtype == (torch.float32 if cell == "GRU" else torch.float16)
     torch.testing.assert_close(output.float(), model(x, hx)[0], atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("H", [15, 16, 17, 33])
+def test_infinity_stays_infinity(H):
+    """Beyond the last unit, no product of infinity with a padding zero counts as a factor."""
+    ours, theirs = pair("RNN_RELU", 3, H, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for p in (*ours.parameters(), *theirs.parameters()):
+            p.copy_(p.abs() * 8)
+        x = torch.ones(40, 3, 3, dtype=torch.bfloat16)
+        output, expected = ours(x)[0], theirs(x)[0]
+    assert expected.isinf().any()
+    assert not output.isnan().any()
+    assert torch.equal(output.isinf()[-1], expected.isinf()[-1])

@@ -372,6 +372,7 @@ class BackwardScan {
         dh = dh + V::load(at(args_.d_h_n, state_offset(direction, row + r, shown_) + column), left);
       }
       const int64_t local = steps_.offset(step.t) + row + r - step.chunk.begin;
+      if (left < V::lanes) dh = first_lanes(dh, left);
       dh.store(chunk_row(chunk_h_, direction, local) + column);
       if constexpr (kNarrows) dh.store(chunk_row(factors_h_, direction, local) + column);
     }

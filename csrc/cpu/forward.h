@@ -398,7 +398,8 @@ class ForwardScan {
             const int64_t column = (block * hr_.units + u) * V::lanes;
             const int64_t left = min_of(shown_ - column, V::lanes);
             if (left <= 0) break;
-            const V h = sums[r * hr_.units + u];
+            V h = sums[r * hr_.units + u];
+            if (left < V::lanes) h = first_lanes(h, left);
             h.store(output + column, left);
             (cut ? V(T(0)) : h).store(h_next + column);
           }
@@ -456,7 +457,8 @@ class ForwardScan {
       }
       if constexpr (Cell::has_cell_state) kept = V::load(cell + r * stride_);
 
-      const V h = Cell::forward(x, recurrent, direct, kept);
+      V h = Cell::forward(x, recurrent, direct, kept);
+      if constexpr (!Full) h = first_lanes(h, left);
 
       if constexpr (Cell::saves_gates) {
         if (gates != nullptr) {

@@ -123,6 +123,15 @@ struct Vec {
   static uint16_t mask(int64_t count) { return static_cast<uint16_t>((1 << count) - 1); }
 };
 
+// Zero beyond the first `count` lanes, fewer than all, where products with packed zeros may have
+// left NaN.
+template <class T>
+inline Vec<T> first_lanes(Vec<T> v, int64_t count) {
+  T lane[Vec<T>::lanes];
+  v.store(lane);
+  return Vec<T>::load(lane, count);
+}
+
 // Copies `count` elements from one element type into another that is computed in the same one.
 template <class From, class To>
 inline void convert(const From* from, To* to, int64_t count) {

@@ -80,12 +80,17 @@ def _check(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     batch: int,
+    reverse: bool,
 ) -> _Sizes:
     """What both passes are given."""
     directions, hidden, shown, wide = sizes = _sizes(mode, weight_hh)
     for name, each in (("weight_ih", weight_ih), ("weight_hr", weight_hr or weight_hh)):
         if len(each) != directions:
             raise ValueError(f"{name}: expected one tensor per direction, got {len(each)}")
+    if reverse and directions == 2:
+        raise ValueError("reverse: expected a single direction, got 2")
+    if c_0 is not None and not CELLS[mode].has_cell_state:
+        raise ValueError(f"c_0: expected None for {mode}, which has no cell state")
     if not weight_hr and shown != hidden:
         raise ValueError(f"weight_hh: expected {hidden} columns, got {shown}")
     _expect(x, (wide, x.shape[-1]), weight_ih=weight_ih)
@@ -336,7 +341,7 @@ class Scan:
     ) -> tuple[Tensor, ...]:
         batch = x.shape[1] if batch_sizes is None else batch  # a trace knows only the number
         weights = weight_ih, weight_hh, weight_hr
-        sizes = _check(mode, x, *weights, h_0, c_0, batch_sizes, resets, batch)
+        sizes = _check(mode, x, *weights, h_0, c_0, batch_sizes, resets, batch, reverse)
         _expect(x, (sizes.wide,), bias_ih=bias_ih, bias_hh=bias_hh)
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
@@ -432,7 +437,7 @@ class Scan:
         wanted: list[bool],
     ) -> tuple[Tensor, ...]:
         weights = weight_ih, weight_hh, weight_hr
-        sizes = _check(mode, x, *weights, h_0, c_0, batch_sizes, resets, batch)
+        sizes = _check(mode, x, *weights, h_0, c_0, batch_sizes, resets, batch, reverse)
         directions, hidden, shown, wide = sizes
         cell, steps, count = CELLS[mode], x.shape[:-1], x.shape[:-1].numel()
         _expect(x, (*steps, directions * shown), output=output, d_output=d_output)
@@ -446,6 +451,7 @@ class Scan:
             x, h_0, c_0 = x.contiguous(), _contiguous(h_0), _contiguous(c_0)
             d_output, d_extra = _contiguous(d_output), _contiguous(d_extra)
             d_h_n, d_c_n = _contiguous(d_h_n), _contiguous(d_c_n)
+            output, extra, gates = (t.contiguous() for t in (output, extra, gates))
             results = _backward_outputs(mode, x, weight_hh, batch, wanted)
             d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, _, d_b_ih, d_b_hh = results
             inputs = x.view(-1, x.shape[-1])

@@ -64,6 +64,8 @@ def layer_forward(
 
     For an LSTM that begins with every c_t, which `all_c` asks for alone.
     """
+    if c_0 is not None and not CELLS[spec.mode].has_cell_state:
+        raise ValueError(f"c_0: expected None for {spec.mode}, which has no cell state")
     each = _split(weights, spec.directions)
     kinds = len(each[0])
     plain = not torch.compiler.is_compiling() and is_plain(x, h_0, c_0, *weights)
@@ -149,7 +151,9 @@ def layer_backward(
     kinds = len(each[0])  # w_ih, w_hh, perhaps both biases, perhaps w_hr
     want_kind = [any(want_weights[i::kinds]) for i in range(kinds)]
     want_hr, want_bias = kinds % 2 == 1 and want_kind[-1], kinds > 3 and any(want_kind[2:4])
-    plain = not torch.compiler.is_compiling() and is_plain(saved.x, *grads, *saved.weights)
+    plain = not torch.compiler.is_compiling() and is_plain(
+        saved.x, saved.h_0, saved.c_0, *grads, *saved.weights
+    )
     scan: Callable[..., tuple[Tensor, ...]] = scan_backward_cpu if plain else scan_backward
     d_x, d_h_0, d_c_0, d_ih, d_hh, d_hr, *d_biases = scan(
         spec.mode,

@@ -56,8 +56,12 @@ def takes_mask(x: Tensor) -> bool:
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """int64 values of the CPU on `device`; if that is a GPU with kernels, nothing waits for it."""
-    transformed = torch._C._are_functorch_transforms_active()
-    if device.type != "cuda" or _cuda is None or transformed:
+    watched = (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    )
+    if device.type != "cuda" or _cuda is None or watched:
         return values.to(device)
     return _on_cuda.upload(values, device)
 
@@ -314,6 +318,7 @@ def _scan_backward(
     results = outputs(mode, x, weight_hh, batch, wanted)
     d_x, d_h_0, d_c_0, d_w_ih, d_w_hh, d_w_hr, d_b_ih, d_b_hh = results
     if cell.saves_gates:
+        gates = gates.contiguous()
         memory.at("gates", gates, (directions, rows, wide))
     _cpu.backward(
         cell.index,

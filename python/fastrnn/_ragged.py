@@ -2,8 +2,8 @@
 
 A masked step leaves the state as it is, so a row with holes is the same recurrence as that row with
 its real steps moved together. Every mask, lengths and PackedSequence therefore takes one form: rows
-sorted by their number of steps, longest first, step after step, N rows of features in all. No
-kernel ever sees a padded step.
+sorted by their number of steps, longest first, step after step, N rows of features in all. No CPU
+kernel ever sees a padded step; those on CUDA take the mask, see _ops.takes_mask.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_IN_SDIST = re.compile(r"\.|bench/results/|docs/")  # sdist.exclude in pyproject.toml
+NOT_IN_SDIST = re.compile(r"\.|bench/results/|docs/|mkdocs\.yml")  # sdist.exclude in pyproject.toml
 CPU_LIMIT = 5_000_000  # bytes of a wheel without the GPU part
 
 
