@@ -11,8 +11,9 @@ import fastrnn
 from helpers import CELLS, TOLERANCE
 
 # What tests a CPU, a process, a program or the definition, or puts its tensors on the CPU.
-CPU_ONLY = ["bench", "char_lm", "common_modules", "diagnostics", "distributed", "docs", "math"]
-CPU_ONLY += ["reference", "surnames", "tagging", "threads", "tiles", "variants"]
+CPU_ONLY = ["bench", "char_lm", "common_modules", "diagnostics", "distributed", "docs", "examples"]
+CPU_ONLY += ["math", "packaging", "reference", "seq2seq", "surnames", "tagging", "threads"]
+CPU_ONLY += ["tiles", "types", "variants", "visualise"]
 if importlib.util.find_spec("hypothesis") is None:  # a GPU's machine may not have it
     CPU_ONLY += ["properties"]
 
