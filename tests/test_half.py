@@ -161,7 +161,7 @@ def test_infinity_stays_infinity(H):
     ours, theirs = pair("RNN_RELU", 3, H, dtype=torch.bfloat16)
     with torch.no_grad():
         for p in (*ours.parameters(), *theirs.parameters()):
-            p.copy_(p.abs() * 8)
+            p.fill_(2)
         x = torch.ones(40, 3, 3, dtype=torch.bfloat16)
         output, expected = ours(x)[0], theirs(x)[0]
     assert expected.isinf().any()
