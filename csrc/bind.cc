@@ -39,16 +39,16 @@ py::dict cell_infos() {
   return infos;
 }
 
-bool has_cell_state(int cell) {
-  bool has = false;
-  Cells::visit(cell, [&](auto c) { has = decltype(c)::has_cell_state; });
-  return has;
+// What `trait` says of the cell's type.
+template <class Trait>
+auto trait_of(int cell, Trait trait) {
+  decltype(trait(Lstm{})) value{};
+  Cells::visit(cell, [&](auto c) { value = trait(c); });
+  return value;
 }
 
 int gates_of(int cell) {
-  int gates = 0;
-  Cells::visit(cell, [&](auto c) { gates = decltype(c)::gates; });
-  return gates;
+  return trait_of(cell, [](auto c) { return decltype(c)::gates; });
 }
 
 template <class Pointer>
@@ -129,8 +129,8 @@ void set_weights(Args& args, const Addresses& weight_ih, const Addresses& weight
   set(args.weight_ih, weight_ih, args.directions);
   set(args.weight_hh, weight_hh, args.directions);
   set_optional(args.weight_hr, weight_hr, args.directions);
-  bool has_direct_path = false;
-  Cells::visit(args.cell, [&](auto c) { has_direct_path = decltype(c)::has_direct_path; });
+  const bool has_direct_path =
+      trait_of(args.cell, [](auto c) { return decltype(c)::has_direct_path; });
   if (weight_hr.empty() ? args.shown != args.hidden : has_direct_path) {
     throw std::invalid_argument("this cell and these sizes have no such projection");
   }
@@ -186,7 +186,7 @@ void backward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, A
   if (!d_weight_hr.empty() && weight_hr.empty()) {
     throw std::invalid_argument("expected weight_hr with its gradient");
   }
-  if (d_c_0 != 0 && !has_cell_state(cell)) {
+  if (d_c_0 != 0 && !trait_of(cell, [](auto c) { return decltype(c)::has_cell_state; })) {
     throw std::invalid_argument("expected no gradient of c_0: this cell has no cell state");
   }
   args.h_0 = pointer(h_0);

@@ -27,6 +27,7 @@ from torch import Tensor
 from ._ops import (
     _DTYPES,
     CELLS,
+    _address,
     _backward_outputs,
     _forward_outputs,
     _layout,
@@ -42,10 +43,6 @@ _INITIAL, _CUT = -1, -2
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _expect(
