@@ -35,19 +35,19 @@ class BackwardScan {
         steps_(args, workspace),
         input_(args.input),
         hidden_(args.hidden),
-        shown_(args.shown),
+        shown_(args.proj),
         wide_(G * args.hidden),
         projects_(args.weight_hr[0] != nullptr),
         stride_(odd_lines<T>(wide_)),
         chunk_steps_(max_of(1, min_of(args.steps, kChunkRows / max_of(1, args.batch)))),
         threads_(threads),
-        hh_(args.shown),
+        hh_(args.proj),
         ih_(args.input),
         hr_(args.hidden),
         is_one_chunk_(args.steps > 0 && args.steps <= chunk_steps_),
         gradient_ih_(wide_, args.input, args.directions, !is_one_chunk_, workspace),
-        gradient_hh_(wide_, args.shown, args.directions, !is_one_chunk_, workspace),
-        gradient_hr_(projects_ ? args.shown : 0, args.hidden, args.directions, !is_one_chunk_,
+        gradient_hh_(wide_, args.proj, args.directions, !is_one_chunk_, workspace),
+        gradient_hr_(projects_ ? args.proj : 0, args.hidden, args.directions, !is_one_chunk_,
                      workspace) {
     const size_t directions = args.directions;
     const size_t states = directions * args.batch * hidden_;

@@ -36,13 +36,13 @@ class ForwardScan {
         input_(args.input),
         input_stride_(packed_depth<F>(args.input)),
         hidden_(args.hidden),
-        shown_(args.shown),
+        shown_(args.proj),
         projects_(args.weight_hr[0] != nullptr),
-        stride_(odd_lines<T>(max_of(args.hidden, args.shown))),
+        stride_(odd_lines<T>(max_of(args.hidden, args.proj))),
         units_(units_per_block<T>(args.hidden, G)),
         width_(units_ * G * V::lanes),
         blocks_((args.hidden + units_ * V::lanes - 1) / (units_ * V::lanes)),
-        hr_(args.shown),
+        hr_(args.proj),
         ahead_(max_of(1, min_of(args.steps, kProjectedRows / max_of(1, args.batch)))) {
     const int64_t states = args.directions * args.batch * stride_;
     const int64_t rows = args.directions * ahead_ * args.batch;

@@ -2,7 +2,7 @@
 // work is a thread's own.
 #pragma once
 
-#include "../scan.h"
+#include "scan.h"
 #include "multiply.h"
 #include "schedule.h"
 #include "team.h"

@@ -1,7 +1,7 @@
 // One compiled variant of the CPU kernels, as the rest of the library sees it.
 #pragma once
 
-#include "../scan.h"
+#include "scan.h"
 
 namespace fastrnn {
 

@@ -1,4 +1,4 @@
-"""The compiled kernels; see csrc/bind.cc. An address is that of a contiguous tensor's data, 0 for
+"""The compiled kernels; see csrc/cpu/bind.cc. An address is that of a contiguous tensor's data, 0 for
 none."""
 
 from collections.abc import Sequence

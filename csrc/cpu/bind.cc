@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "cells/registry.h"
-#include "cpu/variant.h"
-#include "cpu/workspace.h"
+#include "../cells/registry.h"
 #include "scan.h"
+#include "variant.h"
+#include "workspace.h"
 
 namespace py = pybind11;
 
@@ -61,10 +61,6 @@ void set(Pointer (&target)[kMaxDirections], const Addresses& source, int directi
   for (size_t d = 0; d < source.size(); ++d) target[d] = reinterpret_cast<Pointer>(source[d]);
 }
 
-size_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 template <class Pointer>
@@ -95,7 +91,7 @@ void set_shape(Args& args, int cell, int dtype, std::array<int64_t, 5> sizes, in
   args.steps = steps;
   args.batch = batch;
   args.hidden = hidden;
-  args.shown = shown;
+  args.proj = shown;
   args.directions = static_cast<int>(directions);
   args.batch_sizes = static_cast<const int64_t*>(pointer(batch_sizes));
   args.reverse = reverse;
@@ -131,7 +127,7 @@ void set_weights(Args& args, const Addresses& weight_ih, const Addresses& weight
   set_optional(args.weight_hr, weight_hr, args.directions);
   const bool has_direct_path =
       trait_of(args.cell, [](auto c) { return decltype(c)::has_direct_path; });
-  if (weight_hr.empty() ? args.shown != args.hidden : has_direct_path) {
+  if (weight_hr.empty() ? args.proj != args.hidden : has_direct_path) {
     throw std::invalid_argument("this cell and these sizes have no such projection");
   }
 }
@@ -157,7 +153,7 @@ void forward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, Ad
   const CpuVariant& variant = active_variant();
   py::gil_scoped_release release;
   const size_t sequence = rows * args.directions * args.hidden * size_of(args.dtype);
-  prefer_large_pages(args.output, rows * args.directions * args.shown * size_of(args.dtype));
+  prefer_large_pages(args.output, rows * args.directions * args.proj * size_of(args.dtype));
   prefer_large_pages(args.extra, sequence);
   for (int d = 0; d < args.directions; ++d) {
     prefer_large_pages(args.gates[d], gates_of(cell) * sequence / args.directions);
@@ -209,8 +205,7 @@ void backward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, A
   for (int d = 0; d < args.directions; ++d) {
     if (column * args.input >= kMapped)
       prefer_large_pages(args.d_weight_ih[d], column * args.input);
-    if (column * args.shown >= kMapped)
-      prefer_large_pages(args.d_weight_hh[d], column * args.shown);
+    if (column * args.proj >= kMapped) prefer_large_pages(args.d_weight_hh[d], column * args.proj);
   }
   variant.backward(args, threads);
 }

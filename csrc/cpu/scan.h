@@ -1,0 +1,67 @@
+// What a scan on the CPU is told: one layer in all its directions, with the products of its input
+// and of its weight gradients. Sizes and layouts are those of ../scan.h.
+//
+// The caller owns every buffer. All are contiguous and hold the dtype of the scan, except `extra`,
+// d_extra and `boundaries`, which are float32 for the 16-bit dtypes, as is everything that is
+// carried from step to step.
+#pragma once
+
+#include "../scan.h"
+
+namespace fastrnn {
+
+// What both passes are told.
+struct LayerArgs : ScanShape {
+  const int64_t* batch_sizes;  // [T], not increasing, each <= B; null: all rows live for all steps
+  const bool* resets;          // [N] or null: this step begins a new segment of its row
+
+  const void* x;                          // [N, I]
+  const void* weight_ih[kMaxDirections];  // [G*H, I]
+  const void* weight_hh[kMaxDirections];  // [G*H, P]
+  const void* bias_ih[kMaxDirections];    // [G*H] or null
+  const void* bias_hh[kMaxDirections];    // the same
+  const void* weight_hr[kMaxDirections];  // [P, H] projects h; null: P = H. Not with a direct path.
+  const void* h_0;                        // [D, B, P] or null for zeros
+  const void* c_0;                        // [D, B, H] or null; only cells with a cell state
+};
+
+struct ForwardArgs : LayerArgs {
+  void* output;  // [N, D*P]: every h_t
+  void* h_n;     // [D, B, P]: h after each row's last step. Must not alias h_0.
+  void* c_n;     // [D, B, H]; only cells with a cell state
+
+  // What backward needs, or null if there will be no backward.
+  void* gates[kMaxDirections];  // [N, G*H]: the activated gates; only cells that save them
+  void* extra;                  // [N, D*H]: LSTM: c_t; GRU: W_hn h + b_hn; only cells that have it
+  // With checkpoint_every in place of `gates`: [S-1, D, B, P + C], the states (h, c) that a
+  // direction carries across each boundary between two of the S segments; C = H with a cell state,
+  // else 0. Boundary k lies between steps (k + 1) * checkpoint_every - 1 and the next.
+  void* boundaries;
+};
+
+// The buffers that forward wrote are only read here, so that backward can run twice on them.
+struct BackwardArgs : LayerArgs {
+  const void* output;
+  // Null with checkpoint_every, where backward computes them again, a segment at a time.
+  const void* gates[kMaxDirections];
+  const void* extra;
+  const void* boundaries;
+
+  // Incoming gradients; null means zero.
+  const void* d_output;  // [N, D*P]
+  const void* d_h_n;     // [D, B, P]
+  const void* d_c_n;     // [D, B, H]
+  const void* d_extra;   // [N, D*H]; only cells whose extra is the cell state
+
+  // Outgoing gradients; null if not wanted.
+  void* d_x;                          // [D, N, I]: the part of each direction, to be added up
+  void* d_h_0;                        // [D, B, P]
+  void* d_c_0;                        // [D, B, H]
+  void* d_weight_ih[kMaxDirections];  // [G*H, I]
+  void* d_weight_hh[kMaxDirections];  // [G*H, P]
+  void* d_weight_hr[kMaxDirections];  // [P, H]
+  void* d_bias_ih[kMaxDirections];    // [G*H]; both or none
+  void* d_bias_hh[kMaxDirections];    // [G*H]
+};
+
+}  // namespace fastrnn
