@@ -1,10 +1,10 @@
 // The hot loop: a register tile of a matrix product, MR rows by NV vectors of columns.
 //
-// The MR * NV sums stay in registers for the whole of the depth; each step loads NV vectors of the
-// packed right side and broadcasts MR scalars of the left one for MR * NV multiply-adds. (Of 16-bit
-// factors, where the processor multiplies them in pairs, a step takes two.) Meanwhile
-// one cache line of `later` a step is brought to L2: weights of large layers come from farther
-// away, and the hardware does not know which come next.
+// The MR * NV sums stay in registers for the whole of the depth; for each k, NV vectors of the
+// packed right side are loaded and MR scalars of the left one broadcast for MR * NV multiply-adds.
+// (16-bit factors go in pairs where the processor multiplies them so.) Meanwhile a cache line of
+// `next` is brought to L2: weights of large layers come from farther away, and the hardware does
+// not know which come next.
 #pragma once
 
 #include <utility>
@@ -22,21 +22,21 @@ constexpr int max_rows(int vectors) {
   return rows < kMaxRows ? rows : kMaxRows;
 }
 
-// How a step takes factors of type F: `values` of k at a time, which lie side by side on the left
-// and in each lane on the right.
+// The factors of type F that one multiply-add takes: those of `size` successive k, which lie side
+// by side on the left and in each lane on the right.
 template <class F>
-struct Step {
+struct FactorGroup {
   using V = Vec<F>;
-  static constexpr int values = 1;
+  static constexpr int size = 1;
   static V broadcast(const F* left) { return V(*left); }
   static V load(const F* right) { return V::load(right); }
   static V multiply_add(V sum, V left, V right) { return sum + left * right; }
 };
 #if defined(__AVX512BF16__)
 template <>
-struct Step<BFloat16> {
+struct FactorGroup<BFloat16> {
   using V = Vec<float>;
-  static constexpr int values = 2;
+  static constexpr int size = 2;
   static __m512bh broadcast(const BFloat16* left) {
     int32_t pair;
     std::memcpy(&pair, left, sizeof(pair));
@@ -49,30 +49,30 @@ struct Step<BFloat16> {
 };
 #endif
 
-// The depth of a packed weight: a whole number of steps. Rows on the left need as many values, any
+// The depth of a packed weight: a whole number of groups. Rows on the left need as many values, any
 // finite ones beyond their end.
 template <class F>
 constexpr int64_t packed_depth(int64_t depth) {
-  return (depth + Step<F>::values - 1) / Step<F>::values * Step<F>::values;
+  return (depth + FactorGroup<F>::size - 1) / FactorGroup<F>::size * FactorGroup<F>::size;
 }
 
-// acc[r][v] += sum over k of left(r, k) * packed[k][v], where a step is `apart` from the next.
+// acc[r][v] += sum over k of left(r, k) * packed[k][v], where groups of k are `stride` apart.
 template <class F, int NV, int MR, class Left>
 [[gnu::always_inline]] inline void multiply_add(Vec<Compute<F>> (&acc)[MR][NV], Left left,
-                                                const F* packed, int64_t apart, const F* later,
+                                                const F* packed, int64_t stride, const F* next,
                                                 int64_t depth) {
-  using Factors = Step<F>;
-  constexpr int line = Factors::V::lanes * Factors::values;
-  for (int64_t k = 0; k < depth; k += Factors::values, packed += apart, later += line) {
-    __builtin_prefetch(later, 0, 2);
-    decltype(Factors::load(packed)) w[NV];
+  using Group = FactorGroup<F>;
+  constexpr int line = Group::V::lanes * Group::size;
+  for (int64_t k = 0; k < depth; k += Group::size, packed += stride, next += line) {
+    __builtin_prefetch(next, 0, 2);
+    decltype(Group::load(packed)) w[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) w[v] = Factors::load(packed + v * line);
+    for (int v = 0; v < NV; ++v) w[v] = Group::load(packed + v * line);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-      const auto a = Factors::broadcast(left(r, k));
+      const auto a = Group::broadcast(left(r, k));
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = Factors::multiply_add(acc[r][v], a, w[v]);
+      for (int v = 0; v < NV; ++v) acc[r][v] = Group::multiply_add(acc[r][v], a, w[v]);
     }
   }
 }
@@ -82,7 +82,7 @@ template <class F>
 struct Multiply {
   using V = Vec<Compute<F>>;
   template <int NV, int MR>
-  static void run(const F* const* rows, const F* packed, int64_t apart, const F* later,
+  static void run(const F* const* rows, const F* packed, int64_t stride, const F* next,
                   int64_t depth, V* sums) {
     V acc[MR][NV];
     const F* row[MR];
@@ -92,7 +92,7 @@ struct Multiply {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] = V(0);
     }
-    multiply_add(acc, [&row](int r, int64_t k) { return row[r] + k; }, packed, apart, later, depth);
+    multiply_add(acc, [&row](int r, int64_t k) { return row[r] + k; }, packed, stride, next, depth);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -100,8 +100,8 @@ struct Multiply {
   }
 };
 
-// The same for some blocks of packed columns, `apart` from each other, at once: a tile of one or
-// two rows has too few sums to keep the multipliers busy. sums[b][r][v].
+// The same for some blocks of packed columns, `stride` apart, at once: a tile of one or two rows
+// has too few sums to keep the multipliers busy. sums[b][r][v].
 template <class F>
 struct MultiplyBlocks {
   using V = Vec<Compute<F>>;
@@ -109,9 +109,9 @@ struct MultiplyBlocks {
   static constexpr int blocks(int rows) { return FASTRNN_REGISTERS / 8 / rows; }
 
   template <int NV, int MR>
-  static void run(const F* const* rows, const F* packed, int64_t apart, int64_t depth, V* sums) {
-    using Factors = Step<F>;
-    constexpr int NB = blocks(MR), line = Factors::V::lanes * Factors::values;
+  static void run(const F* const* rows, const F* packed, int64_t stride, int64_t depth, V* sums) {
+    using Group = FactorGroup<F>;
+    constexpr int NB = blocks(MR), line = Group::V::lanes * Group::size;
     V acc[NB][MR][NV];
 #pragma GCC unroll 8
     for (int b = 0; b < NB; ++b)
@@ -119,17 +119,17 @@ struct MultiplyBlocks {
       for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) acc[b][r][v] = V(0);
-    for (int64_t k = 0; k < depth; k += Factors::values, packed += NV * line) {
-      decltype(Factors::broadcast(rows[0])) a[MR];
+    for (int64_t k = 0; k < depth; k += Group::size, packed += NV * line) {
+      decltype(Group::broadcast(rows[0])) a[MR];
 #pragma GCC unroll 2
-      for (int r = 0; r < MR; ++r) a[r] = Factors::broadcast(rows[r] + k);
+      for (int r = 0; r < MR; ++r) a[r] = Group::broadcast(rows[r] + k);
 #pragma GCC unroll 8
       for (int b = 0; b < NB; ++b)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
-          const auto w = Factors::load(packed + b * apart + v * line);
+          const auto w = Group::load(packed + b * stride + v * line);
 #pragma GCC unroll 2
-          for (int r = 0; r < MR; ++r) acc[b][r][v] = Factors::multiply_add(acc[b][r][v], a[r], w);
+          for (int r = 0; r < MR; ++r) acc[b][r][v] = Group::multiply_add(acc[b][r][v], a[r], w);
         }
     }
 #pragma GCC unroll 8
@@ -142,11 +142,11 @@ struct MultiplyBlocks {
 };
 
 // A product with the left side transposed: body(r, v, sum over k of columns[k * stride + r] *
-// packed[k][v]). Where a step takes two values of k, two rows on the left are zipped:
+// packed[k][v]). Where k go in pairs, two rows on the left are zipped:
 // columns[k / 2 * 2 * stride + 2 * r + k % 2].
 template <class F, int NV, int MR, class Body>
 [[gnu::always_inline]] inline void multiply_transposed(const F* columns, int64_t stride,
-                                                       const F* packed, const void* later,
+                                                       const F* packed, const void* next,
                                                        int64_t depth, Body body) {
   using V = Vec<Compute<F>>;
   V acc[MR][NV];
@@ -156,8 +156,11 @@ template <class F, int NV, int MR, class Body>
     for (int v = 0; v < NV; ++v) acc[r][v] = V(0);
   multiply_add(
       acc,
-      [columns, stride](int r, int64_t k) { return columns + k * stride + r * Step<F>::values; },
-      packed, NV * Step<F>::V::lanes * Step<F>::values, static_cast<const F*>(later), depth);
+      [columns, stride](int r, int64_t k) {
+        return columns + k * stride + r * FactorGroup<F>::size;
+      },
+      packed, NV * FactorGroup<F>::V::lanes * FactorGroup<F>::size, static_cast<const F*>(next),
+      depth);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -223,11 +226,11 @@ template <class T, int From, int To>
   if constexpr (From == To) {
     return a[0];
   } else {
-    constexpr int half = From / 2, apart = half / To;
+    constexpr int half = From / 2, results = half / To;
 #pragma GCC unroll 8
-    for (int i = 0; i < apart; ++i) {
-      exchange<T, half>(a[i], a[i + apart]);
-      a[i] = a[i] + a[i + apart];
+    for (int i = 0; i < results; ++i) {
+      exchange<T, half>(a[i], a[i + results]);
+      a[i] = a[i] + a[i + results];
     }
     return sum_lanes<T, half, To>(a);
   }
@@ -349,8 +352,8 @@ auto dot_for(int rows) {
 // What the tile-th tile on a block brings nearer: a part of the block that follows in memory. The
 // first NV tiles cover it.
 template <class F>
-const F* later_of(const F* packed, int64_t depth, int vectors, int64_t tile) {
-  const int64_t part = packed_depth<F>(depth) * Step<F>::V::lanes;
+const F* next_part(const F* packed, int64_t depth, int vectors, int64_t tile) {
+  const int64_t part = packed_depth<F>(depth) * FactorGroup<F>::V::lanes;
   return packed + (tile < vectors ? vectors + tile : 0) * part;
 }
 

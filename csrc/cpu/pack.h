@@ -1,6 +1,6 @@
 // Packs weights for the register tiles: [block][k][vector][lane], zeros beyond H, so that a tile
 // reads its weights as one stream. A block is what one tile computes: `units` vectors of hidden
-// units, for forward with all gates of each. Where a step takes two values of k, they lie side by
+// units, for forward with all gates of each. Where k go in pairs, these lie side by
 // side: [block][k / 2][vector][lane][k % 2].
 #pragma once
 
@@ -28,7 +28,7 @@ inline void zip_rows(const F* even, const F* odd, int64_t count, int64_t width, 
 template <class S, class F>
 void pack_forward(const S* weight, int64_t hidden, int64_t depth, int gates, int units,
                   int64_t block, F* packed) {
-  constexpr int lanes = Step<F>::V::lanes, values = Step<F>::values;
+  constexpr int lanes = FactorGroup<F>::V::lanes, size = FactorGroup<F>::size;
   const int vectors = units * gates;
   for (int v = 0; v < vectors; ++v) {
     const int64_t unit = (block * units + v / gates) * lanes;
@@ -36,7 +36,7 @@ void pack_forward(const S* weight, int64_t hidden, int64_t depth, int gates, int
     const int count = left < 0 ? 0 : left < lanes ? static_cast<int>(left) : lanes;
     const S* source = weight + (v % gates * hidden + unit) * depth;
     int64_t k = 0;
-    if constexpr (std::is_same_v<S, F> && values == 1) {
+    if constexpr (std::is_same_v<S, F> && size == 1) {
       for (; count == lanes && k + lanes <= depth; k += lanes) {
         Vec<F> square[lanes];
 #pragma GCC unroll 16
@@ -47,10 +47,10 @@ void pack_forward(const S* weight, int64_t hidden, int64_t depth, int gates, int
       }
     }
     for (; k < packed_depth<F>(depth); ++k) {
-      F* lane = packed + (k / values * vectors + v) * lanes * values + k % values;
+      F* lane = packed + (k / size * vectors + v) * lanes * size + k % size;
       const int filled = k < depth ? count : 0;
-      for (int i = 0; i < filled; ++i) convert(source[i * depth + k], lane[i * values]);
-      for (int i = filled; i < lanes; ++i) lane[i * values] = F{};
+      for (int i = 0; i < filled; ++i) convert(source[i * depth + k], lane[i * size]);
+      for (int i = filled; i < lanes; ++i) lane[i * size] = F{};
     }
   }
 }
@@ -60,19 +60,19 @@ void pack_forward(const S* weight, int64_t hidden, int64_t depth, int gates, int
 template <class S, class F>
 void pack_backward(const S* weight, int64_t depth, int64_t columns, int units, int64_t block,
                    F* packed) {
-  constexpr int values = Step<F>::values;
-  const int64_t width = units * Step<F>::V::lanes;
+  constexpr int size = FactorGroup<F>::size;
+  const int64_t width = units * FactorGroup<F>::V::lanes;
   const int64_t first = block * width;
   const int64_t count = columns - first < width ? columns - first : width;
   for (int64_t k = 0; k < packed_depth<F>(depth); ++k) {
     const S* source = weight + k * columns + first;
-    if constexpr (values == 1) {
+    if constexpr (size == 1) {
       pack_row(source, count, width, packed + k * width);
     } else {
-      F* lane = packed + k / values * width * values + k % values;
+      F* lane = packed + k / size * width * size + k % size;
       const int64_t filled = k < depth ? count : 0;
-      for (int64_t i = 0; i < filled; ++i) convert(source[i], lane[i * values]);
-      for (int64_t i = filled; i < width; ++i) lane[i * values] = F{};
+      for (int64_t i = 0; i < filled; ++i) convert(source[i], lane[i * size]);
+      for (int64_t i = filled; i < width; ++i) lane[i * size] = F{};
     }
   }
 }

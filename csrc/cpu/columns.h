@@ -1,0 +1,59 @@
+// How the columns of a product are divided into register tiles, and how rows lie in memory.
+#pragma once
+
+#include "multiply.h"
+#include "steps.h"
+
+namespace fastrnn::FASTRNN_VARIANT {
+
+// Vectors of hidden units in a block: as many as fill the register tile, no more than there are.
+template <class T>
+int units_per_block(int64_t hidden, int gates) {
+  const int64_t needed = (hidden + Vec<T>::lanes - 1) / Vec<T>::lanes;
+  int units = kMaxVectors / gates;
+  while (units > 1 && units / 2 >= needed) units /= 2;
+  return units < 1 ? 1 : units;
+}
+
+// The columns of a product, in blocks as wide as a register tile: the same vectors of columns for
+// each of the gates.
+template <class T>
+struct Columns {
+  explicit Columns(int64_t columns, int gate_count = 1)
+      : count(columns),
+        gates(gate_count),
+        units(units_per_block<T>(columns, gate_count)),
+        vectors(units * gate_count),
+        width(vectors * Vec<T>::lanes),
+        blocks((columns + units * Vec<T>::lanes - 1) / (units * Vec<T>::lanes)) {}
+
+  int64_t count;  // of one gate
+  int gates;
+  int units;      // vectors of columns in a block, of one gate
+  int vectors;    // of all gates
+  int64_t width;  // columns of a block, of all gates
+  int64_t blocks;
+
+  // The first column of a block's u-th vector, of one gate.
+  int64_t column(int64_t block, int u) const { return (block * units + u) * Vec<T>::lanes; }
+
+  // The columns of some blocks, of one gate.
+  Range range(Range some) const {
+    return {min_of(column(some.begin, 0), count), min_of(column(some.end, 0), count)};
+  }
+};
+
+// The length of rows of T so that they are whole vectors and an odd number of cache lines, which
+// makes them fall into all sets of the cache.
+template <class T>
+int64_t odd_lines(int64_t columns) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return ((columns + line - 1) / line | 1) * line;
+}
+
+// Asks for the cache lines of [p, p + bytes).
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i <= bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+}  // namespace fastrnn::FASTRNN_VARIANT

@@ -1,0 +1,21 @@
+// What the forward scan keeps of some steps of one direction for the backward scan.
+#pragma once
+
+#include <cstdint>
+
+namespace fastrnn::FASTRNN_VARIANT {
+
+// Row n of the layer is row n - begin of these buffers.
+template <class Gate, class Extra>
+struct Saved {
+  Gate* gates;          // [rows, gate_stride]: the activated gates; null: not kept
+  Extra* extra;         // [rows, extra_stride]: this direction's columns of `extra`; null: not kept
+  int64_t gate_stride;  // G*H
+  int64_t extra_stride;  // H times the directions that share the buffer
+  int64_t begin;
+
+  Gate* gate_row(int64_t n) const { return gates + (n - begin) * gate_stride; }
+  Extra* extra_row(int64_t n) const { return extra + (n - begin) * extra_stride; }
+};
+
+}  // namespace fastrnn::FASTRNN_VARIANT

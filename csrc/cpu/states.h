@@ -1,0 +1,70 @@
+// The states that a step of the forward scan hands to the next.
+#pragma once
+
+#include <cstring>
+
+#include "columns.h"
+
+namespace fastrnn::FASTRNN_VARIANT {
+
+// [D, B, stride], zeros beyond the columns; zero where a reset stands between the two steps.
+template <class Cell, class S>
+class States {
+  using T = Compute<S>;
+  using F = Factor<S>;
+
+ public:
+  // Where h is rounded as a factor, the direct path takes it from elsewhere.
+  static constexpr bool kKeepsDirect = Cell::has_direct_path && !std::is_same_v<F, T>;
+
+  States(const LayerArgs& args, Workspace& workspace)
+      : stride(odd_lines<T>(max_of(args.hidden, args.proj))),
+        batch_(args.batch),
+        hidden_(args.hidden),
+        proj_(args.proj) {
+    const int64_t size = args.directions * args.batch * stride;
+    for (F*& h : h_) h = workspace.take<F>(size);
+    direct_ = workspace.take<T>(kKeepsDirect ? size : 0);
+    cell_ = workspace.take<T>(Cell::has_cell_state ? size : 0);
+    unprojected_ = workspace.take<F>(args.weight_hr[0] != nullptr ? size : 0);
+  }
+
+  const int64_t stride;  // between rows
+
+  // Where row `row` begins in each of these.
+  int64_t offset(int direction, int64_t row) const { return (direction * batch_ + row) * stride; }
+
+  F* h(int64_t i) const { return h_[i % 2]; }  // the i-th step reads h(i) and writes h(i + 1)
+  T* direct() const { return direct_; }        // h once more, if kKeepsDirect
+  T* cell() const { return cell_; }
+  F* unprojected() const { return unprojected_; }  // of the current step: h before its projection
+
+  // Sets some columns of a row to those of h [P] and c [H]; null for zeros. Both buffers of h are
+  // set: in one direction rows begin at different steps.
+  template <class Element>
+  void set(int direction, int64_t row, Range features, const Element* h, Range units,
+           const Element* c) const {
+    const int64_t begin = offset(direction, row);
+    for (F* buffer : h_) fill(buffer + begin, features, proj_, h);
+    if constexpr (kKeepsDirect) fill(direct_ + begin, features, proj_, h);
+    if constexpr (Cell::has_cell_state) fill(cell_ + begin, units, hidden_, c);
+  }
+
+ private:
+  const int64_t batch_, hidden_, proj_;
+  F* h_[2];
+  T* direct_;
+  T* cell_;
+  F* unprojected_;
+
+  // Whoever has the last column has what lies beyond it, too.
+  template <class From, class To>
+  void fill(To* row, Range own, int64_t columns, const From* from) const {
+    const bool is_last = own.begin < own.end && own.end == columns;
+    const int64_t end = is_last ? stride : own.end;
+    std::memset(row + own.begin, 0, (end - own.begin) * sizeof(To));
+    if (from != nullptr) convert(from + own.begin, row + own.begin, own.end - own.begin);
+  }
+};
+
+}  // namespace fastrnn::FASTRNN_VARIANT

@@ -1,0 +1,175 @@
+// A weight of each direction times rows of factors, a register tile at a time. It is packed into
+// the order in which tiles read it, or read as it lies where a scan has so few rows that packing
+// would take longer than it saves.
+#pragma once
+
+#include "columns.h"
+#include "pack.h"
+
+namespace fastrnn::FASTRNN_VARIANT {
+
+// W [gates * columns, depth] in the forward scan: rows times W^T.
+template <class S>
+class ForwardWeight {
+  using T = Compute<S>;
+  using F = Factor<S>;
+  using V = Vec<T>;
+  // Up to so many rows in all steps, dot products with the weight as it lies take less time; they
+  // end in a sum over lanes, the shorter the more often.
+  static constexpr int64_t few_rows(int64_t depth) {
+    return std::is_same_v<S, F> && FactorGroup<F>::size == 1 ? min_of(depth * 3 / 4, 256) : 32;
+  }
+
+ public:
+  // Null weights: the layer has none. `rows`: those of all steps together.
+  ForwardWeight(const void* const* weight, int64_t columns, int gates, int64_t depth,
+                int directions, int64_t rows, Workspace& workspace)
+      : columns(columns, gates), depth_(depth), weight_(weight) {
+    if (weight[0] == nullptr || rows <= few_rows(depth)) return;
+    packed_ = workspace.take<F>(directions * this->columns.blocks * block_size());
+  }
+
+  const Columns<T> columns;
+
+  bool is_packed() const { return packed_ != nullptr; }
+
+  void pack(int direction, Range blocks) const {
+    if (!is_packed()) return;
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      pack_forward(weight(direction), columns.count, depth_, columns.gates, columns.units, b,
+                   packed(direction, b));
+    }
+  }
+
+  // sums[r * vectors + v] = rows[r] times the block's v-th vector of columns. `tile`: how many
+  // tiles of this block came before.
+  void multiply(int direction, int64_t block, const F* const* rows, int count, int64_t tile,
+                V* sums) const {
+    const int vectors = columns.vectors;
+    if (is_packed()) {
+      const F* from = packed(direction, block);
+      return tile_for<Multiply<F>>(vectors, count)(rows, from, columns.width * FactorGroup<F>::size,
+                                                   next_part(from, depth_, vectors, tile), depth_,
+                                                   sums);
+    }
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t column = columns.column(block, v / columns.gates);
+      if (column >= columns.count) continue;
+      const S* own = weight(direction) + (v % columns.gates * columns.count + column) * depth_;
+      for_each_tile(0, count, Dot<S, F>::max_rows, [&](int64_t first, int some, int64_t) {
+        V* own_sums = sums + first * vectors + v;
+        dot_for<S, F>(some)(rows + first, own, columns.count - column, depth_, own_sums, vectors);
+      });
+    }
+  }
+
+  // One or two rows take several blocks together: their products fill the multipliers.
+  static constexpr int kMaxBlocks = MultiplyBlocks<F>::blocks(1);
+  int64_t blocks_at_once(int64_t rows) const {
+    const bool few = 0 < rows && rows <= MultiplyBlocks<F>::max_rows && is_packed();
+    return few ? MultiplyBlocks<F>::blocks(static_cast<int>(rows)) : 1;
+  }
+
+  // The same as multiply for the blocks [first, last), at most blocks_at_once; their sums follow
+  // each other.
+  void multiply_blocks(int direction, int64_t first, int64_t last, const F* const* rows, int count,
+                       int64_t tile, V* sums) const {
+    const int64_t group = last - first;
+    if (group > 1 && group == blocks_at_once(count)) {
+      return tile_for<MultiplyBlocks<F>>(columns.vectors, count)(rows, packed(direction, first),
+                                                                 block_size(), depth_, sums);
+    }
+    for (int64_t b = first; b < last; ++b, sums += count * columns.vectors) {
+      multiply(direction, b, rows, count, tile, sums);
+    }
+  }
+
+  // A bias [gates * columns] in the order of the block's vectors; zero beyond the columns and for
+  // null.
+  void load_bias(const void* bias, int64_t block, V* vectors) const {
+    for (int v = 0; v < columns.vectors; ++v) {
+      const int64_t column = columns.column(block, v / columns.gates);
+      const int64_t left = max_of(0, min_of(columns.count - column, V::lanes));
+      const S* own = static_cast<const S*>(bias) + v % columns.gates * columns.count + column;
+      vectors[v] = bias == nullptr ? V(T(0)) : V::load(own, left);
+    }
+  }
+
+ private:
+  const int64_t depth_;
+  const void* const* const weight_;
+  F* packed_ = nullptr;  // [D, blocks, depth, width]
+
+  const S* weight(int direction) const { return static_cast<const S*>(weight_[direction]); }
+  int64_t block_size() const { return packed_depth<F>(depth_) * columns.width; }
+  F* packed(int direction, int64_t block) const {
+    return packed_ + (direction * columns.blocks + block) * block_size();
+  }
+};
+
+// W [depth, columns] in the backward scan: rows times W.
+template <class S>
+class BackwardWeight {
+  using T = Compute<S>;
+  using F = Factor<S>;
+  using V = Vec<T>;
+  static constexpr bool kReadsUnpacked = std::is_same_v<S, F> && FactorGroup<F>::size == 1;
+  static constexpr int64_t kFewRows = 32;
+
+ public:
+  // `rows`: those of all steps together. Not used: never multiplied.
+  BackwardWeight(const void* const* weight, bool is_used, int64_t depth, int64_t columns,
+                 int directions, int64_t rows, Workspace& workspace)
+      : columns(columns),
+        is_used(is_used),
+        depth_(depth),
+        weight_(weight),
+        packs_all_(!kReadsUnpacked || rows > kFewRows),
+        packed_(workspace.take<F>(is_used ? directions * this->columns.blocks * block_size() : 0)) {
+  }
+
+  const Columns<T> columns;
+  const bool is_used;
+
+  void pack(int direction, Range blocks) const {
+    if (!is_used) return;
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      if (!packs(b)) continue;
+      pack_backward(static_cast<const S*>(weight_[direction]), depth_, columns.count, columns.units,
+                    b, packed(direction, b));
+    }
+  }
+
+  // sums[r * units + u] = rows[r] times the block's u-th vector of columns. `tile`: how many tiles
+  // of this block came before.
+  void multiply(int direction, int64_t block, const F* const* rows, int count, int64_t tile,
+                V* sums) const {
+    const F* from = packed(direction, block);
+    int64_t stride = columns.width * FactorGroup<F>::size;
+    if constexpr (kReadsUnpacked) {
+      if (!packs(block)) {
+        from = static_cast<const F*>(weight_[direction]) + block * columns.width;
+        stride = columns.count;
+      }
+    }
+    tile_for<Multiply<F>>(columns.units, count)(
+        rows, from, stride, next_part(from, depth_, columns.units, tile), depth_, sums);
+  }
+
+ private:
+  const int64_t depth_;
+  const void* const* const weight_;
+  const bool packs_all_;
+  F* const packed_;  // [D, blocks, depth, width]
+
+  // Few rows read whole blocks as they lie; the last block may have to be filled with zeros.
+  bool packs(int64_t block) const {
+    return packs_all_ || (block + 1) * columns.width > columns.count;
+  }
+  int64_t block_size() const { return packed_depth<F>(depth_) * columns.width; }
+  F* packed(int direction, int64_t block) const {
+    return packed_ + (direction * columns.blocks + block) * block_size();
+  }
+};
+
+}  // namespace fastrnn::FASTRNN_VARIANT

@@ -1,0 +1,95 @@
+// The gradient of one weight, dW += dG^T X, a chunk of steps at a time.
+#pragma once
+
+#include <cstring>
+
+#include "columns.h"
+#include "pack.h"
+
+namespace fastrnn::FASTRNN_VARIANT {
+
+// The gradient of a weight [rows, columns] of each direction. The sums of a block of columns lie
+// together. A scan of one chunk keeps no sums: its products are the gradient. F: the factors' type.
+template <class F>
+class WeightGradient {
+  using T = Compute<F>;
+
+ public:
+  WeightGradient(int64_t rows, int64_t columns, int directions, bool sums, Workspace& workspace)
+      : rows_(rows),
+        columns_(columns),
+        sums_(workspace.take<T>(sums ? directions * columns_.blocks * rows * columns_.width : 0)) {}
+
+  int64_t blocks() const { return columns_.blocks; }
+
+  void clear(int direction, int64_t block, Range rows) const {
+    std::memset(sums(direction, block, rows.begin), 0,
+                (rows.end - rows.begin) * columns_.width * sizeof(T));
+  }
+
+  // panel[k] = the block's columns of source(k), zeros where that is null; zipped like the rows on
+  // the left.
+  template <class Source>
+  void pack(int64_t block, Source source, int64_t depth, F* panel) const {
+    const int64_t first = block * columns_.width;
+    const int64_t count = min_of(columns_.width, columns_.count - first);
+    const auto columns_of = [&](int64_t k) {
+      const auto* row = k < depth ? source(k) : nullptr;
+      return row == nullptr ? nullptr : row + first;
+    };
+    for (int64_t k = 0; k < depth;
+         k += FactorGroup<F>::size, panel += FactorGroup<F>::size * columns_.width) {
+      if constexpr (FactorGroup<F>::size == 1) {
+        const auto* row = columns_of(k);
+        pack_row(row, row == nullptr ? 0 : count, columns_.width, panel);
+      } else {
+        zip_rows(columns_of(k), columns_of(k + 1), count, columns_.width, panel);
+      }
+    }
+  }
+
+  // Adds the products of `depth` rows of gate gradients with the panel, for rows of the weight.
+  void add(int direction, int64_t block, Range rows, const F* d_gates, int64_t stride,
+           const F* panel, int64_t depth) const {
+    for_each_tile(
+        rows.begin, rows.end, max_rows(columns_.units), [&](int64_t row, int count, int64_t) {
+          tile_for<Accumulate<F>>(columns_.units, count)(d_gates + row * FactorGroup<F>::size,
+                                                         stride, panel, depth,
+                                                         sums(direction, block, row));
+        });
+  }
+
+  // Writes the products of all rows of gate gradients with the panel.
+  template <class S>
+  void assign(int64_t block, Range rows, const F* d_gates, int64_t stride, const F* panel,
+              int64_t depth, S* weight) const {
+    const int64_t first = block * columns_.width;
+    for_each_tile(
+        rows.begin, rows.end, max_rows(columns_.units), [&](int64_t row, int count, int64_t) {
+          tile_for<Assign<F, S>>(columns_.units, count)(
+              d_gates + row * FactorGroup<F>::size, stride, panel, depth,
+              weight + row * columns_.count + first, columns_.count, columns_.count - first);
+        });
+  }
+
+  // The finished sums, into the weight's own layout.
+  template <class S>
+  void write(int direction, int64_t block, Range rows, S* weight) const {
+    const int64_t first = block * columns_.width;
+    const int64_t count = min_of(columns_.width, columns_.count - first);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      convert(sums(direction, block, row), weight + row * columns_.count + first, count);
+    }
+  }
+
+ private:
+  const int64_t rows_;
+  const Columns<T> columns_;
+  T* const sums_;
+
+  T* sums(int direction, int64_t block, int64_t row) const {
+    return sums_ + ((direction * columns_.blocks + block) * rows_ + row) * columns_.width;
+  }
+};
+
+}  // namespace fastrnn::FASTRNN_VARIANT
