@@ -5,8 +5,11 @@
 // the units.
 #pragma once
 
+#include <optional>
+
 #include "layer_gradients.h"
 #include "math.h"
+#include "recomputation.h"
 #include "saved.h"
 #include "weight.h"
 
@@ -39,8 +42,8 @@ class BackwardScan {
             workspace),
         chunk_gradients_(args, chunk_steps_ * args.batch, workspace),
         stride_(chunk_gradients_.stride),
-        layer_gradients_(args, steps, chunk_gradients_,
-                         args.steps > 0 && args.steps <= chunk_steps_, threads, workspace) {
+        layer_gradients_(args, steps, chunk_gradients_, is_one_chunk(), threads, workspace) {
+    if (recomputes()) recomputation_.emplace(args, steps, workspace);
     const size_t states = args.directions * args.batch * args.hidden;
     carry_h_ = workspace.take<T>(Cell::has_direct_path ? states : 0);
     carry_c_ = workspace.take<T>(Cell::has_cell_state ? states : 0);
@@ -59,7 +62,11 @@ class BackwardScan {
   void run(int direction, const Part& part) const {
     pack(direction, part);
     layer_gradients_.start(direction, part);
-    run_steps(direction, part, 0, steps_.count(), kept(direction));
+    if (recomputation_) {
+      run_segments(direction, part);
+    } else {
+      run_steps(direction, part, 0, steps_.count(), kept(direction));
+    }
     const auto no_gates = [](int64_t) { return nullptr; };
     write_initial(direction, part, false, no_gates, steps_.rows(0), args_.batch);
     layer_gradients_.write(direction, part);
@@ -81,6 +88,15 @@ class BackwardScan {
   T* carry_c_;
   F* carry_gates_;
   F* zeros_;  // the gate gradients of a step beyond a reset
+  std::optional<Recomputation<Cell, S>> recomputation_;
+
+  bool recomputes() const {
+    return args_.checkpoint_every > 0 && Recomputation<Cell, S>::kIsNeeded;
+  }
+  bool is_one_chunk() const {
+    const bool is_one_segment = !recomputes() || args_.steps <= args_.checkpoint_every;
+    return args_.steps > 0 && args_.steps <= chunk_steps_ && is_one_segment;
+  }
 
   // Step t among its neighbours in the order of the direction, as some of its rows have them.
   struct StepContext {
@@ -131,7 +147,18 @@ class BackwardScan {
     hh_.pack(direction, part.waits_each_step ? part.blocks : own(hh_));
     hr_.pack(direction, own(hr_));
     ih_.pack(direction, own(ih_));
+    if (recomputation_) recomputation_->pack(direction, part);
     part.wait();
+  }
+
+  void run_segments(int direction, const Part& part) const {
+    const int64_t segments = recomputation_->segments();
+    for (int64_t i = 0; i < segments; ++i) {
+      const int64_t k = steps_.runs_back(direction) ? i : segments - 1 - i;
+      const Chunk segment = recomputation_->segment(k);
+      const Kept kept = recomputation_->run(direction, part, segment);
+      run_steps(direction, part, segment.first, segment.last + 1, kept);
+    }
   }
 
   // Steps [first, end) in time, against the order of the direction, chunk by chunk.

@@ -136,7 +136,8 @@ void forward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, Ad
              Address resets, bool reverse, int64_t input, Address x, const Addresses& weight_ih,
              const Addresses& weight_hh, const Addresses& weight_hr, const Addresses& bias_ih,
              const Addresses& bias_hh, Address h_0, Address c_0, Address output, Address h_n,
-             Address c_n, const Addresses& gates, Address extra, int threads) {
+             Address c_n, const Addresses& gates, Address extra, int threads,
+             const py::args& checkpoint) {
   ForwardArgs args{};
   set_shape(args, cell, dtype, sizes, rows, batch_sizes, resets, reverse);
   set_input(args, input, x);
@@ -150,6 +151,10 @@ void forward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, Ad
   args.h_n = pointer(h_n);
   args.c_n = pointer(c_n);
   args.extra = pointer(extra);
+  if (checkpoint.size() == 2) {  // checkpoint_every, boundaries
+    args.checkpoint_every = checkpoint[0].cast<int64_t>();
+    args.boundaries = pointer(checkpoint[1].cast<Address>());
+  }
   const CpuVariant& variant = active_variant();
   py::gil_scoped_release release;
   const size_t sequence = rows * args.directions * args.hidden * size_of(args.dtype);
@@ -168,7 +173,7 @@ void backward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, A
               Address d_h_n, Address d_c_n, Address d_extra, Address d_x, Address d_h_0,
               Address d_c_0, const Addresses& d_weight_ih, const Addresses& d_weight_hh,
               const Addresses& d_weight_hr, const Addresses& d_bias_ih, const Addresses& d_bias_hh,
-              int threads) {
+              int threads, const py::args& checkpoint) {
   BackwardArgs args{};
   set_shape(args, cell, dtype, sizes, rows, batch_sizes, resets, reverse);
   set_input(args, input, x);
@@ -196,6 +201,12 @@ void backward(int cell, int dtype, std::array<int64_t, 5> sizes, int64_t rows, A
   args.d_x = pointer(d_x);
   args.d_h_0 = pointer(d_h_0);
   args.d_c_0 = pointer(d_c_0);
+  if (checkpoint.size() == 4) {  // checkpoint_every, boundaries, bias_ih, bias_hh
+    args.checkpoint_every = checkpoint[0].cast<int64_t>();
+    args.boundaries = pointer(checkpoint[1].cast<Address>());
+    set_optional(args.bias_ih, checkpoint[2].cast<Addresses>(), args.directions);
+    set_optional(args.bias_hh, checkpoint[3].cast<Addresses>(), args.directions);
+  }
   const CpuVariant& variant = active_variant();
   py::gil_scoped_release release;
   prefer_large_pages(args.d_x, args.directions * rows * input * size_of(args.dtype));

@@ -20,9 +20,10 @@ class ForwardScan {
   using V = Vec<T>;
   static constexpr int G = Cell::gates;
   using Carried = States<Cell, S>;
-  using Kept = Saved<S, T>;
 
  public:
+  using Kept = Saved<S, T>;
+
   ForwardScan(const ForwardArgs& args, const Steps& steps, Workspace& workspace)
       : args_(args),
         steps_(steps),
@@ -39,10 +40,76 @@ class ForwardScan {
   }
 
   void run(int direction, const Part& part) const {
+    const int64_t first = steps_.first(direction);
     pack(direction, part);
-    start_states(direction, part);
+    start_states(direction, part, first, nullptr);
     part.wait();
-    run_steps(direction, part, steps_.first(direction), steps_.count(), kept(direction));
+    run_steps(direction, part, first, steps_.count(), kept(direction));
+  }
+
+  // The parts of a run. Backward runs single segments again, with null for all results.
+
+  // Threads that split rows share all weights, threads that split units need only their own.
+  void pack(int direction, const Part& part) const {
+    const Range blocks =
+        part.waits_each_step ? part.blocks : share(part.blocks.end, part.rank, part.size);
+    input_.pack(direction, blocks);
+    hh_.pack(direction, blocks);
+    hr_.pack(direction, share(hr_.columns.blocks, part.rank, part.size));
+  }
+
+  // Sets the states that go into step t, the first of those that run: rows that have a step before
+  // it, in the order of the direction, take what crossed this boundary, the others h_0 and c_0.
+  void start_states(int direction, const Part& part, int64_t t, const void* boundaries) const {
+    const int64_t continued = rows_continued(direction, t);
+    const Range features = feature_range(part), units = unit_range(part);
+    for (int64_t row = part.rows.begin; row < part.rows.end; ++row) {
+      if (row < continued) {
+        const T* states = boundary_row(static_cast<const T*>(boundaries), direction, t, row);
+        states_.set(direction, row, features, states, units, states + args_.proj);
+        continue;
+      }
+      const bool reset = steps_.resets_before(direction, t, row);
+      states_.set(direction, row, features,
+                  reset ? nullptr : state_row(args_.h_0, direction, row, args_.proj), units,
+                  reset ? nullptr : state_row(args_.c_0, direction, row, args_.hidden));
+      // Rows without any step keep their initial states.
+      if (row >= steps_.rows(0) && args_.h_n != nullptr) {
+        write_final(direction, part, row,
+                    states_.h(0) + states_.offset(direction, row) + features.begin);
+      }
+    }
+  }
+
+  // Copies the cell states that go into step t to where the step before it would have kept them.
+  void copy_cell(int direction, const Part& part, int64_t t, const Kept& kept) const {
+    const int64_t end = min_of(part.rows.end, rows_continued(direction, t));
+    const Range units = unit_range(part);
+    for (int64_t row = part.rows.begin; row < end; ++row) {
+      const int64_t n_before = steps_.offset(t - steps_.stride(direction)) + row;
+      std::memcpy(kept.extra_row(n_before) + units.begin,
+                  states_.cell() + states_.offset(direction, row) + units.begin,
+                  (units.end - units.begin) * sizeof(T));
+    }
+  }
+
+  // `count` steps from t on.
+  void run_steps(int direction, const Part& part, int64_t t, int64_t count,
+                 const Kept& kept) const {
+    const int64_t ahead = input_.steps_ahead, stride = steps_.stride(direction);
+    for (int64_t i = 0; i < count; ++i, t += stride) {
+      if (i % ahead == 0) input_.run(direction, part, t, min_of(ahead, count - i));
+      const int64_t rows = steps_.rows(t);
+      run_rows(direction, part, {t, i, kept}, rows);
+      if (projects_) {
+        if (part.waits_each_step) part.wait();
+        project_hidden(direction, part, t, i, rows);
+      }
+      const int64_t rows_after = min_of(rows, steps_.rows(t + stride));
+      if (args_.h_n != nullptr) finish_rows(direction, part, t, rows_after, rows);
+      if (args_.boundaries != nullptr) keep_states(direction, part, t + stride, i + 1);
+      if (part.waits_each_step) part.wait();
+    }
   }
 
  private:
@@ -62,8 +129,22 @@ class ForwardScan {
   }
   // Row `row` of step t of [N, D*columns]
   S* output_row(int direction, int64_t t, int64_t row, int64_t columns) const {
-    return static_cast<S*>(args_.output) +
-           ((steps_.offset(t) + row) * args_.directions + direction) * columns;
+    S* output = static_cast<S*>(args_.output);
+    if (output == nullptr) return nullptr;
+    return output + ((steps_.offset(t) + row) * args_.directions + direction) * columns;
+  }
+  // Row `row` of the states that go into step t of [S-1, D, B, P + C], the first in time of a
+  // segment or, in the other direction, the last.
+  template <class Element>
+  Element* boundary_row(Element* base, int direction, int64_t t, int64_t row) const {
+    const int64_t k = (steps_.runs_back(direction) ? t + 1 : t) / args_.checkpoint_every - 1;
+    const int64_t width = args_.proj + (Cell::has_cell_state ? args_.hidden : 0);
+    return base + ((k * args_.directions + direction) * args_.batch + row) * width;
+  }
+
+  // Rows of step t that have a step before it, in the order of the direction.
+  int64_t rows_continued(int direction, int64_t t) const {
+    return min_of(steps_.rows(t), steps_.rows(t - steps_.stride(direction)));
   }
 
   Kept kept(int direction) const {
@@ -83,31 +164,6 @@ class ForwardScan {
     return projects_ ? hr_.columns.range(hr_blocks(part)) : unit_range(part);
   }
 
-  // Threads that split rows share all weights, threads that split units need only their own.
-  void pack(int direction, const Part& part) const {
-    const Range blocks =
-        part.waits_each_step ? part.blocks : share(part.blocks.end, part.rank, part.size);
-    input_.pack(direction, blocks);
-    hh_.pack(direction, blocks);
-    hr_.pack(direction, share(hr_.columns.blocks, part.rank, part.size));
-  }
-
-  void start_states(int direction, const Part& part) const {
-    const int64_t first = steps_.first(direction);
-    const Range features = feature_range(part), units = unit_range(part);
-    for (int64_t row = part.rows.begin; row < part.rows.end; ++row) {
-      const bool reset = steps_.resets_before(direction, first, row);
-      states_.set(direction, row, features,
-                  reset ? nullptr : state_row(args_.h_0, direction, row, args_.proj), units,
-                  reset ? nullptr : state_row(args_.c_0, direction, row, args_.hidden));
-      // Rows without any step keep their initial states.
-      if (row >= steps_.rows(0)) {
-        write_final(direction, part, row,
-                    states_.h(0) + states_.offset(direction, row) + features.begin);
-      }
-    }
-  }
-
   // The final states of a row; h: the part's own features of the last one.
   template <class Element>
   void write_final(int direction, const Part& part, int64_t row, const Element* h) const {
@@ -121,28 +177,23 @@ class ForwardScan {
     }
   }
 
-  // `count` steps from t on.
-  void run_steps(int direction, const Part& part, int64_t t, int64_t count,
-                 const Kept& kept) const {
-    const int64_t ahead = input_.steps_ahead, stride = steps_.stride(direction);
-    for (int64_t i = 0; i < count; ++i, t += stride) {
-      if (i % ahead == 0) input_.run(direction, part, t, min_of(ahead, count - i));
-      const int64_t rows = steps_.rows(t);
-      run_rows(direction, part, {t, i, kept}, rows);
-      if (projects_) {
-        if (part.waits_each_step) part.wait();
-        project_hidden(direction, part, t, i, rows);
-      }
-      finish_rows(direction, part, t, min_of(rows, steps_.rows(t + stride)), rows);
-      if (part.waits_each_step) part.wait();
-    }
-  }
-
   // Rows [begin, end) end at step t.
   void finish_rows(int direction, const Part& part, int64_t t, int64_t begin, int64_t end) const {
     const int64_t own = feature_range(part).begin, last = min_of(end, part.rows.end);
     for (int64_t row = max_of(begin, part.rows.begin); row < last; ++row) {
       write_final(direction, part, row, output_row(direction, t, row, args_.proj) + own);
+    }
+  }
+
+  // Keeps the states that go into step t, the i-th, if it begins a segment.
+  void keep_states(int direction, const Part& part, int64_t t, int64_t i) const {
+    const int64_t boundary = steps_.runs_back(direction) ? t + 1 : t;
+    if (boundary % args_.checkpoint_every != 0) return;
+    const int64_t end = min_of(part.rows.end, rows_continued(direction, t));
+    for (int64_t row = part.rows.begin; row < end; ++row) {
+      T* states = boundary_row(static_cast<T*>(args_.boundaries), direction, t, row);
+      states_.get(direction, row, i, feature_range(part), states, unit_range(part),
+                  states + args_.proj);
     }
   }
 
@@ -227,7 +278,7 @@ class ForwardScan {
             if (left <= 0) break;
             V h = sums[r * columns.units + u];
             if (left < V::lanes) h = first_lanes(h, left);
-            h.store(output + column, left);
+            if (output != nullptr) h.store(output + column, left);
             (reset ? V(T(0)) : h).store(h_next + column);
           }
         }
@@ -265,7 +316,7 @@ class ForwardScan {
     T* kept_direct = states_.direct() + state;
     T* cell = states_.cell() + state;
     F* unprojected = states_.unprojected() + state;
-    S* output = output_row(tile.direction, step.t, tile.row, args_.hidden) + tile.unit;
+    S* output = output_row(tile.direction, step.t, tile.row, args_.hidden);
     const Kept& kept = step.kept;
     S* gates = kept.gates == nullptr ? nullptr : kept.gate_row(n) + tile.unit;
     T* extra = kept.extra == nullptr ? nullptr : kept.extra_row(n) + tile.unit;
@@ -301,7 +352,7 @@ class ForwardScan {
       if (projects_) {
         h.store(unprojected + r * stride);
       } else {
-        store(output + r * features, h);
+        if (output != nullptr) store(output + r * features + tile.unit, h);
         next.store(h_next + r * stride);
         if constexpr (Carried::kKeepsDirect) next.store(kept_direct + r * stride);
       }

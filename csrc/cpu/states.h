@@ -39,6 +39,20 @@ class States {
   T* cell() const { return cell_; }
   F* unprojected() const { return unprojected_; }  // of the current step: h before its projection
 
+  // Copies some columns of a row, as the i-th step reads them, to those of h [P] and c [H].
+  void get(int direction, int64_t row, int64_t i, Range features, T* h, Range units, T* c) const {
+    const int64_t begin = offset(direction, row);
+    const auto copy = [begin](const auto* from, Range own, T* to) {
+      convert(from + begin + own.begin, to + own.begin, own.end - own.begin);
+    };
+    if constexpr (kKeepsDirect) {
+      copy(direct_, features, h);
+    } else {
+      copy(this->h(i), features, h);
+    }
+    if constexpr (Cell::has_cell_state) copy(cell_, units, c);
+  }
+
   // Sets some columns of a row to those of h [P] and c [H]; null for zeros. Both buffers of h are
   // set: in one direction rows begin at different steps.
   template <class Element>

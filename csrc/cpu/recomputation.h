@@ -1,0 +1,87 @@
+// With checkpoint_every, forward keeps only the states between segments. Before backward comes to a
+// segment, its forward scan runs again.
+#pragma once
+
+#include "forward.h"
+#include "saved.h"
+
+namespace fastrnn::FASTRNN_VARIANT {
+
+template <class Cell, class S>
+class Recomputation {
+  using T = Compute<S>;
+
+ public:
+  // Whether backward needs more of a step than its output.
+  static constexpr bool kIsNeeded = Cell::saves_gates || Cell::has_extra;
+
+  Recomputation(const BackwardArgs& args, const Steps& steps, Workspace& workspace)
+      : args_(args),
+        steps_(steps),
+        forward_args_(make_forward_args(args)),
+        forward_(forward_args_, steps, workspace),
+        rows_(args.steps == 0 ? 0 : segment(0).rows) {
+    const int64_t rows = args.directions * rows_;
+    gates_ = workspace.take<S>(Cell::saves_gates ? rows * Cell::gates * args.hidden : 0);
+    extra_ = workspace.take<T>(Cell::has_extra ? args.directions * extra_rows() * args.hidden : 0);
+  }
+
+  int64_t segments() const {
+    return (args_.steps + args_.checkpoint_every - 1) / args_.checkpoint_every;
+  }
+  Chunk segment(int64_t k) const {
+    const int64_t first = k * args_.checkpoint_every;
+    return steps_.chunk(first, min_of(first + args_.checkpoint_every, args_.steps) - 1);
+  }
+
+  // Threads need each other's share before the first segment.
+  void pack(int direction, const Part& part) const { forward_.pack(direction, forward_part(part)); }
+
+  // What forward would have kept of a segment, until the next segment is computed.
+  Saved<const S, const T> run(int direction, const Part& part, const Chunk& segment) const {
+    const int64_t t = steps_.runs_back(direction) ? segment.last : segment.first;
+    const Saved<S, T> kept = buffers(direction, segment);
+    const Part own = forward_part(part);
+    forward_.start_states(direction, own, t, args_.boundaries);
+    if constexpr (Cell::has_cell_state) forward_.copy_cell(direction, own, t, kept);
+    if (part.waits_each_step) part.wait();
+    forward_.run_steps(direction, own, t, segment.last - segment.first + 1, kept);
+    return {kept.gates, kept.extra, kept.gate_stride, kept.extra_stride, kept.begin};
+  }
+
+ private:
+  const BackwardArgs& args_;
+  const Steps& steps_;
+  const ForwardArgs forward_args_;
+  const ForwardScan<Cell, S> forward_;
+  const int64_t rows_;  // of the largest segment: no step has more rows than one before it
+  S* gates_;            // [D, rows, G*H]
+  T* extra_;            // [D, rows + B, H]
+
+  static ForwardArgs make_forward_args(const BackwardArgs& args) {
+    ForwardArgs forward{};
+    static_cast<LayerArgs&>(forward) = args;
+    return forward;
+  }
+
+  // The same rows of the batch as in backward; its units in forward's blocks.
+  Part forward_part(const Part& part) const {
+    Part own = part;
+    const int64_t blocks = forward_.work().blocks;
+    own.blocks = part.waits_each_step ? share(blocks, part.rank, part.size) : Range{0, blocks};
+    return own;
+  }
+
+  // The step before the first one, in the order of the direction, has room too: backward reads its
+  // c_t there.
+  int64_t extra_rows() const { return rows_ + (Cell::has_cell_state ? args_.batch : 0); }
+  Saved<S, T> buffers(int direction, const Chunk& segment) const {
+    const int64_t gate_stride = Cell::gates * args_.hidden, extra_stride = args_.hidden;
+    T* extra = extra_ + direction * extra_rows() * extra_stride;
+    if (!steps_.runs_back(direction)) extra += (extra_rows() - rows_) * extra_stride;
+    return {gates_ + direction * rows_ * gate_stride, extra, gate_stride, extra_stride,
+            segment.begin};
+  }
+};
+
+}  // namespace fastrnn::FASTRNN_VARIANT
