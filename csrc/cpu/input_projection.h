@@ -14,13 +14,13 @@ class InputProjection {
   using F = Factor<S>;
   using V = Vec<T>;
   // Rows projected at once: enough to use the tallest tiles and to read W_ih rarely.
-  static constexpr int64_t kRows = 256;
+  static constexpr int64_t kProjectedRows = 256;
   // x is copied into its factors where these have another type or whole pairs.
   static constexpr bool kCopies = !std::is_same_v<S, F> || FactorGroup<F>::size > 1;
 
  public:
   InputProjection(const LayerArgs& args, const Steps& steps, int gates, Workspace& workspace)
-      : steps_ahead(max_of(1, min_of(args.steps, kRows / max_of(1, args.batch)))),
+      : steps_ahead(max_of(1, min_of(args.steps, kProjectedRows / max_of(1, args.batch)))),
         args_(args),
         steps_(steps),
         copy_stride_(packed_depth<F>(args.input)),
