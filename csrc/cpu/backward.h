@@ -172,7 +172,7 @@ class BackwardScan {
       for (; t != last - stride; t -= stride) run_step(direction, part, chunk, t, kept);
       // The gate gradients of the chunk are complete; all threads share the products with them.
       if (!part.waits_each_step) part.wait();
-      if constexpr (chunk_gradients_.kZips) {
+      if constexpr (ChunkRows<S>::kZips) {
         chunk_gradients_.zip(direction, chunk.rows, part.rank, part.size);
         part.wait();
       }
@@ -302,7 +302,8 @@ class BackwardScan {
       const int64_t local = step.chunk_row(steps_, row);
       if (left < V::lanes) dh = first_lanes(dh, left);
       dh.store(rows.values(tile.direction, local) + tile.column);
-      if constexpr (rows.kNarrows) dh.store(rows.factors(tile.direction, local) + tile.column);
+      if constexpr (ChunkRows<S>::kNarrows)
+        dh.store(rows.factors(tile.direction, local) + tile.column);
     }
   }
 

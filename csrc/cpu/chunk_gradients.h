@@ -88,7 +88,6 @@ class ChunkGradients {
     return hidden_ + (direction * rows + row) * stride;
   }
 
-  static constexpr bool kZips = ChunkRows<S>::kZips;
   void zip(int direction, int64_t some, int rank, int size) const {
     input.zip(direction, some, rank, size);
     if constexpr (Cell::splits_gradient) recurrent.zip(direction, some, rank, size);
