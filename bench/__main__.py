@@ -1,19 +1,21 @@
 """fastrnn against torch.nn, ONNX Runtime, OpenVINO and JAX on this CPU.
 
-Prints a table, and writes what it is made from. Each library runs in a process of its own.
+Prints a table, and writes what it is made from, after every row: a run that was ended can be
+continued with --resume. Each library runs in a process of its own.
 """
 
 import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import table
 from .cases import Case, make_cases
-from .compare import BASE, run, warn, warnings
+from .compare import BASE, describe_with, run, warn, warnings
 from .machine import cores
 from .peers import PEERS
-from .results import LATEST, save
+from .results import LATEST, Result, load, save
 
 # level: (seconds, rounds at least) per row
 EFFORT = {"quick": (0.0, 3), "default": (1.5, 5), "full": (3.0, 7)}
@@ -55,6 +57,11 @@ def parse_args() -> argparse.Namespace:
         default=LATEST,
         help="the results (default: %(default)s)",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="measure what is missing in FILE, which a run with the same arguments left",
+    )
     args = parser.parse_args()
     if not 1 <= args.threads <= cores():
         parser.error(f"--threads is {args.threads}, expected 1 to {cores()}, the cores here")
@@ -77,12 +84,36 @@ def choose(level: str, rows: re.Pattern[str]) -> list[Case]:
     return cases
 
 
+def left_by(file: Path, threads: int, peers: list[str]) -> Result:
+    """The result of an ended run, if it was one of the same machine, versions and threads."""
+    earlier = load(file)
+
+    def conditions(threads: int, machine: dict[str, Any]) -> dict[str, Any]:
+        commit = (machine["commit"] or "").removesuffix("-dirty")  # by this very file, perhaps
+        return {"threads": threads, **machine, "commit": commit, "load_average": None}
+
+    now = conditions(threads, describe_with(peers))
+    for name, then in conditions(earlier["threads"], earlier["machine"]).items():
+        if then != now[name]:
+            sys.exit(f"--resume: {file} was measured with {name} {then}, here is {now[name]}")
+    return earlier
+
+
 def main() -> None:
     args = parse_args()
     cases = choose(args.level, args.rows)
     seconds, least = EFFORT[args.level]
     seconds = seconds if args.seconds is None else args.seconds
-    result = run(cases, installed(args.peers), args.threads, seconds, least)
+    peers = installed(args.peers)
+    earlier = None
+    if args.resume and args.json.exists():
+        earlier = left_by(args.json, args.threads, peers)
+        print(f"{len(earlier['rows'])} rows are in {args.json} already")
+
+    def keep(result: Result) -> None:
+        save(result, args.json)
+
+    result = run(cases, peers, args.threads, seconds, least, keep, earlier)
     if not result["rows"]:
         sys.exit(1)
     save(result, args.json)

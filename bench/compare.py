@@ -6,7 +6,7 @@ are medians over the rounds. No two libraries share a process, and none runs whi
 
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any
@@ -14,17 +14,17 @@ from typing import Any
 from tqdm import tqdm
 
 from .cases import Array, Case
-from .floor import FEW_ROWS, floor_seconds, flops, sizes_to_read
+from .floor import FEW_ROWS, floor_seconds, sizes_to_read
 from .machine import Usage, describe, load_of
 from .peers import PEERS, check
-from .results import SCHEMA, Result, Row, medians_of_ratios
+from .results import SCHEMA, Result, Row, case_of, medians_of_ratios
 from .worker import Worker, WorkerError
 
 BURST_S = 0.02  # a sample is at least that long, so that the timer and cold caches do not count
 BASE = ("torch", "fastrnn")  # always there: numbers are checked, and ratios taken, against them
 BEFORE_S = 1.0
 WAITING_LIMIT = 0.02  # CPU share of a worker that has nothing to do
-SPREAD_LIMIT = 1.25  # slow over fast samples of one product; on a quiet machine about 1.1
+SPREAD_LIMIT = 1.25  # slow over fast samples of one loop; on a quiet machine about 1.0
 
 
 class Team:
@@ -113,12 +113,12 @@ def measure(team: Team, case: Case, seconds: float, least: int) -> Row:
     }
 
 
-def add_fractions(row: Row, gemm: dict[str, float], reads: dict[int, float]) -> None:
+def add_fractions(row: Row, multiply_adds: float, reads: dict[int, float]) -> None:
+    """The rates in operations per second and, by bytes read, in bytes per second."""
     case, seconds = Case(**row["case"]), row["ms"]["fastrnn"] / 1e3
-    floor = floor_seconds(case, gemm["torch.mm"], reads)
+    floor = floor_seconds(case, multiply_adds, reads)
     row["floor_ms"] = 1e3 * floor
     row["of_floor"] = floor / seconds
-    row["of_peak_gemm"] = flops(case) / max(gemm.values()) / seconds
 
 
 def spread(samples: list[float]) -> float:
@@ -126,70 +126,103 @@ def spread(samples: list[float]) -> float:
     return max(samples) / sorted(samples)[(len(samples) - 1) // 10]
 
 
-def run(
-    cases: list[Case], peers: Iterable[str], threads: int, seconds: float, least: int
-) -> Result:
-    """Measures the rows. An interrupt ends the run early and keeps the rows measured so far."""
+class Run:
+    """The rows measured so far and what was found out about the machine meanwhile.
+
+    `earlier` is what an ended run left of the same rows, which are not measured again.
+    """
+
+    def __init__(self, machine: dict[str, Any], threads: int, earlier: Result | None) -> None:
+        self.machine, self._threads = machine, threads
+        self.rows: list[Row] = [] if earlier is None else earlier["rows"]
+        self.reads: dict[int, float] = {}
+        self.rates: list[float] = []
+        self._before = load_of(BEFORE_S)
+        self._waiting = 0.0
+        if earlier is not None:
+            limits, self._waiting = earlier["limits"], earlier["load"]["waiting"]
+            best = limits["multiply_add_flops_per_s"]
+            self.rates = [best, best / earlier["load"]["rate_spread"]]
+            self.reads = {int(size): rate for size, rate in limits["read_bytes_per_s"].items()}
+        if self._before.busy:
+            warn(
+                f"the machine is busy already: {self._before.others:.0%} of it is used, "
+                f"{self._before.steal:.0%} stolen"
+            )
+
+    def result(self, waiting: float) -> Result:
+        """With the fractions of the floor, as far as it is known up to now."""
+        best = max(self.rates)
+        for row in self.rows:
+            add_fractions(row, best, self.reads)
+        return {
+            "schema": SCHEMA,
+            "machine": self.machine,
+            "threads": self._threads,
+            "limits": {
+                "multiply_add_flops_per_s": best,
+                "few_rows": FEW_ROWS,
+                "read_bytes_per_s": {str(size): rate for size, rate in self.reads.items()},
+            },
+            "load": {
+                "before": asdict(self._before),
+                "busy_rows": sum(row["busy"] for row in self.rows),
+                "rate_spread": spread(self.rates),
+                "waiting": max(self._waiting, waiting),
+            },
+            "rows": self.rows,
+        }
+
+
+def describe_with(peers: Iterable[str]) -> dict[str, Any]:
+    """The machine, with the versions of what these peers need."""
     packages = {package for peer in peers for package in PEERS[peer].packages}
-    machine = describe(("torch", "fastrnn", *sorted(packages - {"torch", "fastrnn"})))
-    before = load_of(BEFORE_S)
-    if before.busy:
-        warn(
-            f"the machine is busy already: {before.others:.0%} of it is used, "
-            f"{before.steal:.0%} stolen"
-        )
-    rows: list[Row] = []
-    gemm: dict[str, list[float]] = {}
+    return describe(("torch", "fastrnn", *sorted(packages - {"torch", "fastrnn"})))
 
-    def sample_gemm(team: Team) -> None:
-        for name, rate in team.call("limits", "gemm").items():
-            gemm.setdefault(name, []).append(rate)
 
+def run(
+    cases: list[Case],
+    peers: list[str],
+    threads: int,
+    seconds: float,
+    least: int,
+    keep: Callable[[Result], None] = lambda result: None,
+    earlier: Result | None = None,
+) -> Result:
+    """Measures the rows that `earlier` has not, and gives `keep` all that there is after each.
+
+    An interrupt ends the run early and keeps the rows measured so far.
+    """
+    state = Run(describe_with(peers), threads, earlier)
+    done = {case_of(row) for row in state.rows}
+    left = [case for case in cases if case not in done]
     with Team(peers, threads) as team:
-        reads = {size: team.call("limits", "read", size) for size in sizes_to_read(cases)}
+        for size in sizes_to_read(left):
+            if size not in state.reads:
+                state.reads[size] = team.call("limits", "read", size)
         try:
-            for case in (bar := tqdm(cases, unit="row", leave=False, disable=None)):
+            for case in (bar := tqdm(left, unit="row", leave=False, disable=None)):
                 bar.set_postfix_str(case.name)
-                sample_gemm(team)
-                rows.append(measure(team, case, seconds, least))
-                for peer, why in rows[-1]["failed"].items():
+                state.rates.append(team.call("limits", "multiply_adds"))
+                state.rows.append(measure(team, case, seconds, least))
+                keep(state.result(team.waiting_share()))
+                for peer, why in state.rows[-1]["failed"].items():
                     message = why.splitlines()[-1]
                     warn(f"{case.name}: {PEERS[peer].title} left out: {message}")
-            sample_gemm(team)
         except KeyboardInterrupt:
             warn("interrupted")
-        waiting = team.waiting_share()
-
-    best = {name: max(rates) for name, rates in gemm.items()}
-    for row in rows:
-        add_fractions(row, best, reads)
-    return {
-        "schema": SCHEMA,
-        "machine": machine,
-        "threads": threads,
-        "limits": {
-            "gemm_flops_per_s": best,
-            "few_rows": FEW_ROWS,
-            "read_bytes_per_s": {str(size): rate for size, rate in reads.items()},
-        },
-        "load": {
-            "before": asdict(before),
-            "busy_rows": sum(row["busy"] for row in rows),
-            "gemm_spread": max(map(spread, gemm.values()), default=1.0),
-            "waiting": waiting,
-        },
-        "rows": rows,
-    }
+        state.rates.append(team.call("limits", "multiply_adds"))
+        return state.result(team.waiting_share())
 
 
 def warnings(result: Result) -> list[str]:
     """Why the figures should not be trusted."""
     load, found = result["load"], []
-    if load["busy_rows"] or load["gemm_spread"] > SPREAD_LIMIT:
+    if load["busy_rows"] or load["rate_spread"] > SPREAD_LIMIT:
         found.append(
             f"the machine was busy: others ran during {load['busy_rows']} of {len(result['rows'])} "
-            f"rows (marked *), and the same product took up to {load['gemm_spread']:.2f} times its "
-            f"best. Run this again alone."
+            f"rows (marked *), and the same loop ran up to {load['rate_spread']:.2f} times slower "
+            f"than at best. Run this again alone."
         )
     if load["waiting"] > WAITING_LIMIT:
         found.append(f"a waiting library used {load['waiting']:.0%} of a core")

@@ -1,14 +1,15 @@
 """What a busy neighbour costs: python -m bench.contention
 
-fastrnn and torch.nn alone, and beside one process that spins in a loop on whatever core it gets.
-With n threads on n cores n + 1 threads then want to run, so the fair share is a slowdown of
-(n + 1) / n. What is above that is waiting for a thread whose core was taken.
+A repetition times some steps of a layer alone, and the same again beside a process that was started
+for it and gets whatever core it gets. `busy` spins all the time. With n threads on n cores n + 1
+threads then want to run, so the fair share is a slowdown of (n + 1) / n, and a layer that keeps
+away from the neighbour's core runs n / (n - 1) times as long. `half` spins and sleeps in turn, as
+programs with short work do: whoever keeps away from its core wastes half of that.
 """
 
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -19,80 +20,99 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .cases import MODES, Case
+from .cases import Case
 from .compare import BASE, Team, prepare, warn
 from .machine import Load, cores, describe
 from .results import DIRECTORY
 from .table import align
 
 CELLS = ("LSTM", "GRU")
-SHAPES = ((100, 32, 128), (50, 64, 512), (100, 1, 128))
-BURST_S = 0.25  # a sample; many time slices of the scheduler
-ROUNDS = 7
-AWAKE_S = 0.05  # the neighbour's start, before anything is timed
+SHAPES = ((90, 24, 144), (100, 1, 128))  # threads split the rows of one, the units of the other
+SLICE_S = 0.002
+NEIGHBOURS = {
+    "busy": "pass",
+    "half": f"""
+    end = monotonic() + {SLICE_S}
+    while monotonic() < end: pass
+    sleep({SLICE_S})""",
+}
+REPETITIONS = 20
+STEPS = 9
+REST_S = 0.5  # before a repetition, so that none profits from what the one before it found out
+AWAKE_S = 0.05  # what the scheduler has to get used to a neighbour, before anything is timed
 
 
 class Neighbour:
-    """A process that spins, pinned nowhere, inside `with`, and stands still outside."""
+    """A process that keeps a core busy from the beginning of `with` to its end, pinned nowhere."""
 
-    def __init__(self) -> None:
-        spin = (
-            f"import os\nwhile os.getppid() == {os.getpid()}: pass"  # never outlives this process
+    def __init__(self, kind: str) -> None:
+        # It never outlives this process.
+        code = (
+            "import os\nfrom time import monotonic, sleep\nprint(flush=True)\n"
+            f"while os.getppid() == {os.getpid()}: {NEIGHBOURS[kind]}"
         )
-        self._process = subprocess.Popen([sys.executable, "-c", spin])
-        self._process.send_signal(signal.SIGSTOP)
+        command = [sys.executable, "-I", "-S", "-c", code]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
 
-    def __enter__(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
+    def __enter__(self) -> "Neighbour":
+        assert self._process.stdout is not None
+        self._process.stdout.readline()  # written when it begins
         sleep(AWAKE_S)
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.send_signal(signal.SIGSTOP)
-
-    def close(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
-def measure(team: Team, neighbour: Neighbour, case: Case, rounds: int) -> dict[str, Any]:
-    """Rounds of both alone and then both beside the neighbour; slowdowns are paired by round."""
+def mean_load(loads: list[Load]) -> Load:
+    """A time of some milliseconds is too short for the clock ticks in which others are counted."""
+    return Load(
+        statistics.mean(load.others for load in loads),
+        statistics.mean(load.steal for load in loads),
+    )
+
+
+def measure(team: Team, kind: str, case: Case, repetitions: int) -> dict[str, Any]:
+    """Repetitions of each peer in turn, alone and then beside a neighbour of its own."""
     peers, _ = prepare(team, case)
     loads: list[Load] = []
     alone: dict[str, list[float]] = {peer: [] for peer in peers}
-    beside: dict[str, list[float]] = {peer: [] for peer in peers}
-    for _ in range(rounds):
-        start = team.usage()
+    slowdowns: dict[str, list[float]] = {peer: [] for peer in peers}
+    for _ in range(repetitions):
         for peer in peers:
-            alone[peer].append(team.call(peer, "seconds", BURST_S))
-        loads.append(start.load_until(team.usage()))
-        with neighbour:
-            for peer in peers:
-                beside[peer].append(team.call(peer, "seconds", BURST_S))
-    slowdown = {p: [slow / fast for slow, fast in zip(beside[p], alone[p])] for p in peers}
+            sleep(REST_S)
+            start = team.usage()
+            alone[peer].append(team.call(peer, "mean_seconds", STEPS))
+            loads.append(start.load_until(team.usage()))
+            with Neighbour(kind):
+                beside = team.call(peer, "mean_seconds", STEPS)
+            slowdowns[peer].append(beside / alone[peer][-1])
     return {
         "case": asdict(case),
-        "alone_ms": {p: 1e3 * statistics.median(alone[p]) for p in peers},
-        "beside_ms": {p: 1e3 * statistics.median(beside[p]) for p in peers},
-        "slowdown": {p: statistics.median(slowdown[p]) for p in peers},
-        "worst": {p: max(slowdown[p]) for p in peers},
-        "busy": any(load.busy for load in loads),
+        "neighbour": kind,
+        "alone_ms": {peer: 1e3 * statistics.median(alone[peer]) for peer in peers},
+        "slowdown": {peer: statistics.median(slowdowns[peer]) for peer in peers},
+        "worst": {peer: max(slowdowns[peer]) for peer in peers},
+        "slowdowns": slowdowns,
+        "busy": mean_load(loads).busy,
     }
 
 
 def render(rows: list[dict[str, Any]]) -> str:
     peers = [("fastrnn", "fastrnn"), ("torch", "torch.nn")]
-    titles = ["T, B, H", "layer", "mode"]
+    titles = ["T, B, H", "layer", "mode", "neighbour"]
     for _, title in peers:
-        titles += [f"{title} alone ms", "beside ms", "slowdown", "worst"]
+        titles += [f"{title} alone ms", "slowdown", "worst"]
     lines = []
     for row in rows:
         case = Case(**row["case"])
-        line = [case.shape, case.layer, case.mode + "*" * row["busy"]]
+        line = [case.shape, case.layer, case.mode, row["neighbour"] + "*" * row["busy"]]
         for peer, _ in peers:
-            line += [f"{row[key][peer]:.3g}" for key in ("alone_ms", "beside_ms")]
-            line += [f"{row[key][peer]:.1f}x" for key in ("slowdown", "worst")]
+            line.append(f"{row['alone_ms'][peer]:.3g}")
+            line += [f"{row[key][peer]:.2f}x" for key in ("slowdown", "worst")]
         lines.append(line)
-    return align(titles, lines, left=3)
+    return align(titles, lines, left=4)
 
 
 def main() -> None:
@@ -101,23 +121,28 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=cores(), help="default: %(default)s")
+    parser.add_argument("--only", metavar="TEXT", help="rows whose name has TEXT: 'LSTM', 'half'")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", default=DIRECTORY / "latest-contention.json"
     )
     args = parser.parse_args()
     machine = describe()
-    cases = [Case(cell, mode, *shape) for shape in SHAPES for cell in CELLS for mode in MODES]
+    cells = [
+        (kind, Case(cell, "training", *shape))
+        for shape in SHAPES
+        for cell in CELLS
+        for kind in NEIGHBOURS
+    ]
     rows = []
-    neighbour = Neighbour()
-    try:
-        with Team(BASE, args.threads) as team:
-            for case in (bar := tqdm(cases, unit="row", leave=False, disable=None)):
-                bar.set_postfix_str(case.name)
-                rows.append(measure(team, neighbour, case, args.rounds))
-    finally:
-        neighbour.close()
+    with Team(BASE, args.threads) as team:
+        for kind, case in (bar := tqdm(cells, unit="row", leave=False, disable=None)):
+            name = f"{case.name} {kind}"
+            if args.only and args.only not in name:
+                continue
+            bar.set_postfix_str(name)
+            rows.append(measure(team, kind, case, args.repetitions))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "threads": args.threads, "rows": rows}
     args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -91,13 +91,13 @@ def make_step(row: Row, layer: Any, x: torch.Tensor, lengths: torch.Tensor | Non
     if lengths is not None:
         given = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
 
-    def shown() -> torch.Tensor:
+    def run() -> torch.Tensor:
         output = layer(given)[0]
         return output if lengths is None else output.data
 
     def forward() -> torch.Tensor:
         with torch.inference_mode():
-            return shown()
+            return run()
 
     if row.mode == "forward":
         return forward
@@ -106,7 +106,7 @@ def make_step(row: Row, layer: Any, x: torch.Tensor, lengths: torch.Tensor | Non
     wanted = [x, *layer.parameters()]
     if lengths is not None:
         given = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
-    return lambda: torch.autograd.grad(shown(), wanted, incoming)
+    return lambda: torch.autograd.grad(run(), wanted, incoming)
 
 
 def make_flashrnn(row: Row, x: torch.Tensor) -> Step | None:

@@ -1,7 +1,8 @@
 """The least time a row can take: its matrix products and, for few rows, the reading of its weights.
 
-Everything else that a layer does counts as nothing, so a fraction of this floor errs on the side of
-too low, except where another library multiplies faster than torch.mm does.
+The products take at least as long as their multiply-adds do on registers alone, at the rate that a
+loop of nothing else shows. Everything else that a layer does counts as nothing, so no row is above
+100% of its floor, but for what the clock does.
 """
 
 from collections.abc import Iterable, Mapping

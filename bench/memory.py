@@ -1,43 +1,48 @@
-"""Peak extra memory of one training step: python -m bench.memory
+"""Peak memory of a training step, and its time: python -m bench.memory
 
-Each figure comes from processes of their own, in which a tiny step loads the code and starts the
-threads first. Then the kernel's mark of the largest resident size (VmHWM) is set back, one step
-runs, and the figure is how far the mark has risen above the size before it. So everything that the
-step touches counts, whoever allocated it: torch, the kernels' workspace, or a library's buffers.
-ru_maxrss would not do: it cannot be set back and may still stand at a peak of the import. Counting
-calls of malloc would miss what is mapped without it. Blocks come straight from the system and go
-straight back, or else a step would hide in memory that was freed before.
+Each figure comes from a process of its own, as users have them: malloc is as it comes. A tiny step
+loads the code and starts the threads; what the process holds then, with the weights, the input and
+the gradient of the output, is where the figure begins. Then come warm-up steps of the shape itself,
+so that malloc has settled on what it keeps; the kernel's mark of the largest resident size (VmHWM)
+is set back, one more step runs, and the figure is how far the mark stands above the beginning. So
+everything that a step touches counts, whoever allocated it and whether or not it came from an
+earlier step: torch, the kernels' workspace, holes that nothing fits into. Steps are timed in the
+same processes, in turn; ratios of time are medians over all pairs.
+
+The long sequence for which checkpoint_every is made:
+
+    python -m bench.memory --shape 4000 32 256 --cells LSTM --checkpoint-every 63 --without-torch
 """
 
 import argparse
-import ctypes
 import gc
-import json
-import multiprocessing
+import math
 import statistics
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from .cases import GATES, Case
-from .machine import cores, describe
+from .compare import warn
+from .machine import Load, Usage, cores, describe
 from .peers import FastRNN, TorchNN
-from .results import DIRECTORY
+from .results import DIRECTORY, Row, medians_of_ratios, write
 from .table import align
+from .worker import Worker
 
 SHAPE = (100, 32, 256)
 RUNS = 3
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-SMALL = 1 << 16
+WARM_UP = 3  # steps
+TIMED = 3  # steps of each process of a run
+BURST_S = 0.1
+TITLES = {"torch": "torch.nn", "fastrnn": "fastrnn", "checkpointed": "checkpoint_every"}
 
-# What is compared: a peer and options of its layers.
-VARIANTS: dict[str, tuple[type[TorchNN], dict[str, Any]]] = {
-    "torch.nn": (TorchNN, {}),
-    "fastrnn": (FastRNN, {}),
-}
+# What a step with checkpoint_every may take of one without.
+MEMORY_GOAL, TIME_GOAL = 0.35, 1.30
 
 
 def status(key: str) -> int:
@@ -48,44 +53,83 @@ def status(key: str) -> int:
     raise KeyError(key)
 
 
-def peak(variant: str, case: Case, threads: int) -> int:
-    """Bytes; for a fresh process."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, SMALL)
-    libc.mallopt(M_TRIM_THRESHOLD, SMALL)
-    peer_class, options = VARIANTS[variant]
-    peer = peer_class(threads, **options)
-    peer.prepare(replace(case, T=2, B=2, H=32))
-    peer.step()
-    peer.prepare(case)
-    gc.collect()
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    peer.step()
-    return status("VmHWM") - before
+class Subject:
+    """One layer class and its options, for a fresh process."""
+
+    def __init__(self, peer_class: type[TorchNN], options: dict[str, Any], threads: int) -> None:
+        self._peer = peer_class(threads, **options)
+
+    def peak(self, case: Case) -> int:
+        """Bytes."""
+        peer = self._peer
+        peer.prepare(replace(case, T=2, B=2, H=32))
+        peer.step()
+        peer.prepare(case)
+        gc.collect()
+        before = status("VmRSS")
+        for _ in range(WARM_UP):
+            peer.step()
+        Path("/proc/self/clear_refs").write_text("5")
+        peer.step()
+        return status("VmHWM") - before
+
+    def seconds(self) -> float:
+        return self._peer.seconds(BURST_S)
 
 
-def measure(variant: str, case: Case, threads: int, runs: int) -> int:
-    """The median over fresh processes."""
-    context = multiprocessing.get_context("spawn")
-    peaks = []
+def variants(every: int) -> dict[str, Any]:
+    """What makes each subject, given the number of threads."""
+    return {
+        "torch": partial(Subject, TorchNN, {}),
+        "fastrnn": partial(Subject, FastRNN, {}),
+        "checkpointed": partial(Subject, FastRNN, {"checkpoint_every": every}),
+    }
+
+
+def measure(case: Case, subjects: dict[str, Any], threads: int, runs: int) -> Row:
+    """Medians over runs, each with a fresh process for each variant."""
+    peaks: dict[str, list[int]] = {name: [] for name in subjects}
+    samples: dict[str, list[float]] = {name: [] for name in peaks}
+    others = steal = 0.0
     for _ in range(runs):
-        with context.Pool(1) as pool:
-            peaks.append(pool.apply(peak, (variant, case, threads)))
-    return round(statistics.median(peaks))
+        workers = {name: Worker(make, threads) for name, make in subjects.items()}
+        try:
+            for name, worker in workers.items():
+                peaks[name].append(worker.call("peak", case))
+            start = Usage.now(sum(worker.cpu_s for worker in workers.values()))
+            for _ in range(TIMED):
+                for name, worker in workers.items():
+                    samples[name].append(worker.call("seconds"))
+            load = start.load_until(Usage.now(sum(worker.cpu_s for worker in workers.values())))
+            others, steal = max(others, load.others), max(steal, load.steal)
+        finally:
+            for worker in workers.values():
+                worker.close()
+    return {
+        "case": asdict(case),
+        "bytes": {name: round(statistics.median(sizes)) for name, sizes in peaks.items()},
+        "ms": {name: 1e3 * statistics.median(times) for name, times in samples.items()},
+        "times_fastrnn": medians_of_ratios(samples, "fastrnn"),
+        "others": others,
+        "steal": steal,
+        "busy": Load(others, steal).busy,
+    }
 
 
-def render(rows: list[dict[str, Any]]) -> str:
-    names = [name for name in VARIANTS if name != "torch.nn"]
-    titles = ["T, B, H", "layer", *(f"{name} MiB" for name in VARIANTS)]
-    titles += [f"{name} / torch.nn" for name in names]
+def render(rows: list[Row]) -> str:
+    titles = ["T, B, H", "layer"]
+    titles += [f"{title} MiB" for title in TITLES.values()]
+    titles += ["fastrnn / torch.nn", "every", "checkpoint_every / plain", "time / plain"]
     lines = []
     for row in rows:
         case, peaks = Case(**row["case"]), row["bytes"]
-        lines.append([case.shape, case.layer])
-        lines[-1] += [f"{peaks[name] / 2**20:.1f}" for name in VARIANTS]
-        lines[-1] += [f"{peaks[name] / peaks['torch.nn']:.2f}x" for name in names]
+        line = [case.shape, case.layer + "*" * row["busy"]]
+        line += [f"{peaks[name] / 2**20:.1f}" if name in peaks else "" for name in TITLES]
+        line += [f"{peaks['fastrnn'] / peaks['torch']:.2f}x" if "torch" in peaks else ""]
+        line += [str(row["checkpoint_every"])]
+        line += [f"{peaks['checkpointed'] / peaks['fastrnn']:.2f}x"]
+        line += [f"{row['times_fastrnn']['checkpointed']:.2f}x"]
+        lines.append(line)
     return align(titles, lines, left=2)
 
 
@@ -96,6 +140,13 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shape", type=int, nargs=3, metavar=("T", "B", "H"), default=SHAPE)
+    parser.add_argument("--cells", nargs="+", choices=GATES, default=list(GATES))
+    parser.add_argument(
+        "--checkpoint-every", type=int, metavar="K", help="default: the square root of T"
+    )
+    parser.add_argument(
+        "--without-torch", action="store_true", help="whose steps of long sequences take minutes"
+    )
     parser.add_argument("--runs", type=int, default=RUNS, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=cores(), help="default: %(default)s")
     parser.add_argument(
@@ -104,19 +155,24 @@ def main() -> None:
     args = parser.parse_args()
     if not sys.platform.startswith("linux"):
         parser.error("reads /proc, so it runs on Linux only")
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(GATES) * len(VARIANTS), leave=False, disable=None) as bar:
-        for cell in GATES:
-            case = Case(cell, "training", *args.shape)
-            rows.append({"case": asdict(case), "bytes": {}})
-            for variant in VARIANTS:
-                bar.set_postfix_str(f"{cell} {variant}")
-                rows[-1]["bytes"][variant] = measure(variant, case, args.threads, args.runs)
-                bar.update()
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": describe(), "threads": args.threads, "rows": rows}
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{render(rows)}\n\nWritten to {args.json}")
+    every = args.checkpoint_every or max(1, round(math.sqrt(args.shape[0])))
+    subjects = variants(every)
+    if args.without_torch:
+        del subjects["torch"]
+    rows: list[Row] = []
+    for cell in (bar := tqdm(args.cells, unit="row", leave=False, disable=None)):
+        bar.set_postfix_str(cell)
+        case = Case(cell, "training", *args.shape)
+        row = measure(case, subjects, args.threads, args.runs)
+        rows.append({**row, "checkpoint_every": every})
+    write({"machine": describe(), "threads": args.threads, "rows": rows}, args.json)
+    print(f"{render(rows)}\n")
+    print(
+        f"Goals of checkpoint_every on long sequences: {MEMORY_GOAL:.2f} of the memory of a plain "
+        f"step, {TIME_GOAL:.2f} of its time.\n\nWritten to {args.json}"
+    )
+    if any(row["busy"] for row in rows):
+        warn("rows marked * were timed while others used the machine. Run this again alone.")
 
 
 if __name__ == "__main__":

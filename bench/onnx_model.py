@@ -16,8 +16,8 @@ def reordered(cell: str, weight: Array) -> Array:
     return np.concatenate([gates[k] for k in ORDER[cell]])
 
 
-def build(case: Case, data: Data) -> bytes:
-    """Inputs x, h0_{k}, c0_{k}; outputs y, h{k}, c{k}, where k is the layer."""
+def build(case: Case, data: Data, stateless: bool = False) -> bytes:
+    """Inputs x and, unless zeros are meant, h0_{k}, c0_{k}; outputs y, h{k}, c{k} of layer k."""
     from onnx import TensorProto, helper, numpy_helper
 
     nodes, constants, inputs, outputs = [], [], [], []
@@ -42,7 +42,7 @@ def build(case: Case, data: Data) -> bytes:
             return np.stack([reordered(case.cell, data.weights[name]) for name in names])
 
         bias = np.concatenate([stacked("bias_ih"), stacked("bias_hh")], axis=1)
-        initial = [f"{state}0_{k}" for state in states]
+        initial = [] if stateless else [f"{state}0_{k}" for state in states]
         final = [f"{state}{k}" for state in states]
         arguments = [
             source,

@@ -55,6 +55,13 @@ class Peer:
             calls += 1
         return elapsed / calls
 
+    def mean_seconds(self, steps: int) -> float:
+        """The mean time of so many calls, the first one and its cold caches included."""
+        start = perf_counter()
+        for _ in range(steps):
+            self.step()
+        return (perf_counter() - start) / steps
+
     @classmethod
     def missing(cls) -> list[str]:
         return [package for package in cls.packages if find_spec(package) is None]
@@ -139,14 +146,21 @@ class ONNXRuntime(Peer):
     title = "ONNX Runtime"
     packages = ("onnxruntime", "onnx")
 
-    def prepare(self, case: Case) -> None:
+    @staticmethod
+    def options(threads: int) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        return options
+
+    def prepare(self, case: Case) -> None:
+        import onnxruntime
+
         data = case.data()
         model = onnx_model.build(case, data)
+        options = self.options(self.threads)
         self.session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
         self.names = [output.name for output in self.session.get_outputs()]
         self.feeds, self.case = onnx_model.feeds(case, data), case

@@ -12,7 +12,7 @@ from .cases import Case
 Row = dict[str, Any]
 Result = dict[str, Any]
 
-SCHEMA = 2
+SCHEMA = 3
 DIRECTORY = Path(__file__).parent / "results"
 LATEST = DIRECTORY / "latest.json"  # not kept by git
 
@@ -34,7 +34,6 @@ ROW_FIELDS = {
     "failed": dict,  # peers that could not run it, or whose numbers were wrong: why
     "floor_ms": float,
     "of_floor": float,
-    "of_peak_gemm": float,
     "others": float,  # share of the cores that other processes used meanwhile
     "steal": float,
     "busy": bool,  # measured under load: not to be trusted
@@ -64,8 +63,14 @@ def load(file: Path) -> Result:
 
 
 def save(result: Result, file: Path) -> None:
+    """Whoever is killed meanwhile leaves the old file or the new one."""
+    write(check(result), file.with_name(file.name + ".part"))
+    file.with_name(file.name + ".part").replace(file)
+
+
+def write(result: Result, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(check(result), indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def case_of(row: Row) -> Case:

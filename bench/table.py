@@ -47,7 +47,6 @@ def _columns(rows: list[Row]) -> list[Column]:
         ("fastrnn ms", lambda row: f"{row['ms']['fastrnn']:.3g}"),
         *((PEERS[peer].title, times(peer)) for peer in peers),
         ("of floor", lambda row: f"{row['of_floor']:.0%}"),
-        ("of peak GEMM", lambda row: f"{row['of_peak_gemm']:.0%}"),
     ]
 
 
@@ -75,18 +74,17 @@ def _means(rows: list[Row]) -> str:
 
 def _notes(result: Result) -> str:
     machine, limits = result["machine"], result["limits"]
-    rates = ", ".join(
-        f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limits["gemm_flops_per_s"].items()
-    )
+    rate = limits["multiply_add_flops_per_s"] / 1e9
     reads = ", ".join(
         f"{int(size) / 2**20:.3g} MiB {rate / 1e9:.0f} GB/s"
         for size, rate in limits["read_bytes_per_s"].items()
     )
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     lines = [
-        "Under a library's name: its time over fastrnn's. Floor: the matrix products at torch.mm's "
-        f"rate or, up to {FEW_ROWS} rows, reading the weights, whichever takes longer.",
-        f"{rates}." + f" Reading: {reads}." * bool(reads),
+        "Under a library's name: its time over fastrnn's. Floor: the matrix products at the "
+        f"processor's multiply-add rate or, up to {FEW_ROWS} rows, reading the weights, whichever "
+        "takes longer.",
+        f"Multiply-adds: {rate:.0f} GFLOP/s." + f" Reading: {reads}." * bool(reads),
         f"{result['threads']} threads of {machine['cores']} cores, {machine['cpu']}; {versions}; "
         f"commit {machine['commit']}.",
     ]

@@ -18,7 +18,9 @@ from typing import Any
 from .limits import Limits
 from .peers import PEERS
 
-TARGETS: dict[str, Callable[[int], Any]] = {**PEERS, "limits": Limits}
+Make = Callable[[int], Any]  # of the number of threads
+TARGETS: dict[str, Make] = {**PEERS, "limits": Limits}
+Target = str | Make  # a name of these, or what can be pickled
 
 SETTLE_S = 1.0  # at most; Intel's OpenMP spins for 0.2 s
 PEEK_S = 0.002
@@ -39,8 +41,8 @@ def settle() -> None:
             return
 
 
-def serve(connection: Connection, target: str, threads: int) -> None:
-    """Calls the target's methods until the pipe closes."""
+def serve(connection: Connection, target: Target, threads: int) -> None:
+    """Calls the methods of what the target makes until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
     if hasattr(os, "sched_setaffinity"):  # the only way to tell every library the same
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -55,7 +57,8 @@ def serve(connection: Connection, target: str, threads: int) -> None:
         woke = process_time()
         try:
             if served is None:
-                served = TARGETS[target](threads)
+                make = TARGETS[target] if isinstance(target, str) else target
+                served = make(threads)
             answer = True, getattr(served, method)(*arguments)
         except Exception:
             answer = False, traceback.format_exc().strip()
@@ -67,7 +70,7 @@ def serve(connection: Connection, target: str, threads: int) -> None:
 class Worker:
     """The parent's end."""
 
-    def __init__(self, target: str, threads: int) -> None:
+    def __init__(self, target: Target, threads: int) -> None:
         context = multiprocessing.get_context("spawn")  # no state of the parent, no threads
         self._connection, theirs = context.Pipe()
         arguments = (theirs, target, threads)

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(DOCS)]
 
 from pictures import PICTURES  # noqa: E402
 
-from bench import contention, heatmap, memory, results, table  # noqa: E402
+from bench import calls, contention, heatmap, memory, results, table  # noqa: E402
 
 WIDE = {"benchmarks.md", "contract.md"}  # whose tables need the place of the table of contents
 
@@ -36,7 +36,9 @@ def files(pattern: str, *other: str) -> Iterator[Path]:
 
 
 def speed_files() -> list[Path]:
-    return list(files("*.json", "*-contention.json", "*-memory.json", "cuda-*.json"))
+    return list(
+        files("*.json", "*-calls.json", "*-contention.json", "*-memory.json", "cuda-*.json")
+    )
 
 
 def picture_of(result: Path) -> str:
@@ -124,6 +126,7 @@ def notes() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "gpu": gpu,
+    "calls": lambda: other("calls", calls.render),
     "contention": lambda: other("contention", contention.render),
     "memory": lambda: other("memory", memory.render),
     "notes": notes,

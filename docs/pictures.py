@@ -104,9 +104,9 @@ def lengths() -> Picture:
         y = top + b * 40
         p.text(left - 12, y + 15, f"row {b}, length {count}", "end")
         for t in range(steps):
-            real = t < count
-            label = f"h{t}" if real else "0"
-            p.box(left + t * CELL + 2, y, CELL - 4, 30, "state" if real else "masked", label)
+            valid = t < count
+            label = f"h{t}" if valid else "0"
+            p.box(left + t * CELL + 2, y, CELL - 4, 30, "state" if valid else "masked", label)
         x = left + count * CELL
         if count < steps:  # the final state is what the row has reached there
             p.line((x, y - 3), (x, y + 33), role="strong")
@@ -117,36 +117,41 @@ def lengths() -> Picture:
     p.legend(
         left,
         212,
-        [("state", "real step"), ("masked", "masked: outputs 0, its input is never read")],
+        [("state", "valid step"), ("masked", "masked: outputs 0, its input is never read")],
     )
     return p
 
 
 @picture
 def mask() -> Picture:
-    real = [True, True, False, True, False, False, True, True]
+    valid = [True, True, False, True, False, False, True, True]
     p = Picture(640, 214)
     left = 130
-    steps_head(p, left, 14, len(real))
+    steps_head(p, left, 14, len(valid))
     p.text(left - 12, 51, "mask", "end code")
     p.text(left - 12, 115, "state", "end")
     p.text(left - 12, 175, "output", "end code")
     last = None
-    for t, is_real in enumerate(real):
+    for t, is_valid in enumerate(valid):
         x = left + t * CELL
         p.box(
             x + 2,
             36,
             CELL - 4,
             30,
-            "state" if is_real else "masked",
-            "True" if is_real else "False",
+            "state" if is_valid else "masked",
+            "True" if is_valid else "False",
             "small",
         )
         p.box(
-            x + 2, 160, CELL - 4, 30, "state" if is_real else "masked", f"h{t}" if is_real else "0"
+            x + 2,
+            160,
+            CELL - 4,
+            30,
+            "state" if is_valid else "masked",
+            f"h{t}" if is_valid else "0",
         )
-        if not is_real:
+        if not is_valid:
             continue
         p.arrow((x + CELL / 2, 68), (x + CELL / 2, 100))
         p.box(x + 7, 100, CELL - 14, 30, "sum", f"h{t}")
@@ -154,7 +159,7 @@ def mask() -> Picture:
         if last is not None:
             p.arrow((left + (last + 1) * CELL - 7, 115), (x + 7, 115), role="strong")
         last = t
-    end = left + len(real) * CELL
+    end = left + len(valid) * CELL
     p.arrow((end - 7, 115), (end + 40, 115), role="strong")
     p.text(end + 46, 115, "h_n = h7", "code")
     return p
@@ -328,10 +333,10 @@ def splits() -> Picture:
     titles = ["by rows", "by units", "by direction"]
     notes = [
         ("own batch rows, all steps", "nobody waits for anybody"),
-        ("own hidden units and their weights", "one meeting a step"),
+        ("own hidden units and their weights", "one barrier a step"),
         ("half of the threads each", "rows or units within a half"),
     ]
-    for n, (title, (what, meets)) in enumerate(zip(titles, notes)):
+    for n, (title, (what, waits)) in enumerate(zip(titles, notes)):
         x = 50 + n * 235
         p.text(x + units * size / 2, 14, title, "middle strong")
         if n < 2:
@@ -358,7 +363,7 @@ def splits() -> Picture:
                 p.box(x + thread * 82, 178, 12, 12, roles[thread])
                 p.text(x + thread * 82 + 18, 184, f"thread {thread}", "small")
         p.text(x + units * size / 2, 222, what, "middle small")
-        p.text(x + units * size / 2, 242, meets, "middle small")
+        p.text(x + units * size / 2, 242, waits, "middle small")
     return p
 
 
@@ -383,7 +388,7 @@ def region() -> Picture:
         116,
         [("masked", "dispatch, allocation, start"), ("state", "product"), ("weight", "cell")],
     )
-    p.text(20, 152, "One region: threads start once, and meet once a step or never", "strong")
+    p.text(20, 152, "One region: threads start once, with a barrier a step or none", "strong")
     for thread in range(2):
         y = 172 + thread * 34
         p.text(left - 10, y + 13, f"thread {thread}", "end small")
@@ -400,7 +405,7 @@ def region() -> Picture:
     p.legend(
         left,
         258,
-        [("state", "product"), ("weight", "cell, on the tile's registers"), ("cut", "meeting")],
+        [("state", "product"), ("weight", "cell, on the tile's registers"), ("cut", "barrier")],
     )
     return p
 
@@ -458,7 +463,7 @@ def gpu() -> Picture:
             ["states in distributed shared memory", "sm_90 and newer, or one block"],
         ),
     ]
-    for n, (name, meeting, notes) in enumerate(kinds):
+    for n, (name, barrier, notes) in enumerate(kinds):
         x = 20 + n * 232
         p.text(x + 98, 14, name, "middle strong code")
         for step in range(3):
@@ -477,7 +482,7 @@ def gpu() -> Picture:
                         p.line((x + block * 50 + 22, y + 29), (x + 98, y + 37))
                 else:
                     p.line((x, y + 37 + 3 * n), (x + 194, y + 37 + 3 * n), role=role)
-        p.text(x + 98, 204, meeting, "middle")
+        p.text(x + 98, 204, barrier, "middle")
         for i, note in enumerate(notes):
             p.text(x + 98, 226 + 18 * i, note, "middle small")
     p.legend(
@@ -486,7 +491,7 @@ def gpu() -> Picture:
         [
             ("state", "a block of threads, one step"),
             ("weight", "weights are read"),
-            ("cut", "meeting"),
+            ("cut", "barrier"),
         ],
     )
     return p

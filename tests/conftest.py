@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import fastrnn
+from fastrnn._backends import register
 from helpers import CELLS, TOLERANCE
 
-# What tests a CPU, a process, a program or the definition, or puts its tensors on the CPU.
-CPU_ONLY = ["bench", "char_lm", "common_modules", "diagnostics", "distributed", "docs", "examples"]
-CPU_ONLY += ["math", "packaging", "reference", "seq2seq", "surnames", "tagging", "threads"]
-CPU_ONLY += ["tiles", "types", "variants", "visualise"]
+# What tests a CPU, a process, a program, the sources or the reference implementation, or puts its
+# tensors on the CPU.
+CPU_ONLY = ["architecture", "bench", "char_lm", "common_modules", "diagnostics", "distributed"]
+CPU_ONLY += ["docs", "examples", "exchange", "fuzz", "math", "packaging", "reference", "seq2seq"]
+CPU_ONLY += ["substitution", "surnames", "tagging", "threads", "tiles", "types", "variants"]
+CPU_ONLY += ["visualise"]
 if importlib.util.find_spec("hypothesis") is None:  # a GPU's machine may not have it
     CPU_ONLY += ["properties"]
 
@@ -37,10 +40,10 @@ def pytest_configure(config) -> None:
         for dtype in TOLERANCE:  # cuDNN adds up in another order than any CPU
             TOLERANCE[dtype] *= 10
     else:
-        from backends import take_over
+        from backends import h100
         from harness import build
 
-        take_over(build.load())
+        register("cpu", h100(build.load()))
 
 
 def pytest_ignore_collect(collection_path, config) -> bool | None:

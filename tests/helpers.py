@@ -3,12 +3,14 @@
 A new cell or dtype is one line in CELLS or TOLERANCE.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 import fastrnn
+from fastrnn import _backends
 
 # mode -> class name in fastrnn and torch.nn, constructor options, autograd.Function
 CELLS = {
@@ -145,3 +147,36 @@ def row_by_row(model: nn.RNNBase) -> Callable:
         )
 
     return forward
+
+
+class Wrapped(_backends.Backend):
+    """A backend with something around its two passes, which every call of a layer then takes."""
+
+    def __init__(
+        self,
+        inner: _backends.Backend,
+        forward: Callable | None = None,
+        backward: Callable | None = None,
+    ) -> None:
+        self.inner = inner
+        self._forward, self._backward = forward, backward
+        self.takes_mask = inner.takes_mask
+        self.layers = []  # of the calls of forward
+
+    def forward(self, layer):
+        self.layers.append(layer)
+        results = self.inner.forward(layer)
+        return self._forward(results) if self._forward else results
+
+    def backward(self, layer, saved):
+        gradients = self.inner.backward(layer, saved)
+        return self._backward(gradients) if self._backward else gradients
+
+
+@contextmanager
+def wrapped(forward: Callable | None = None, backward: Callable | None = None) -> Iterator[Wrapped]:
+    """The CPU's layers run on a Wrapped backend inside `with`."""
+    inner = _backends.backend("cpu")
+    _backends.register("cpu", wrapper := Wrapped(inner, forward, backward))
+    yield wrapper
+    _backends.register("cpu", inner)

@@ -6,10 +6,13 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
+
+import fastrnn
 
 pytest.importorskip("bench", reason="the benchmarks are not part of this tree")
 
-from bench import cases, compare, floor, heatmap, machine, results, table
+from bench import calls, cases, compare, floor, heatmap, machine, onnx_model, results, table
 from bench.cases import Case
 from bench.peers import JAX, PEERS, ONNXRuntime, OpenVINO, check
 from bench.worker import Worker, WorkerError
@@ -42,7 +45,7 @@ def make_row(case: Case, ms: dict[str, float], busy: bool = False) -> results.Ro
         "steal": 0.0,
         "busy": busy,
     }
-    compare.add_fractions(row, {"torch.mm": 1e9, "oneDNN": 2e9}, {})
+    compare.add_fractions(row, 1e9, dict.fromkeys(floor.sizes_to_read([case]), 1e9))
     return row
 
 
@@ -64,8 +67,8 @@ def result() -> results.Result:
             "versions": {"torch": "2.6.0"},
         },
         "threads": 2,
-        "limits": {"gemm_flops_per_s": {"torch.mm": 1e9}, "read_bytes_per_s": {"65536": 1e9}},
-        "load": {"busy_rows": 1, "gemm_spread": 1.1, "waiting": 0.0},
+        "limits": {"multiply_add_flops_per_s": 1e9, "read_bytes_per_s": {"65536": 1e9}},
+        "load": {"busy_rows": 1, "rate_spread": 1.1, "waiting": 0.0},
         "rows": rows,
     }
 
@@ -189,7 +192,6 @@ def test_fractions():
     case = Case("LSTM", "inference", 100, 32, 64)
     row = make_row(case, {"fastrnn": 1e3, "torch": 1e3})
     assert row["of_floor"] == pytest.approx(floor.flops(case) / 1e9)
-    assert row["of_peak_gemm"] == pytest.approx(floor.flops(case) / 2e9)
 
 
 # Peers
@@ -213,6 +215,45 @@ def test_what_runs_where():
     assert not any(peer.takes(SMALL) for peer in (ONNXRuntime, OpenVINO))
     assert JAX.takes(SMALL)
     assert not JAX.takes(replace(SMALL, ragged=True))
+
+
+@pytest.mark.parametrize("cell", cases.GATES)
+def test_model_without_states_starts_from_zeros(cell):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    case = Case(cell, "inference", 1, 3, 4)
+    data = case.data()
+    data = replace(data, states=tuple(np.zeros_like(state) for state in data.states))
+    numbers = []
+    for stateless in (False, True):
+        model = onnx_model.build(case, data, stateless)
+        session = onnxruntime.InferenceSession(model, ONNXRuntime.options(1))
+        names = {value.name for value in session.get_inputs()}
+        assert (names == {"x"}) is stateless
+        feeds = {k: v for k, v in onnx_model.feeds(case, data).items() if k in names}
+        numbers.append(session.run(["y"], feeds)[0])
+    assert np.array_equal(*numbers)
+
+
+@pytest.mark.parametrize("step", calls.STEPS, ids=lambda s: f"{s.name}-{s.mode}-{s.rows}")
+def test_every_call_is_that_of_its_class(step):
+    """Both libraries compute the same from the same seed; training differentiates."""
+    outcomes = []
+    for library in (torch.nn, fastrnn):
+        with torch.inference_mode(step.mode == "inference"):
+            outcomes.append(calls.torch_call(library, step)())
+    torch.testing.assert_close(*outcomes)
+    (first, *_), _ = torch.utils._pytree.tree_flatten(outcomes[1])
+    assert first.requires_grad is (step.mode == "training")
+
+
+def test_goals_of_calls():
+    def row(**of):
+        return {"goal": 0.3, "of": of}
+
+    assert not calls.missed(row(torch=0.3, onnxruntime=1.0 + calls.NOISE / 2))
+    assert calls.missed(row(torch=0.301))
+    assert calls.missed(row(torch=0.1, onnxruntime=1.1))
 
 
 class FakeTeam:
@@ -271,6 +312,56 @@ def test_rounding_is_not_wrong():
 def test_wrong_numbers_of_fastrnn_end_the_run(fault):
     with pytest.raises(ValueError, match=r"weight_hh_l0|h_n"):
         compare.prepare(FakeTeam(fastrnn=fault), SMALL)
+
+
+class StubTeam:
+    """A team of nobody, with a machine that is always the same."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def call(self, name, method, *arguments):
+        return 1e9
+
+    def waiting_share(self):
+        return 0.0
+
+
+def test_an_ended_run_is_continued(monkeypatch, result, tmp_path):
+    """Ended while its third row was measured; each row is measured once, and none is lost."""
+    chosen, file, measured = cases.make_cases("quick"), tmp_path / "result.json", []
+
+    def measure(team, case, seconds, least):
+        if len(measured) == 2 and not file.with_suffix(".ended").exists():
+            file.with_suffix(".ended").touch()
+            raise SystemExit
+        measured.append(case)
+        return make_row(case, {"fastrnn": 1.0, "torch": 2.0})
+
+    monkeypatch.setattr(compare, "Team", StubTeam)
+    monkeypatch.setattr(compare, "measure", measure)
+    monkeypatch.setattr(compare, "describe_with", lambda peers: result["machine"])
+    monkeypatch.setattr(compare, "load_of", lambda seconds: machine.Load(0.0, 0.0))
+
+    def run(earlier):
+        return compare.run(chosen, [], 2, 0.0, 1, lambda r: results.save(r, file), earlier)
+
+    with pytest.raises(SystemExit):
+        run(None)
+    assert [results.case_of(row) for row in results.load(file)["rows"]] == chosen[:2]
+    whole = run(results.load(file))
+    assert measured == chosen
+    assert [results.case_of(row) for row in whole["rows"]] == chosen
+    assert whole == results.load(file)
+    assert {int(size) for size in whole["limits"]["read_bytes_per_s"]} == set(
+        floor.sizes_to_read(chosen)
+    )
 
 
 # Workers
@@ -346,7 +437,7 @@ def test_table(result):
 
 def test_warnings(result):
     assert any("1 of 3 rows" in message for message in compare.warnings(result))
-    result["load"] = {"busy_rows": 0, "gemm_spread": 1.1, "waiting": 0.0}
+    result["load"] = {"busy_rows": 0, "rate_spread": 1.1, "waiting": 0.0}
     assert compare.warnings(result) == []
     result["load"]["waiting"] = 0.5
     assert any("waiting" in message for message in compare.warnings(result))

@@ -10,8 +10,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import fastrnn
-from fastrnn import _cells
-from helpers import TOLERANCE, assert_close, pack, seeded, unpack
+from helpers import TOLERANCE, assert_close, pack, seeded, unpack, wrapped
 
 CELLS = {
     "LSTM": ("LSTMCell", {}),
@@ -61,12 +60,10 @@ def cell(request) -> str:
 
 
 @pytest.fixture
-def fused(monkeypatch):
+def fused():
     """The calls of the fused layer."""
-    calls = []
-    run_layer = _cells._run_layer
-    monkeypatch.setattr(_cells, "_run_layer", lambda *args: calls.append(args) or run_layer(*args))
-    return calls
+    with wrapped() as backend:
+        yield backend.layers
 
 
 @pytest.mark.parametrize("bias", [True, False])

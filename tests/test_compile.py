@@ -70,7 +70,7 @@ def test_inductor(kind):
 
 
 def test_the_graph_calls_the_kernel():
-    """And nothing else of weight: no trace of the definition."""
+    """And nothing else of weight: no trace of the reference implementation."""
     graphs = []
 
     def backend(graph, _):
@@ -184,7 +184,7 @@ def test_loading_needs_only_the_import(tmp_path):
 
 
 def transforms(model, x):
-    """Compiled transforms of torch.func, which torch.compile follows on the definition."""
+    """Compiled transforms of torch.func: torch.compile follows them on the reference."""
     params = dict(model.named_parameters())
 
     def loss(params, x):
@@ -217,8 +217,8 @@ def test_opcheck_with_gradients(cell, bidirectional, ragged, keep):
     h_0, c_0, *_ = *(h.requires_grad_() for h in unpack(hx)), None, None
     params = list(model.parameters())
     x, sizes = (x.flatten(0, 1)[:8], torch.tensor([3, 3, 2, 0])) if ragged else (x, None)
-    weights = [params[0::4], params[1::4], [], params[2::4], params[3::4]]
     resets = torch.rand(x.shape[:-1]) < 0.4
     x = x.detach().requires_grad_()
-    args = (cell, x, *weights, h_0, c_0, sizes, resets, 3, False, keep, not keep)
+    options = cell, 1 + bidirectional, 3, False, 0, keep, not keep
+    args = (*options, x, h_0, c_0, sizes, resets, params)
     torch.library.opcheck(torch.ops.fastrnn.scan_forward, args)

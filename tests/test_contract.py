@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,3 +226,49 @@ def test_jit_trace(cell, tracked, batch):
         traced = torch.jit.trace(model, inputs(model, 5, 2))
     x, hx = inputs(model, 7, batch, seed=1)
     assert_close(run(model, x, hx, forward=traced.__call__), run(model, x, hx))
+
+
+SUBSTITUTION = """
+import sys, torch
+from torch import nn
+import fastrnn
+
+NAMES = "LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"
+theirs = {name: getattr(nn, name) for name in NAMES}
+inputs = {name: torch.randn(2, 3) if "Cell" in name else torch.randn(5, 2, 3) for name in NAMES}
+if sys.argv[1] == "late":
+    for name in NAMES:
+        getattr(fastrnn, name)(3, 4)(inputs[name])
+for name in NAMES:
+    setattr(nn, name, getattr(fastrnn, name))
+for name in NAMES:
+    ours = getattr(nn, name)(3, 4)
+    assert type(ours) is getattr(fastrnn, name)
+    original = theirs[name](3, 4)
+    original.load_state_dict(ours.state_dict())
+    for x in (inputs[name], inputs[name].double()):
+        ours, original = ours.to(x.dtype), original.to(x.dtype)
+        torch.testing.assert_close(ours(x), original(x))
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), original(x))
+    texts = []
+    for module in (ours, original):
+        try:
+            module(inputs[name].double()[..., :2])
+        except RuntimeError as error:
+            texts.append(str(error))
+    assert len(texts) == 2 and texts[0] == texts[1], texts
+    model = nn.Sequential(original)
+    assert len(fastrnn.replace(model).swapped) == 1
+    assert type(model[0]) is getattr(fastrnn, name)
+    fastrnn.restore(model)
+    assert type(model[0]) is theirs[name]
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_classes_in_the_place_of_torchs(when):
+    """torch.nn.LSTM = fastrnn.LSTM, before or after fastrnn's first use."""
+    command = [sys.executable, "-c", SUBSTITUTION, when]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

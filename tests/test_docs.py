@@ -240,7 +240,6 @@ def test_site(tmp_path):
 
 PACKAGE = Path("python") / "fastrnn"
 VARIANT = ["-DFASTRNN_VARIANT=baseline", "-DFASTRNN_VECTOR_BYTES=16", "-DFASTRNN_REGISTERS=16"]
-UNITS = ["bind", "cpu/dispatch", "cpu/schedule", "cpu/team", "cpu/workspace", "cpu/kernels"]
 # Without the finder of an editable install, which would bring the sources of this tree.
 PYTEST = """
 import sys
@@ -274,14 +273,14 @@ def compile_baseline(root: Path) -> None:
     flags = ["-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", *VARIANT, *includes]
     compiler = os.environ.get("CXX", "c++")
 
-    def compile_one(unit: str) -> str:
-        target = root / f"{Path(unit).name}.o"
-        source = root / "csrc" / f"{unit}.cc"
+    def compile_one(source: Path) -> str:
+        target = root / f"{source.stem}.o"
         subprocess.run([compiler, *flags, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, UNITS))
+        sources = [f for part in ("python", "cpu") for f in (root / "csrc" / part).rglob("*.cc")]
+        objects = list(pool.map(compile_one, sources))
     library = root / PACKAGE / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
 

@@ -41,7 +41,7 @@ def test_new_style_function(name):
 
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "no-hx"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
-def test_one_layer_against_the_definition(cell, dtype, bidirectional, ragged, hx):
+def test_one_layer_against_the_reference(cell, dtype, bidirectional, ragged, hx):
     """apply() itself, with every c_t of an LSTM as an output that has a gradient."""
     model = make(fastrnn, cell, 3, H, bidirectional=bidirectional, dtype=dtype)
     params = list(model.parameters())
@@ -320,3 +320,37 @@ def test_no_c_0_without_a_cell_state():
     x = torch.zeros(4, 2, 3)
     with pytest.raises(ValueError, match="c_0: expected None for GRU"):
         fastrnn.GRUFunction.apply("GRU", 1, 2, None, None, False, x, None, c_0, *model.parameters())
+
+
+WRONG_MODES = [("LSTM", "GRU"), ("GRU", "LSTM"), ("Elman", "GRU"), ("LSTM", "lstm"), ("GRU", None)]
+
+
+@pytest.mark.parametrize(("name", "mode"), WRONG_MODES)
+def test_mode_of_another_class(name, mode):
+    model = make(fastrnn, "GRU", 3, 7)
+    x = torch.zeros(4, 2, 3)
+    with pytest.raises(ValueError, match=rf"mode: expected .*{name[0]}.*, got {mode!r}"):
+        getattr(fastrnn, f"{name}Function").apply(
+            mode, 1, 2, None, None, False, x, None, None, *model.parameters()
+        )
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_missing_weights(cell, requires_grad):
+    model = make(fastrnn, cell, 3, 7, bidirectional=True).requires_grad_(requires_grad)
+    weights = list(model.parameters())
+    x = torch.zeros(4, 2, 3)
+
+    def apply(*weights):
+        CELLS[cell][2].apply(cell, 2, 2, None, None, False, x, None, None, *weights)
+
+    apply(*weights)
+    for count in (0, 1, 5, 7, 12):
+        with pytest.raises(ValueError, match=rf"weights: expected 2 to 5 .*, got {count} for 2"):
+            apply(*(weights * 2)[:count])
+    for i in (0, 3, 7):
+        with pytest.raises(ValueError, match=rf"weights\[{i}\]: expected a tensor, got NoneType"):
+            apply(*weights[:i], None, *weights[i + 1 :])
+    for i, name in ((1, "weight_hh"), (4, "weight_ih"), (6, "bias_ih")):
+        with pytest.raises(ValueError, match=rf"{name}.*: expected .*, got "):
+            apply(*weights[:i], torch.zeros(1, 1, 1), *weights[i + 1 :])

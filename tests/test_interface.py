@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fastrnn
 import helpers
 from fastrnn import _cells
+from fastrnn._layer import Layer
 from helpers import assert_close, make_mask, pack, pair, seeded, unpack
 
 LAYERS, CELLS = ["LSTM", "GRU", "RNN"], ["LSTMCell", "GRUCell", "RNNCell"]
@@ -504,7 +505,7 @@ class Scans(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
         if func is torch.ops.fastrnn.scan_forward.default:
-            self.kept.append(args[-2])
+            self.kept.append(args[Layer._fields.index("keep")])
             self.entries += sum(t.untyped_storage().nbytes() // t.itemsize for t in results)
         return results
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fastrnn  # registers the operators
+from fastrnn._layer import Layer
 
 assert np.finfo(np.longdouble).nmant > 52, "this test needs an extended long double"
 
@@ -12,23 +13,11 @@ assert np.finfo(np.longdouble).nmant > 52, "this test needs an extended long dou
 def gates_of(mode: str, x: torch.Tensor) -> torch.Tensor:
     """The activated gates, x being their sums: one step from zero states with identity weights."""
     wide = x.shape[1]
-    output, _, _, _, gates = torch.ops.fastrnn.scan_forward(
-        mode,
-        x.unsqueeze(0),
-        [torch.eye(wide, dtype=x.dtype)],
-        [x.new_zeros(wide, 1)],
-        [],
-        [],
-        [],
-        None,
-        None,
-        None,
-        None,
-        len(x),
-        False,
-        True,
-        False,
+    weights = [torch.eye(wide, dtype=x.dtype), x.new_zeros(wide, 1)]
+    layer = Layer(
+        mode, 1, len(x), False, 0, True, False, x.unsqueeze(0), None, None, None, None, weights
     )
+    output, _, _, _, gates = torch.ops.fastrnn.scan_forward(*layer)
     return output[0] if mode.startswith("RNN") else gates[0]
 
 

@@ -247,7 +247,7 @@ def test_memory_of_the_results(cell, dtype, bidirectional, batch_first, T):
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "no-hx"])
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_projections(dtype, bidirectional, num_layers, hx):
-    """No kernel yet: the definition, not an option quietly ignored."""
+    """No kernel yet: the reference implementation, not an option quietly ignored."""
     options = {"proj_size": 2, "bidirectional": bidirectional, "dtype": dtype}
     models = pair("LSTM", 3, 5, num_layers, **options)
     x, hx = inputs(models[0], 6, 4, hx=hx)

@@ -1,4 +1,4 @@
-"""Any shape, cell, dtype and mask: fastrnn equals its definition, forward and backward."""
+"""Any shape, cell, dtype and mask: fastrnn equals its reference, forward and backward."""
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -43,11 +43,11 @@ def test_equal_to_the_reference(
     else:
         mask = make_mask(kind, T, B, seed=data.draw(st.integers(0, 999), "mask seed"))
 
-    def definition(x, hx, mask):
+    def by_reference(x, hx, mask):
         weights = model._flat_weights
         return reference.rnn(
             cell, x, hx, weights, num_layers=num_layers, bidirectional=bidirectional, mask=mask
         )
 
     actual = run(model, x, hx, mask=mask)
-    assert_close(actual, run(model, x, hx, forward=definition, mask=mask))
+    assert_close(actual, run(model, x, hx, forward=by_reference, mask=mask))

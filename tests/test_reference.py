@@ -1,4 +1,4 @@
-"""The definition itself: one step by hand, then whole models against torch.nn."""
+"""The reference implementation itself: one step by hand, then whole models against torch.nn."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def test_elman_cell_is_tanh_by_default():
     )
 
 
-def definition(model):
+def by_reference(model):
     def forward(x, hx, mask=None):
         return reference.rnn(
             model.mode,
@@ -102,7 +102,7 @@ def test_against_torch(cell, dtype, num_layers, bidirectional, bias, hx):
     options = {"bias": bias, "bidirectional": bidirectional, "dtype": dtype}
     model = make(nn, cell, 4, 5, num_layers, **options)
     x, hx = inputs(model, 6, B, hx=hx)
-    assert_close(run(model, x, hx, forward=definition(model)), run(model, x, hx))
+    assert_close(run(model, x, hx, forward=by_reference(model)), run(model, x, hx))
 
 
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "no-hx"])
@@ -111,7 +111,7 @@ def test_mask_against_rows_alone(cell, bidirectional, kind, hx):
     model = make(nn, cell, 4, 5, 2, bidirectional=bidirectional, dtype=torch.float64)
     x, hx = inputs(model, 6, B, hx=hx)
     mask = make_mask(kind, 6, B)
-    actual = run(model, x, hx, forward=definition(model), mask=mask)
+    actual = run(model, x, hx, forward=by_reference(model), mask=mask)
     assert_close(actual, run(model, x, hx, forward=row_by_row(model), mask=mask))
 
 
@@ -120,12 +120,12 @@ def test_padding_is_never_read(cell):
     x, hx = inputs(model, 6, B)
     mask = make_mask("holes", 6, B)
     clean, dirty = (x.masked_fill(~mask[..., None], value) for value in (0.0, torch.nan))
-    expected = run(model, clean, hx, forward=definition(model), mask=mask)
-    assert_close(run(model, dirty, hx, forward=definition(model), mask=mask), expected, 0.0)
+    expected = run(model, clean, hx, forward=by_reference(model), mask=mask)
+    assert_close(run(model, dirty, hx, forward=by_reference(model), mask=mask), expected, 0.0)
 
 
 def test_runs_in_any_dtype(cell):
     _, model = pair(cell, 4, 5, 2, bidirectional=True, dtype=torch.bfloat16)
     x, hx = inputs(model, 6, B)
-    actual, expected = run(model, x, hx, forward=definition(model)), run(model, x, hx)
+    actual, expected = run(model, x, hx, forward=by_reference(model)), run(model, x, hx)
     assert_close(actual, expected, 0.05)

@@ -127,17 +127,17 @@ def test_against_single_segments(cell, dtype, bidirectional, layers, masked):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 3, 5), (2, 1, 3, 64), (30, 9, 33, 129)], ids=str)
 def test_sizes_and_threads(cell, bidirectional, sizes):
-    """Against the definition: few rows, several tiles, several chunks of backward."""
+    """Against the reference implementation: few rows, several tiles, several chunks of backward."""
     T, B, *features = sizes
     model = make(fastrnn, cell, *features, bidirectional=bidirectional, dtype=torch.float64)
     x, hx = inputs(model, T, B)
     reset = make_reset(T, B)
 
-    def definition(x, hx, *, reset):
+    def by_reference(x, hx, *, reset):
         params = list(model.parameters())
         return reference.rnn(cell, x, hx, params, bidirectional=bidirectional, reset=reset)
 
-    expected = run(model, x, hx, forward=definition, reset=reset)
+    expected = run(model, x, hx, forward=by_reference, reset=reset)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -217,18 +217,18 @@ def test_wrong_reset(packed):
     "sizes", [(9, 4, 3, 5, 2), (1, 2, 3, 64, 40), (30, 9, 33, 129, 70)], ids=str
 )
 def test_projection(bidirectional, sizes, masked):
-    """Against the definition, for every number of threads."""
+    """Against the reference implementation, for every number of threads."""
     T, B, inputs_, hidden, shown = sizes
     options = {"bidirectional": bidirectional, "dtype": torch.float64}
     model = make(fastrnn, "LSTM", inputs_, hidden, proj_size=shown, **options)
     x, hx = inputs(model, T, B)
     options = {"reset": make_reset(T, B), "mask": make_mask("holes", T, B) if masked else None}
 
-    def definition(x, hx, **options):
+    def by_reference(x, hx, **options):
         params = list(model.parameters())
         return reference.rnn("LSTM", x, hx, params, bidirectional=bidirectional, **options)
 
-    expected = run(model, x, hx, forward=definition, **options)
+    expected = run(model, x, hx, forward=by_reference, **options)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -244,22 +245,67 @@ def test_number_of_threads_may_change(cell):
         assert torch.isfinite(x_grad.grad).all()
 
 
+@pytest.mark.parametrize("batch", [1, 5, 100])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_results_do_not_depend_on_threads(cell, batch, ragged):
+    """Neither on how many there are nor on who takes which part; 8 are more than most machines'."""
+    model = make(fastrnn, cell, *SIZES, bidirectional=True)
+    x = inputs(model, 10, batch, hx=False)[0]
+    options = {"lengths": torch.arange(batch) % 10 + 1} if ragged else {}
+    torch.set_num_threads(1)
+    expected = run(model, x, **options)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert_same_bits(run(model, x, **options), expected)
+
+
+def helpers() -> int:
+    """Threads of this process that stand in for those of torch's pool."""
+    names = (task.joinpath("comm") for task in Path("/proc/self/task").iterdir())
+    return sum(name.read_text().strip() == "fastrnn" for name in names)
+
+
+def beside_busy_neighbours() -> None:
+    """As many spinning processes as cores: threads come late, and after some time helpers do."""
+    torch.set_num_threads(2)
+    models = [(cell, *build(cell)) for cell in CELLS]
+    expected = {cell: run(model, x) for cell, model, x in models}
+    spin = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    neighbours = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(os.cpu_count())]
+    try:
+        end = time.monotonic() + 30
+        rounds = 0
+        while rounds < 200:
+            for cell, model, x in models:
+                assert_same_bits(run(model, x), expected[cell])
+            rounds += helpers() > 0
+            assert time.monotonic() < end, f"{rounds} rounds"
+        # A child has none of these threads, and does without.
+        model, x = models[0][1:]
+        assert fork(lambda: (torch.set_num_threads(1), run(model, x)))
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_busy_neighbours():
+    fresh(beside_busy_neighbours)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_inter_op_threads():
     """torch.jit.fork runs the operator on threads of torch's other pool."""
 
     @torch.jit.script
     def both(x: torch.Tensor, weights: list[torch.Tensor], batch: int):
-        w_ih, w_hh, b_ih, b_hh = [weights[0]], [weights[1]], [weights[2]], [weights[3]]
+        options = ("LSTM", 1, batch, False, 0, False, False)
         other = torch.jit.fork(
-            torch.ops.fastrnn.scan_forward,
-            "LSTM", x, w_ih, w_hh, [], b_ih, b_hh, None, None, None, None,
-            batch, False, False, False,
-        )  # fmt: skip
-        own = torch.ops.fastrnn.scan_forward(
-            "LSTM", x, w_ih, w_hh, [], b_ih, b_hh, None, None, None, None,
-            batch, False, False, False,
-        )  # fmt: skip
+            torch.ops.fastrnn.scan_forward, *options, x, None, None, None, None, weights
+        )
+        own = torch.ops.fastrnn.scan_forward(*options, x, None, None, None, None, weights)
         return own[0], torch.jit.wait(other)[0]
 
     model = make(fastrnn, "LSTM", *SIZES)

@@ -1,4 +1,4 @@
-"""torch.func and autograd beyond one backward, against torch.nn or the definition."""
+"""torch.func and autograd beyond one backward, against torch.nn or the reference implementation."""
 
 import pytest
 import torch
@@ -26,19 +26,19 @@ def model(cell, bidirectional):
 
 
 def flat(model, mask=None):
-    """(params, x, *states) -> (output, *final states), by the model and by the definition."""
+    """(params, x, *states) -> (output, *final states), by the model and by the reference."""
     options = {"num_layers": model.num_layers, "bidirectional": model.bidirectional, "mask": mask}
 
     def ours(params, x, *states):
         output, hx = functional_call(model, params, (x, pack(states)), {"mask": mask})
         return output, *unpack(hx)
 
-    def definition(params, x, *states):
+    def by_reference(params, x, *states):
         weights = list(params.values())
         output, hx = reference.rnn(model.mode, x, pack(states), weights, **options)
         return output, *unpack(hx)
 
-    return ours, definition
+    return ours, by_reference
 
 
 def loss(forward):
@@ -188,8 +188,8 @@ def test_jacobians(model, mask):
 def test_hessian(model, mask):
     args = arguments(model)
     same(*(hessian(loss(f), 1)(*args) for f in flat(model, mask)))
-    ours, definition = flat(model, mask)
-    same(jacrev(jacrev(loss(ours), 1), 1)(*args), hessian(loss(definition), 1)(*args))
+    ours, by_reference = flat(model, mask)
+    same(jacrev(jacrev(loss(ours), 1), 1)(*args), hessian(loss(by_reference), 1)(*args))
 
 
 def test_per_sample_jvp(model):
@@ -207,8 +207,8 @@ def test_backward_in_eval_and_retain_graph(model, mask):
     model.eval()
     params, x, *states = arguments(model)
     x.requires_grad_()
-    ours, definition = flat(model, mask)
-    expected = torch.autograd.grad(loss(definition)(params, x, *states), x)
+    ours, by_reference = flat(model, mask)
+    expected = torch.autograd.grad(loss(by_reference)(params, x, *states), x)
     total = loss(ours)(params, x, *states)
     same(torch.autograd.grad(total, x, retain_graph=True), expected)
     same(torch.autograd.grad(total, x), expected)

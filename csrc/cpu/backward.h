@@ -1,17 +1,16 @@
 // The backward scan on the CPU, in the shape of the forward one: a register tile computes the part
-// of dh_t that comes through W_hh from the following step, and the cell turns dh_t into gate
-// gradients. Some steps at a time, these go on into the gradients of the input and of the weights.
-// Where h is projected, its gradient is completed first and a second product per step takes it to
-// the units.
+// of dh_t that comes through W_hh from the following step, and the cell computes the gate gradients
+// from dh_t. The gradients of the input and of the weights are computed from those of a chunk of
+// steps, while they are in cache. Where h is projected, its gradient is completed first, and a
+// second product per step computes that of the units.
 #pragma once
 
 #include <optional>
 
+#include "backward_cell.h"
+#include "input_gradient.h"
 #include "layer_gradients.h"
-#include "math.h"
 #include "recomputation.h"
-#include "saved.h"
-#include "weight.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
@@ -20,7 +19,7 @@ class BackwardScan {
   using T = Compute<S>;
   using F = Factor<S>;
   using V = Vec<T>;
-  using Kept = Saved<const S, const T>;
+  using SavedSteps = Saved<const S, const T>;
   static constexpr int G = Cell::gates;
   // Rows of gate gradients in a chunk: a panel of as many rows, one register tile wide, fits into
   // L1.
@@ -36,18 +35,16 @@ class BackwardScan {
         // One step alone has none after it.
         hh_(args.weight_hh, args.steps > 1 || args.d_h_0 != nullptr, gate_columns_, args.proj,
             args.directions, steps.total(), workspace),
-        ih_(args.weight_ih, args.d_x != nullptr, gate_columns_, args.input, args.directions,
-            steps.total(), workspace),
         hr_(args.weight_hr, projects_, args.proj, args.hidden, args.directions, steps.total(),
             workspace),
         chunk_gradients_(args, chunk_steps_ * args.batch, workspace),
         stride_(chunk_gradients_.stride),
-        layer_gradients_(args, steps, chunk_gradients_, is_one_chunk(), threads, workspace) {
+        input_gradient_(args, steps, chunk_gradients_, workspace),
+        layer_gradients_(args, steps, chunk_gradients_, is_one_chunk(), kSharedParts * threads,
+                         workspace),
+        cell_(args, steps, chunk_gradients_, workspace) {
     if (recomputes()) recomputation_.emplace(args, steps, workspace);
-    const size_t states = args.directions * args.batch * args.hidden;
-    carry_h_ = workspace.take<T>(Cell::has_direct_path ? states : 0);
-    carry_c_ = workspace.take<T>(Cell::has_cell_state ? states : 0);
-    carry_gates_ = workspace.take<F>(args.directions * args.batch * stride_);
+    carry_d_gates_ = workspace.take<F>(args.directions * args.batch * stride_);
     zeros_ = workspace.take<F>(stride_);
     std::memset(zeros_, 0, stride_ * sizeof(F));
   }
@@ -59,17 +56,21 @@ class BackwardScan {
             args_.directions,   args_.batch_sizes != nullptr};
   }
 
-  void run(int direction, const Part& part) const {
-    pack(direction, part);
-    layer_gradients_.start(direction, part);
+  void run(int direction, PhaseRunner& runner) const {
+    runner.phase([&](const Part& part) {
+      pack(direction, part);
+      layer_gradients_.start(direction, part);
+    });
     if (recomputation_) {
-      run_segments(direction, part);
+      run_segments(direction, runner);
     } else {
-      run_steps(direction, part, 0, steps_.count(), kept(direction));
+      run_steps(direction, runner, 0, steps_.count(), saved(direction));
     }
-    const auto no_gates = [](int64_t) { return nullptr; };
-    write_initial(direction, part, false, no_gates, steps_.rows(0), args_.batch);
-    layer_gradients_.write(direction, part);
+    runner.last_phase([&](const Part& part) {
+      const auto no_d_gates = [](int64_t) { return nullptr; };
+      write_initial(direction, part, false, no_d_gates, steps_.rows(0), args_.batch);
+      layer_gradients_.write(direction, part);
+    });
   }
 
  private:
@@ -78,15 +79,15 @@ class BackwardScan {
   const bool projects_;
   const int64_t gate_columns_;
   const int64_t chunk_steps_;
-  const BackwardWeight<S> hh_, ih_, hr_;
+  const BackwardWeight<S> hh_, hr_;
   const ChunkGradients<Cell, S> chunk_gradients_;
   const int64_t stride_;  // between rows of gate gradients
+  const InputGradient<Cell, S> input_gradient_;
   const LayerGradients<Cell, S> layer_gradients_;
-  // What a step hands to the one before it, [D, B, H], and the gate gradients of a chunk's step
-  // that is first in the order of the direction.
-  T* carry_h_;
-  T* carry_c_;
-  F* carry_gates_;
+  const BackwardCell<Cell, S> cell_;
+  // The gate gradients of the step of a chunk that is first in the order of the direction, for the
+  // next chunk: [D, B, stride].
+  F* carry_d_gates_;
   F* zeros_;  // the gate gradients of a step beyond a reset
   std::optional<Recomputation<Cell, S>> recomputation_;
 
@@ -98,142 +99,132 @@ class BackwardScan {
     return args_.steps > 0 && args_.steps <= chunk_steps_ && is_one_segment;
   }
 
-  // Step t among its neighbours in the order of the direction, as some of its rows have them.
-  struct StepContext {
-    int64_t t, before;
-    bool has_after, has_before;
-    const F* after;  // the gate gradients of the step after t
-    const Chunk& chunk;
-    const Kept& kept;
-
-    int64_t chunk_row(const Steps& steps, int64_t row) const {
-      return steps.offset(t) + row - chunk.begin;
-    }
-  };
-
-  // In [D, B, columns]
-  int64_t state_offset(int direction, int64_t row, int64_t columns) const {
-    return (direction * args_.batch + row) * columns;
-  }
-  // In [N, D*columns]
-  int64_t feature_offset(int direction, int64_t t, int64_t row, int64_t columns) const {
-    return ((steps_.offset(t) + row) * args_.directions + direction) * columns;
-  }
-  static const S* at(const void* base, int64_t offset) {
-    return base == nullptr ? nullptr : static_cast<const S*>(base) + offset;
-  }
-
-  Kept kept(int direction) const {
-    const int64_t own = direction * args_.hidden;
+  // What forward saved of all steps.
+  SavedSteps saved(int direction) const {
     return {static_cast<const S*>(args_.gates[direction]),
-            args_.extra == nullptr ? nullptr : static_cast<const T*>(args_.extra) + own,
-            gate_columns_, args_.directions * args_.hidden, 0};
+            at<T>(args_.extra, direction * args_.hidden), gate_columns_,
+            args_.directions * args_.hidden, 0};
   }
 
-  Range hr_blocks(const Part& part) const {
-    const int64_t blocks = hr_.columns.blocks;
-    return part.waits_each_step ? share(blocks, part.rank, part.size) : Range{0, blocks};
-  }
+  Range hr_blocks(const Part& part) const { return part.blocks(hr_.columns.blocks); }
   // The part's own units of the cell state.
   Range unit_range(const Part& part) const {
-    return projects_ ? hr_.columns.range(hr_blocks(part)) : hh_.columns.range(part.blocks);
+    return projects_ ? hr_.columns.range(hr_blocks(part))
+                     : hh_.columns.range(part.blocks(hh_.columns.blocks));
   }
 
-  // Threads that split rows share the weights, threads that split units need only their own.
+  // Threads that split units need only their own weights, those that split rows share all.
   void pack(int direction, const Part& part) const {
-    const auto own = [&part](const BackwardWeight<S>& weight) {
-      return share(weight.columns.blocks, part.rank, part.size);
-    };
-    hh_.pack(direction, part.waits_each_step ? part.blocks : own(hh_));
-    hr_.pack(direction, own(hr_));
-    ih_.pack(direction, own(ih_));
+    for (const BackwardWeight<S>* weight : {&hh_, &hr_}) {
+      weight->pack(direction, share(weight->columns.blocks, part.rank, part.size));
+    }
+    input_gradient_.pack(direction, part);
     if (recomputation_) recomputation_->pack(direction, part);
-    part.wait();
   }
 
-  void run_segments(int direction, const Part& part) const {
+  void run_segments(int direction, PhaseRunner& runner) const {
     const int64_t segments = recomputation_->segments();
     for (int64_t i = 0; i < segments; ++i) {
       const int64_t k = steps_.runs_back(direction) ? i : segments - 1 - i;
       const Chunk segment = recomputation_->segment(k);
-      const Kept kept = recomputation_->run(direction, part, segment);
-      run_steps(direction, part, segment.first, segment.last + 1, kept);
+      const SavedSteps saved = recomputation_->run(direction, runner, segment);
+      run_steps(direction, runner, segment.first, segment.last + 1, saved);
     }
   }
 
   // Steps [first, end) in time, against the order of the direction, chunk by chunk.
-  void run_steps(int direction, const Part& part, int64_t first, int64_t end,
-                 const Kept& kept) const {
+  void run_steps(int direction, PhaseRunner& runner, int64_t first, int64_t end,
+                 const SavedSteps& saved) const {
     const int64_t stride = steps_.stride(direction);
-    int64_t t = stride == 1 ? end - 1 : first;
+    int64_t from = stride == 1 ? end - 1 : first;
     for (int64_t left = end - first; left > 0; left -= chunk_steps_) {
-      const int64_t last = t - (min_of(chunk_steps_, left) - 1) * stride;
-      const Chunk chunk = steps_.chunk(min_of(t, last), max_of(t, last));
-      for (; t != last - stride; t -= stride) run_step(direction, part, chunk, t, kept);
-      // The gate gradients of the chunk are complete; all threads share the products with them.
-      if (!part.waits_each_step) part.wait();
+      const int64_t last = from - (min_of(chunk_steps_, left) - 1) * stride;
+      const Chunk chunk = steps_.chunk(min_of(from, last), max_of(from, last));
+      runner.step_phases([&](const auto& phase) {
+        for (int64_t t = from; t != last - stride; t -= stride) {
+          run_step(direction, chunk, t, saved, phase);
+        }
+      });
+      from = last - stride;
+      // The gate gradients of the chunk are complete.
       if constexpr (ChunkRows<S>::kZips) {
-        chunk_gradients_.zip(direction, chunk.rows, part.rank, part.size);
-        part.wait();
+        runner.shared_phase([&](const Part& part) {
+          chunk_gradients_.zip(direction, chunk.rows, part.rank, part.size);
+        });
       }
-      layer_gradients_.add(direction, part, chunk);
-      if (args_.d_x != nullptr) write_d_x(direction, part, chunk);
-      keep_gates(direction, part, chunk, last);
-      part.wait();
+      runner.shared_phase([&](const Part& part) {
+        layer_gradients_.add(direction, part, chunk);
+        input_gradient_.write(direction, part, chunk);
+        keep_d_gates(direction, part, chunk, last);
+      });
     }
   }
 
-  void run_step(int direction, const Part& part, const Chunk& chunk, int64_t t,
-                const Kept& kept) const {
+  template <class Phase>
+  void run_step(int direction, const Chunk& chunk, int64_t t, const SavedSteps& saved,
+                const Phase& phase) const {
     const int64_t stride = steps_.stride(direction), rows = steps_.rows(t);
     const int64_t next = t + stride, before = t - stride;
-    // So many rows have a step after t, and before t, in the order of the direction.
+    // The rows that have a step after t, and before t, in the order of the direction.
     const int64_t rows_after = min_of(rows, steps_.rows(next));
     const int64_t rows_before = min_of(rows, steps_.rows(before));
-    const F* after = nullptr;
+    const F* d_gates_after = nullptr;
     if (rows_after > 0) {
-      const bool inside = chunk.first <= next && next <= chunk.last;
-      after = inside ? gates_of(direction, chunk, next)
-                     : carry_gates_ + direction * args_.batch * stride_;
+      const bool is_in_chunk = chunk.first <= next && next <= chunk.last;
+      d_gates_after = is_in_chunk ? d_gates_of(direction, chunk, next)
+                                  : carry_d_gates_ + direction * args_.batch * stride_;
     }
-    // At most one of the two lies between: rows end in one direction and begin in the other.
+    // At most one of the two lies between 0 and rows: in one direction rows end before others do,
+    // in the other they begin later.
     const int64_t middle = rows_after > 0 && rows_after < rows ? rows_after : rows_before;
-    run_rows(direction, part, {t, before, rows_after > 0, rows_before > 0, after, chunk, kept}, 0,
-             middle);
-    run_rows(direction, part,
-             {t, before, rows_after == rows, rows_before == rows, after, chunk, kept}, middle,
-             rows);
-    if (part.waits_each_step) part.wait();
-    // Rows whose scan began at t are through.
-    const F* gates = gates_of(direction, chunk, t);
-    const auto first_gates = [&](int64_t row) {
-      return steps_.resets_before(direction, t, row) ? zeros_ : gates + row * stride_;
+    const auto step = [&](bool has_after, bool has_before) -> BackwardStep<S> {
+      return {t, before, has_after, has_before, d_gates_after, chunk, saved};
     };
-    write_initial(direction, part, true, first_gates, rows_before, rows);
+    const BackwardStep<S> first_rows = step(rows_after > 0, rows_before > 0);
+    const BackwardStep<S> other_rows = step(rows_after == rows, rows_before == rows);
+    phase([&](const Part& part) {
+      run_rows(direction, part, first_rows, 0, middle);
+      run_rows(direction, part, other_rows, middle, rows);
+    });
+    if (projects_) {
+      phase([&](const Part& part) {
+        run_projected_rows(direction, part, first_rows, 0, middle);
+        run_projected_rows(direction, part, other_rows, middle, rows);
+      });
+    }
+    if (rows_before == rows) return;
+    // For the other rows, t is the first step.
+    phase([&](const Part& part) {
+      const F* d_gates = d_gates_of(direction, chunk, t);
+      const auto first_d_gates = [&](int64_t row) {
+        return steps_.resets_before(direction, t, row) ? zeros_ : d_gates + row * stride_;
+      };
+      write_initial(direction, part, true, first_d_gates, rows_before, rows);
+    });
   }
 
   // The gradients of W_hh h_{t-1} of a step of the chunk.
-  const F* gates_of(int direction, const Chunk& chunk, int64_t t) const {
+  const F* d_gates_of(int direction, const Chunk& chunk, int64_t t) const {
     return chunk_gradients_.recurrent.factors(direction, steps_.offset(t) - chunk.begin);
   }
 
   // Calls finish(row, count, column, sums) for every vector of columns of h of every tile of rows
-  // [begin, end); sums[r * units + u] is W_hh^T times the gate gradients `after(row)`, or zero
-  // without any. Before that, fetch(row, count, column) may ask for what finish will read.
-  template <class After, class Fetch, class Finish>
-  void for_each_column(int direction, const Part& part, bool has_after, After after, int64_t begin,
-                       int64_t end, Fetch fetch, Finish finish) const {
+  // [begin, end); sums[r * units + u] is W_hh^T times the gate gradients `d_gates(row)`, or zero
+  // without any. Before that, fetch(row, count, column) may prefetch what finish will read.
+  template <class DGates, class Fetch, class Finish>
+  void for_each_column(int direction, const Part& part, bool has_d_gates, DGates d_gates,
+                       int64_t begin, int64_t end, Fetch fetch, Finish finish) const {
     const Columns<T>& columns = hh_.columns;
     begin = max_of(begin, part.rows.begin);
     end = min_of(end, part.rows.end);
-    for (int64_t block = part.blocks.begin; block < part.blocks.end; ++block) {
+    const Range blocks = part.blocks(columns.blocks);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       for_each_tile(begin, end, max_rows(columns.units), [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
-        if (has_after) {
+        if (has_d_gates) {
           fetch(row, count, columns.column(block, 0));
-          const F* rows[kMaxRows];
-          for (int r = 0; r < count; ++r) rows[r] = after(row + r);
-          hh_.multiply(direction, block, rows, count, i, sums);
+          const TileRows<F> left(count, [&](int r) { return d_gates(row + r); });
+          hh_.multiply(direction, block, left.rows, count, i, sums);
         } else {
           for (int j = 0; j < count * columns.units; ++j) sums[j] = V(T(0));
         }
@@ -245,58 +236,45 @@ class BackwardScan {
     }
   }
 
-  void run_rows(int direction, const Part& part, const StepContext& step, int64_t begin,
+  void run_rows(int direction, const Part& part, const BackwardStep<S>& step, int64_t begin,
                 int64_t end) const {
     const auto fetch = [&](int64_t row, int count, int64_t unit) {
       const int64_t bytes = hh_.columns.width * sizeof(T);
       for (int r = 0; r < count; ++r) {
         if constexpr (Cell::saves_gates) {
-          const S* gates = step.kept.gate_row(steps_.offset(step.t) + row + r) + unit;
+          const S* gates = step.saved.gate_row(steps_.offset(step.t) + row + r) + unit;
           for (int g = 0; g < G; ++g) prefetch(gates + g * args_.hidden, bytes);
         }
         if (args_.d_output != nullptr) {
-          const int64_t feature = feature_offset(direction, step.t, row + r, args_.proj) + unit;
-          prefetch(at(args_.d_output, feature), bytes);
+          const int64_t feature = steps_.feature_offset(direction, step.t, row + r, args_.proj);
+          prefetch(at<S>(args_.d_output, feature + unit), bytes);
         }
       }
     };
-    const auto after = [&](int64_t row) {
-      return steps_.resets_after(direction, step.t, row) ? zeros_ : step.after + row * stride_;
+    const auto d_gates = [&](int64_t row) {
+      return steps_.resets_after(direction, step.t, row) ? zeros_
+                                                         : step.d_gates_after + row * stride_;
     };
     const auto finish = [&](int64_t row, int count, int64_t column, const V* sums) {
-      const Tile tile{direction, row, count, column, sums, hh_.columns.units};
-      projects_ ? keep_projected(step, tile) : differentiate(step, tile);
+      const BackwardTile<S> tile{direction, row, count, column, sums, hh_.columns.units};
+      projects_ ? finish_projected(step, tile) : cell_.run(step, tile);
     };
-    for_each_column(direction, part, step.has_after, after, begin, end, fetch, finish);
-    if (projects_) {
-      if (part.waits_each_step) part.wait();
-      run_projected_rows(direction, part, step, begin, end);
-    }
+    for_each_column(direction, part, step.has_after, d_gates, begin, end, fetch, finish);
   }
 
-  // One vector of columns of some rows; sums[r * stride] is what reaches them by a product.
-  struct Tile {
-    int direction;
-    int64_t row;
-    int count;
-    int64_t column;
-    const V* sums;
-    int stride;
-  };
-
-  // The gradient of a projected h_t, complete.
-  void keep_projected(const StepContext& step, const Tile& tile) const {
+  // Completes the gradient of a projected h_t.
+  void finish_projected(const BackwardStep<S>& step, const BackwardTile<S>& tile) const {
     const int64_t left = min_of(args_.proj - tile.column, V::lanes);
     for (int r = 0; r < tile.count; ++r) {
       const int64_t row = tile.row + r;
       V dh = tile.sums[r * tile.stride];
       if (args_.d_output != nullptr) {
-        const int64_t feature = feature_offset(tile.direction, step.t, row, args_.proj);
-        dh = dh + V::load(at(args_.d_output, feature + tile.column), left);
+        const int64_t feature = steps_.feature_offset(tile.direction, step.t, row, args_.proj);
+        dh = dh + V::load(at<S>(args_.d_output, feature + tile.column), left);
       }
       if (!step.has_after && args_.d_h_n != nullptr) {
-        const int64_t state = state_offset(tile.direction, row, args_.proj);
-        dh = dh + V::load(at(args_.d_h_n, state + tile.column), left);
+        const int64_t state = steps_.state_offset(tile.direction, row, args_.proj);
+        dh = dh + V::load(at<S>(args_.d_h_n, state + tile.column), left);
       }
       const ChunkRows<S>& rows = chunk_gradients_.projected;
       const int64_t local = step.chunk_row(steps_, row);
@@ -307,23 +285,21 @@ class BackwardScan {
     }
   }
 
-  // W_hr^T takes it to the units, where the cell takes over.
-  void run_projected_rows(int direction, const Part& part, const StepContext& step, int64_t begin,
-                          int64_t end) const {
+  // The units' gradients, W_hr^T times that of the projected h_t, and the cell on them.
+  void run_projected_rows(int direction, const Part& part, const BackwardStep<S>& step,
+                          int64_t begin, int64_t end) const {
     const Columns<T>& columns = hr_.columns;
     const Range blocks = hr_blocks(part);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const auto run_tile = [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
-        const F* rows[kMaxRows];
         const int64_t local = step.chunk_row(steps_, row);
-        for (int r = 0; r < count; ++r) {
-          rows[r] = chunk_gradients_.projected.factors(direction, local + r);
-        }
-        hr_.multiply(direction, block, rows, count, i, sums);
+        const TileRows<F> d_projected(
+            count, [&](int r) { return chunk_gradients_.projected.factors(direction, local + r); });
+        hr_.multiply(direction, block, d_projected.rows, count, i, sums);
         for (int u = 0; u < columns.units; ++u) {
-          differentiate(step,
-                        {direction, row, count, columns.column(block, u), sums + u, columns.units});
+          cell_.run(step,
+                    {direction, row, count, columns.column(block, u), sums + u, columns.units});
         }
       };
       for_each_tile(max_of(begin, part.rows.begin), min_of(end, part.rows.end),
@@ -331,131 +307,27 @@ class BackwardScan {
     }
   }
 
-  void differentiate(const StepContext& step, const Tile& tile) const {
-    if (args_.hidden - tile.column >= V::lanes) {
-      run_cell<true>(step, tile);
-    } else if (args_.hidden > tile.column) {
-      run_cell<false>(step, tile);
-    }
-  }
-
-  // What the cell's backward takes for one vector of units of one row.
-  struct CellInputs {
-    V gate[G], h_prev, h, extra_prev, extra, dh, d_extra;
-  };
-
-  // The cell's backward on one tile. Full: no lane lies beyond H.
-  template <bool Full>
-  void run_cell(const StepContext& step, const Tile& tile) const {
-    const int64_t left = args_.hidden - tile.column;
-    const auto store = [left](auto* p, V v) {
-      if constexpr (Full) return v.store(p);
-      return v.store(p, left);
-    };
-    for (int r = 0; r < tile.count; ++r) {
-      const int64_t row = tile.row + r;
-      const bool reset = steps_.resets_before(tile.direction, step.t, row);
-      CellInputs in;
-      load_inputs<Full>(step, tile, r, reset, in);
-      V dx[G], dr[G];
-      const V direct = Cell::backward(in.gate, in.h_prev, in.h, in.extra_prev, in.extra, in.dh,
-                                      in.d_extra, dx, dr);
-
-      const int64_t local = step.chunk_row(steps_, row);
-      const int64_t state = state_offset(tile.direction, row, args_.hidden) + tile.column;
-      if constexpr (Cell::has_cell_state) {
-        if (projects_) {
-          Cell::hidden(in.gate, in.extra)
-              .store(chunk_gradients_.hidden(tile.direction, local) + tile.column);
-        }
-      }
-      const auto store_gates = [&](const ChunkRows<S>& rows, const V(&d_gates)[G]) {
-        T* values = rows.values(tile.direction, local) + tile.column;
-        F* factors = rows.factors(tile.direction, local) + tile.column;
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) {
-          store(values + g * args_.hidden, d_gates[g]);
-          if constexpr (ChunkRows<S>::kNarrows) store(factors + g * args_.hidden, d_gates[g]);
-        }
-      };
-      store_gates(chunk_gradients_.input, dx);
-      if constexpr (Cell::splits_gradient) store_gates(chunk_gradients_.recurrent, dr);
-      if constexpr (Cell::has_direct_path) store(carry_h_ + state, reset ? V(T(0)) : direct);
-      if constexpr (Cell::has_cell_state) store(carry_c_ + state, reset ? V(T(0)) : in.d_extra);
-    }
-  }
-
-  // Of the tile's r-th row. Reset: nothing of the step before goes into this one.
-  template <bool Full>
-  [[gnu::always_inline]] void load_inputs(const StepContext& step, const Tile& tile, int r,
-                                          bool reset, CellInputs& in) const {
-    const int64_t left = args_.hidden - tile.column;
-    const auto load = [left](const auto* p) {
-      if constexpr (Full) return V::load(p);
-      return V::load(p, left);
-    };
-    const auto load_or_zero = [&load](const auto* p) { return p == nullptr ? V(T(0)) : load(p); };
-
-    const int64_t row = tile.row + r, n = steps_.offset(step.t) + row;
-    const int64_t state = state_offset(tile.direction, row, args_.hidden) + tile.column;
-    const int64_t feature = feature_offset(tile.direction, step.t, row, args_.hidden) + tile.column;
-    const int64_t n_before = step.has_before ? steps_.offset(step.before) + row : 0;
-
-    in.h_prev = in.h = in.extra_prev = in.extra = in.d_extra = V(T(0));
-    if constexpr (Cell::saves_gates) {
-      const S* gates = step.kept.gate_row(n) + tile.column;
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) in.gate[g] = load(gates + g * args_.hidden);
-    } else {
-      in.h = load(at(args_.output, feature));
-    }
-    if constexpr (Cell::has_extra) in.extra = load(step.kept.extra_row(n) + tile.column);
-    if (Cell::has_direct_path && !reset) {
-      const int64_t before =
-          (n_before * args_.directions + tile.direction) * args_.hidden + tile.column;
-      in.h_prev =
-          step.has_before ? load(at(args_.output, before)) : load_or_zero(at(args_.h_0, state));
-    }
-    if constexpr (Cell::has_cell_state) {
-      if (!reset) {
-        in.extra_prev = step.has_before ? load(step.kept.extra_row(n_before) + tile.column)
-                                        : load_or_zero(at(args_.c_0, state));
-      }
-      in.d_extra = step.has_after ? load(carry_c_ + state) : load_or_zero(at(args_.d_c_n, state));
-      if (args_.d_extra != nullptr) {
-        in.d_extra = in.d_extra + load(static_cast<const T*>(args_.d_extra) + feature);
-      }
-    }
-
-    in.dh = tile.sums[r * tile.stride];
-    if (!projects_) {
-      if (args_.d_output != nullptr) in.dh = in.dh + load(at(args_.d_output, feature));
-      if (!step.has_after) in.dh = in.dh + load_or_zero(at(args_.d_h_n, state));
-    }
-    if (Cell::has_direct_path && step.has_after) in.dh = in.dh + load(carry_h_ + state);
-  }
-
-  // Gradients of the initial states of rows whose scan has ended; first(row) are the gate gradients
-  // of its first step. Rows without steps have none: their final states were the initial ones.
-  template <class First>
-  void write_initial(int direction, const Part& part, bool had_steps, First first, int64_t begin,
+  // The gradients of the initial states of rows whose first step is done; d_gates(row) are those of
+  // the row's first step. Rows without steps have none: their final states were the initial ones.
+  template <class DGates>
+  void write_initial(int direction, const Part& part, bool had_steps, DGates d_gates, int64_t begin,
                      int64_t end) const {
     if (args_.d_h_0 != nullptr) {
       const auto fetch = [](int64_t, int, int64_t) {};
       const auto finish = [&](int64_t row, int count, int64_t column, const V* sums) {
         const int64_t left = min_of(args_.proj - column, V::lanes);
         for (int r = 0; r < count; ++r) {
-          const int64_t state = state_offset(direction, row + r, args_.proj) + column;
+          const int64_t state = steps_.state_offset(direction, row + r, args_.proj) + column;
           V dh = sums[r * hh_.columns.units];
           if (!had_steps) {
-            dh = args_.d_h_n == nullptr ? V(T(0)) : V::load(at(args_.d_h_n, state), left);
+            dh = args_.d_h_n == nullptr ? V(T(0)) : V::load(at<S>(args_.d_h_n, state), left);
           } else if constexpr (Cell::has_direct_path) {
-            dh = dh + V::load(carry_h_ + state, left);
+            dh = dh + V::load(cell_.carry_h() + state, left);
           }
           dh.store(static_cast<S*>(args_.d_h_0) + state, left);
         }
       };
-      for_each_column(direction, part, had_steps, first, begin, end, fetch, finish);
+      for_each_column(direction, part, had_steps, d_gates, begin, end, fetch, finish);
     }
     if (Cell::has_cell_state && args_.d_c_0 != nullptr) {
       write_initial_cell(direction, part, had_steps, begin, end);
@@ -464,60 +336,27 @@ class BackwardScan {
 
   void write_initial_cell(int direction, const Part& part, bool had_steps, int64_t begin,
                           int64_t end) const {
-    const Range own = unit_range(part);
-    const int64_t count = own.end - own.begin, last = min_of(end, part.rows.end);
+    const Range units = unit_range(part);
+    const int64_t count = units.end - units.begin, last = min_of(end, part.rows.end);
     for (int64_t row = max_of(begin, part.rows.begin); row < last; ++row) {
-      const int64_t state = state_offset(direction, row, args_.hidden) + own.begin;
+      const int64_t state = steps_.state_offset(direction, row, args_.hidden) + units.begin;
       S* d_c_0 = static_cast<S*>(args_.d_c_0) + state;
       if (had_steps) {
-        convert(carry_c_ + state, d_c_0, count);
+        convert(cell_.carry_c() + state, d_c_0, count);
       } else if (args_.d_c_n != nullptr) {
-        convert(at(args_.d_c_n, state), d_c_0, count);
+        convert(at<S>(args_.d_c_n, state), d_c_0, count);
       } else {
         std::memset(d_c_0, 0, count * sizeof(S));
       }
     }
   }
 
-  void write_d_x(int direction, const Part& part, const Chunk& chunk) const {
-    // Each thread its own columns, or its own rows where there are too few columns.
-    const Columns<T>& columns = ih_.columns;
-    const bool by_columns = columns.blocks >= part.size;
-    const Range blocks =
-        by_columns ? share(columns.blocks, part.rank, part.size) : Range{0, columns.blocks};
-    const Range own = by_columns ? Range{0, chunk.rows} : share(chunk.rows, part.rank, part.size);
-    S* d_x = static_cast<S*>(args_.d_x) + (direction * steps_.total() + chunk.begin) * args_.input;
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      const auto run_tile = [&](int64_t row, int count, int64_t i) {
-        V sums[kMaxRows * kMaxVectors];
-        const F* rows[kMaxRows];
-        for (int r = 0; r < count; ++r) {
-          rows[r] = chunk_gradients_.input.factors(direction, row + r);
-        }
-        ih_.multiply(direction, block, rows, count, i, sums);
-        for (int r = 0; r < count; ++r) {
-          for (int u = 0; u < columns.units; ++u) {
-            const int64_t column = columns.column(block, u);
-            const int64_t left = args_.input - column;
-            S* target = d_x + (row + r) * args_.input + column;
-            if (left >= V::lanes) {
-              sums[r * columns.units + u].store(target);
-            } else if (left > 0) {
-              sums[r * columns.units + u].store(target, left);
-            }
-          }
-        }
-      };
-      for_each_tile(own.begin, own.end, max_rows(columns.units), run_tile);
-    }
-  }
-
-  // The step before the chunk's last one will ask for its gate gradients when the chunk is gone.
-  void keep_gates(int direction, const Part& part, const Chunk& chunk, int64_t last) const {
+  // The next chunk overwrites the gate gradients of step `last`, which it needs.
+  void keep_d_gates(int direction, const Part& part, const Chunk& chunk, int64_t last) const {
     const Range rows = share(steps_.rows(last), part.rank, part.size);
-    F* target = carry_gates_ + direction * args_.batch * stride_;
+    F* target = carry_d_gates_ + direction * args_.batch * stride_;
     std::memcpy(target + rows.begin * stride_,
-                gates_of(direction, chunk, last) + rows.begin * stride_,
+                d_gates_of(direction, chunk, last) + rows.begin * stride_,
                 (rows.end - rows.begin) * stride_ * sizeof(F));
   }
 };
@@ -527,7 +366,7 @@ void backward_dev_impl(const Device& device, const BackwardArgs& args) {
   Workspace workspace;
   const Steps steps(args, workspace);
   const BackwardScan<Cell, S> scan(args, steps, device.threads, workspace);
-  run_scan(args, scan.work(), device.threads, scan);
+  run_scan(args, scan.work(), device.threads, workspace, scan);
 }
 
 }  // namespace fastrnn::FASTRNN_VARIANT

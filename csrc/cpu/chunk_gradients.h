@@ -66,7 +66,7 @@ class ChunkGradients {
   using F = Factor<S>;
 
  public:
-  // `rows`: at most so many in a chunk.
+  // `rows`: of a chunk, at most.
   ChunkGradients(const LayerArgs& args, int64_t rows, Workspace& workspace)
       : stride(odd_lines<Compute<S>>(Cell::gates * args.hidden)),
         rows(rows),
@@ -83,15 +83,15 @@ class ChunkGradients {
   const ChunkRows<S> recurrent;  // of W_hh h + b_hh, the same unless the cell splits them
   const ChunkRows<S> projected;  // of a projected h
 
-  // What h was projected from.
+  // h before its projection.
   F* hidden(int direction, int64_t row) const {
     return hidden_ + (direction * rows + row) * stride;
   }
 
-  void zip(int direction, int64_t some, int rank, int size) const {
-    input.zip(direction, some, rank, size);
-    if constexpr (Cell::splits_gradient) recurrent.zip(direction, some, rank, size);
-    if (projects_) projected.zip(direction, some, rank, size);
+  void zip(int direction, int64_t count, int rank, int size) const {
+    input.zip(direction, count, rank, size);
+    if constexpr (Cell::splits_gradient) recurrent.zip(direction, count, rank, size);
+    if (projects_) projected.zip(direction, count, rank, size);
   }
 
  private:

@@ -51,7 +51,7 @@ int64_t odd_lines(int64_t columns) {
   return ((columns + line - 1) / line | 1) * line;
 }
 
-// Asks for the cache lines of [p, p + bytes).
+// Prefetches the cache lines of [p, p + bytes).
 inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i <= bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
 }

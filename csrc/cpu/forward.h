@@ -6,10 +6,8 @@
 // after the first is complete.
 #pragma once
 
+#include "forward_cell.h"
 #include "input_projection.h"
-#include "math.h"
-#include "saved.h"
-#include "states.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
@@ -19,11 +17,8 @@ class ForwardScan {
   using F = Factor<S>;
   using V = Vec<T>;
   static constexpr int G = Cell::gates;
-  using Carried = States<Cell, S>;
 
  public:
-  using Kept = Saved<S, T>;
-
   ForwardScan(const ForwardArgs& args, const Steps& steps, Workspace& workspace)
       : args_(args),
         steps_(steps),
@@ -31,7 +26,8 @@ class ForwardScan {
         input_(args, steps, G, workspace),
         hh_(args.weight_hh, args.hidden, G, args.proj, args.directions, steps.total(), workspace),
         hr_(args.weight_hr, args.proj, 1, args.hidden, args.directions, steps.total(), workspace),
-        states_(args, workspace) {}
+        states_(args, workspace),
+        cell_(args, steps, states_, hh_.columns) {}
 
   Work work() const {
     const Columns<T>& columns = hh_.columns;
@@ -39,20 +35,20 @@ class ForwardScan {
             columns.vectors, max_rows(columns.vectors), args_.directions};
   }
 
-  void run(int direction, const Part& part) const {
+  void run(int direction, PhaseRunner& runner) const {
     const int64_t first = steps_.first(direction);
-    pack(direction, part);
-    start_states(direction, part, first, nullptr);
-    part.wait();
-    run_steps(direction, part, first, steps_.count(), kept(direction));
+    runner.phase([&](const Part& part) {
+      pack(direction, part);
+      start_states(direction, part, first, nullptr);
+    });
+    run_steps(direction, runner, first, steps_.count(), saved(direction), true);
   }
 
   // The parts of a run. Backward runs single segments again, with null for all results.
 
-  // Threads that split rows share all weights, threads that split units need only their own.
+  // Threads that split units need only their own weights, those that split rows share all.
   void pack(int direction, const Part& part) const {
-    const Range blocks =
-        part.waits_each_step ? part.blocks : share(part.blocks.end, part.rank, part.size);
+    const Range blocks = share(hh_.columns.blocks, part.rank, part.size);
     input_.pack(direction, blocks);
     hh_.pack(direction, blocks);
     hr_.pack(direction, share(hr_.columns.blocks, part.rank, part.size));
@@ -81,35 +77,43 @@ class ForwardScan {
     }
   }
 
-  // Copies the cell states that go into step t to where the step before it would have kept them.
-  void copy_cell(int direction, const Part& part, int64_t t, const Kept& kept) const {
+  // Copies the cell states that go into step t to where the step before it would have saved them.
+  void copy_cell(int direction, const Part& part, int64_t t, const Saved<S, T>& saved) const {
     const int64_t end = min_of(part.rows.end, rows_continued(direction, t));
     const Range units = unit_range(part);
     for (int64_t row = part.rows.begin; row < end; ++row) {
       const int64_t n_before = steps_.offset(t - steps_.stride(direction)) + row;
-      std::memcpy(kept.extra_row(n_before) + units.begin,
+      std::memcpy(saved.extra_row(n_before) + units.begin,
                   states_.cell() + states_.offset(direction, row) + units.begin,
                   (units.end - units.begin) * sizeof(T));
     }
   }
 
-  // `count` steps from t on.
-  void run_steps(int direction, const Part& part, int64_t t, int64_t count,
-                 const Kept& kept) const {
-    const int64_t ahead = input_.steps_ahead, stride = steps_.stride(direction);
-    for (int64_t i = 0; i < count; ++i, t += stride) {
-      if (i % ahead == 0) input_.run(direction, part, t, min_of(ahead, count - i));
-      const int64_t rows = steps_.rows(t);
-      run_rows(direction, part, {t, i, kept}, rows);
-      if (projects_) {
-        if (part.waits_each_step) part.wait();
-        project_hidden(direction, part, t, i, rows);
+  // `count` steps from `first` on. Last: nothing follows.
+  void run_steps(int direction, PhaseRunner& runner, int64_t first, int64_t count,
+                 const Saved<S, T>& saved, bool is_last) const {
+    const auto run_all = [&](const auto& phase) {
+      const int64_t ahead = input_.steps_ahead, stride = steps_.stride(direction);
+      int64_t t = first;
+      for (int64_t i = 0; i < count; ++i, t += stride) {
+        if (i % ahead == 0) input_.run(direction, t, min_of(ahead, count - i), phase);
+        const int64_t rows = steps_.rows(t), rows_after = min_of(rows, steps_.rows(t + stride));
+        const auto finish = [&](const Part& part) {
+          if (args_.h_n != nullptr) finish_rows(direction, part, t, rows_after, rows);
+          if (args_.boundaries != nullptr) keep_states(direction, part, t + stride, i + 1);
+        };
+        phase([&](const Part& part) {
+          run_rows(direction, part, {t, i, saved}, rows);
+          if (!projects_) finish(part);
+        });
+        if (!projects_) continue;
+        phase([&](const Part& part) {
+          project_hidden(direction, part, t, i, rows);
+          finish(part);
+        });
       }
-      const int64_t rows_after = min_of(rows, steps_.rows(t + stride));
-      if (args_.h_n != nullptr) finish_rows(direction, part, t, rows_after, rows);
-      if (args_.boundaries != nullptr) keep_states(direction, part, t + stride, i + 1);
-      if (part.waits_each_step) part.wait();
-    }
+    };
+    runner.step_phases(run_all, is_last);
   }
 
  private:
@@ -118,20 +122,18 @@ class ForwardScan {
   const bool projects_;
   const InputProjection<S> input_;
   const ForwardWeight<S> hh_, hr_;
-  const Carried states_;
+  const States<Cell, S> states_;
+  const ForwardCell<Cell, S> cell_;
 
   // Row `row` of [D, B, columns]
   template <class Pointer>
   auto state_row(Pointer* base, int direction, int64_t row, int64_t columns) const {
     using Element = std::conditional_t<std::is_const_v<Pointer>, const S, S>;
-    Element* p = static_cast<Element*>(base);
-    return p == nullptr ? p : p + (direction * args_.batch + row) * columns;
+    return at(static_cast<Element*>(base), steps_.state_offset(direction, row, columns));
   }
   // Row `row` of step t of [N, D*columns]
   S* output_row(int direction, int64_t t, int64_t row, int64_t columns) const {
-    S* output = static_cast<S*>(args_.output);
-    if (output == nullptr) return nullptr;
-    return output + ((steps_.offset(t) + row) * args_.directions + direction) * columns;
+    return at(static_cast<S*>(args_.output), steps_.feature_offset(direction, t, row, columns));
   }
   // Row `row` of the states that go into step t of [S-1, D, B, P + C], the first in time of a
   // segment or, in the other direction, the last.
@@ -147,19 +149,18 @@ class ForwardScan {
     return min_of(steps_.rows(t), steps_.rows(t - steps_.stride(direction)));
   }
 
-  Kept kept(int direction) const {
-    const int64_t own = direction * args_.hidden;
+  // What all steps leave for backward.
+  Saved<S, T> saved(int direction) const {
     return {static_cast<S*>(args_.gates[direction]),
-            args_.extra == nullptr ? nullptr : static_cast<T*>(args_.extra) + own, G * args_.hidden,
+            at(static_cast<T*>(args_.extra), direction * args_.hidden), G * args_.hidden,
             args_.directions * args_.hidden, 0};
   }
 
   // The part's own hidden units, blocks of features of a projected h, and features of h.
-  Range unit_range(const Part& part) const { return hh_.columns.range(part.blocks); }
-  Range hr_blocks(const Part& part) const {
-    const int64_t blocks = hr_.columns.blocks;
-    return part.waits_each_step ? share(blocks, part.rank, part.size) : Range{0, blocks};
+  Range unit_range(const Part& part) const {
+    return hh_.columns.range(part.blocks(hh_.columns.blocks));
   }
+  Range hr_blocks(const Part& part) const { return part.blocks(hr_.columns.blocks); }
   Range feature_range(const Part& part) const {
     return projects_ ? hr_.columns.range(hr_blocks(part)) : unit_range(part);
   }
@@ -179,9 +180,9 @@ class ForwardScan {
 
   // Rows [begin, end) end at step t.
   void finish_rows(int direction, const Part& part, int64_t t, int64_t begin, int64_t end) const {
-    const int64_t own = feature_range(part).begin, last = min_of(end, part.rows.end);
+    const int64_t feature = feature_range(part).begin, last = min_of(end, part.rows.end);
     for (int64_t row = max_of(begin, part.rows.begin); row < last; ++row) {
-      write_final(direction, part, row, output_row(direction, t, row, args_.proj) + own);
+      write_final(direction, part, row, output_row(direction, t, row, args_.proj) + feature);
     }
   }
 
@@ -197,22 +198,17 @@ class ForwardScan {
     }
   }
 
-  // Step t, the i-th of those that run.
-  struct StepContext {
-    int64_t t, i;
-    const Kept& kept;
-  };
-
   // The first `end` rows of a step. Few rows take several blocks at once, so that their cells, one
   // chain of dependent operations each, run side by side, too.
-  void run_rows(int direction, const Part& part, const StepContext& step, int64_t end) const {
+  void run_rows(int direction, const Part& part, const ForwardStep<S>& step, int64_t end) const {
     const int vectors = hh_.columns.vectors;
     const F* h = states_.h(step.i);
     const bool is_zero = step.t == steps_.first(direction) && args_.h_0 == nullptr;
     end = min_of(end, part.rows.end);
     const int64_t group = hh_.blocks_at_once(end - part.rows.begin);
-    for (int64_t first = part.blocks.begin; first < part.blocks.end; first += group) {
-      const int64_t last = min_of(first + group, part.blocks.end);
+    const Range blocks = part.blocks(hh_.columns.blocks);
+    for (int64_t first = blocks.begin; first < blocks.end; first += group) {
+      const int64_t last = min_of(first + group, blocks.end);
       V biases[ForwardWeight<S>::kMaxBlocks * kMaxVectors];
       for (int64_t b = first; b < last; ++b) {
         hh_.load_bias(args_.bias_hh[direction], b, biases + (b - first) * vectors);
@@ -222,9 +218,9 @@ class ForwardScan {
         if (is_zero) {
           for (int j = 0; j < (last - first) * count * vectors; ++j) sums[j] = V(T(0));
         } else {
-          const F* rows[kMaxRows];
-          for (int r = 0; r < count; ++r) rows[r] = h + states_.offset(direction, row + r);
-          hh_.multiply_blocks(direction, first, last, rows, count, index, sums);
+          const TileRows<F> h_prev(count,
+                                   [&](int r) { return h + states_.offset(direction, row + r); });
+          hh_.multiply_blocks(direction, first, last, h_prev.rows, count, index, sums);
         }
         for (int64_t b = first; b < last; ++b) {
           run_units(direction, step, row, count, b, sums + (b - first) * count * vectors,
@@ -236,23 +232,13 @@ class ForwardScan {
   }
 
   // The cell on a block of units of some rows.
-  void run_units(int direction, const StepContext& step, int64_t row, int count, int64_t block,
+  void run_units(int direction, const ForwardStep<S>& step, int64_t row, int count, int64_t block,
                  const V* sums, const V* biases) const {
     const int64_t slot = step.i % input_.steps_ahead;
     for (int u = 0; u < hh_.columns.units; ++u) {
       const int64_t unit = hh_.columns.column(block, u);
-      const Tile tile{direction,
-                      row,
-                      count,
-                      unit,
-                      sums + u * G,
-                      biases + u * G,
-                      input_.at(direction, block, slot, row) + u * G * V::lanes};
-      if (args_.hidden - unit >= V::lanes) {
-        run_cell<true>(step, tile);
-      } else if (args_.hidden > unit) {
-        run_cell<false>(step, tile);
-      }
+      cell_.run(step, {direction, row, count, unit, sums + u * G, biases + u * G,
+                       input_.at(direction, block, slot, row) + u * G * V::lanes});
     }
   }
 
@@ -263,11 +249,10 @@ class ForwardScan {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const auto run_tile = [&](int64_t row, int count, int64_t index) {
         V sums[kMaxRows * kMaxVectors];
-        const F* rows[kMaxRows];
-        for (int r = 0; r < count; ++r) {
-          rows[r] = states_.unprojected() + states_.offset(direction, row + r);
-        }
-        hr_.multiply(direction, block, rows, count, index, sums);
+        const TileRows<F> unprojected(count, [&](int r) {
+          return states_.unprojected() + states_.offset(direction, row + r);
+        });
+        hr_.multiply(direction, block, unprojected.rows, count, index, sums);
         for (int r = 0; r < count; ++r) {
           S* output = output_row(direction, t, row + r, args_.proj);
           F* h_next = states_.h(i + 1) + states_.offset(direction, row + r);
@@ -286,81 +271,6 @@ class ForwardScan {
       for_each_tile(part.rows.begin, min_of(end, part.rows.end), max_rows(columns.units), run_tile);
     }
   }
-
-  // One vector of units of some rows.
-  struct Tile {
-    int direction;
-    int64_t row;
-    int count;
-    int64_t unit;
-    const V* sums;       // W_hh h_{t-1}
-    const V* bias;       // b_hh
-    const T* projected;  // W_ih x_t + b_ih
-  };
-
-  // The cell on one tile. Full: no lane lies beyond H.
-  template <bool Full>
-  void run_cell(const StepContext& step, const Tile& tile) const {
-    const int64_t left = args_.hidden - tile.unit;
-    const auto store = [left](auto* p, V v) {
-      if constexpr (Full) return v.store(p);
-      return v.store(p, left);
-    };
-
-    const int64_t n = steps_.offset(step.t) + tile.row;
-    const int64_t features = args_.directions * args_.hidden;
-    const int64_t state = states_.offset(tile.direction, tile.row) + tile.unit;
-    const int64_t stride = states_.stride, width = hh_.columns.width;
-    const F* h_prev = states_.h(step.i) + state;
-    F* h_next = states_.h(step.i + 1) + state;
-    T* kept_direct = states_.direct() + state;
-    T* cell = states_.cell() + state;
-    F* unprojected = states_.unprojected() + state;
-    S* output = output_row(tile.direction, step.t, tile.row, args_.hidden);
-    const Kept& kept = step.kept;
-    S* gates = kept.gates == nullptr ? nullptr : kept.gate_row(n) + tile.unit;
-    T* extra = kept.extra == nullptr ? nullptr : kept.extra_row(n) + tile.unit;
-
-    for (int r = 0; r < tile.count; ++r) {
-      V x[G], recurrent[G], state_or_extra(T(0)), direct(T(0));
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-        x[g] = V::load(tile.projected + r * width + g * V::lanes);
-        recurrent[g] = tile.sums[r * hh_.columns.vectors + g] + tile.bias[g];
-      }
-      if constexpr (Carried::kKeepsDirect) {
-        direct = V::load(kept_direct + r * stride);
-      } else if constexpr (Cell::has_direct_path) {
-        direct = V::load(h_prev + r * stride);
-      }
-      if constexpr (Cell::has_cell_state) state_or_extra = V::load(cell + r * stride);
-
-      V h = Cell::forward(x, recurrent, direct, state_or_extra);
-      if constexpr (!Full) h = first_lanes(h, left);
-
-      if constexpr (Cell::saves_gates) {
-        if (gates != nullptr) {
-#pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) store(gates + (r * G + g) * args_.hidden, x[g]);
-        }
-      }
-      if constexpr (Cell::has_extra) {
-        if (extra != nullptr) store(extra + r * kept.extra_stride, state_or_extra);
-      }
-      const bool reset = steps_.resets_after(tile.direction, step.t, tile.row + r);
-      const V next = reset ? V(T(0)) : h;
-      if (projects_) {
-        h.store(unprojected + r * stride);
-      } else {
-        if (output != nullptr) store(output + r * features + tile.unit, h);
-        next.store(h_next + r * stride);
-        if constexpr (Carried::kKeepsDirect) next.store(kept_direct + r * stride);
-      }
-      if constexpr (Cell::has_cell_state) {
-        (reset ? V(T(0)) : state_or_extra).store(cell + r * stride);
-      }
-    }
-  }
 };
 
 template <class Device, class Cell, class S>
@@ -368,7 +278,7 @@ void forward_dev_impl(const Device& device, const ForwardArgs& args) {
   Workspace workspace;
   const Steps steps(args, workspace);
   const ForwardScan<Cell, S> scan(args, steps, workspace);
-  run_scan(args, scan.work(), device.threads, scan);
+  run_scan(args, scan.work(), device.threads, workspace, scan);
 }
 
 }  // namespace fastrnn::FASTRNN_VARIANT

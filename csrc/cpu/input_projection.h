@@ -41,20 +41,18 @@ class InputProjection {
     return projected_ + (step * args_.batch + row) * weight_.columns.width;
   }
 
-  // `count` steps from t on, for the part's rows and blocks.
-  void run(int direction, const Part& part, int64_t t, int64_t count) const {
+  // `count` steps from t on; phase(body) calls body with the parts, see PhaseRunner::step_phases.
+  template <class Phase>
+  void run(int direction, int64_t t, int64_t count, const Phase& phase) const {
     if constexpr (kCopies) {
-      int64_t i = 0;
-      for_each_row(direction, part, t, count, [&](int64_t, int64_t, const S* from, F* to) {
-        if (!part.waits_each_step || i++ % part.size == part.rank) {
-          pack_row(from, args_.input, copy_stride_, to);
-        }
-      });
-      if (part.waits_each_step) part.wait();
+      phase([&](const Part& part) { copy(direction, part, t, count); });
     }
-    for (int64_t block = part.blocks.begin; block < part.blocks.end; ++block) {
-      run_block(direction, part, t, count, block);
-    }
+    phase([&](const Part& part) {
+      const Range blocks = part.blocks(weight_.columns.blocks);
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        run_block(direction, part, t, count, block);
+      }
+    });
   }
 
  private:
@@ -79,10 +77,19 @@ class InputProjection {
     }
   }
 
+  void copy(int direction, const Part& part, int64_t t, int64_t count) const {
+    int64_t i = 0;
+    for_each_row(direction, part, t, count, [&](int64_t, int64_t, const S* from, F* to) {
+      // Parts that are units have all rows in common.
+      if (part.splits_units && i++ % part.size != part.rank) return;
+      pack_row(from, args_.input, copy_stride_, to);
+    });
+  }
+
   // A tile takes rows across steps, so that a small batch fills it too.
   void run_block(int direction, const Part& part, int64_t t, int64_t count, int64_t block) const {
     const int vectors = weight_.columns.vectors;
-    const int most = max_rows(vectors);
+    const int height = max_rows(vectors);
     V biases[kMaxVectors];
     weight_.load_bias(args_.bias_ih[direction], block, biases);
     const F* rows[kMaxRows];
@@ -106,7 +113,7 @@ class InputProjection {
         rows[gathered] = x;
       }
       targets[gathered] = at(direction, block, slot, row);
-      if (++gathered == most) multiply_gathered();
+      if (++gathered == height) multiply_gathered();
     });
     if (gathered > 0) multiply_gathered();
   }

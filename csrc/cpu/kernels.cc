@@ -2,6 +2,7 @@
 #include "../cells/registry.h"
 #include "backward.h"
 #include "forward.h"
+#include "multiply_add.h"
 #include "variant.h"
 
 #define FASTRNN_STRING_(x) #x
@@ -47,6 +48,7 @@ void backward(const BackwardArgs& args, int threads) {
 
 extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT);
 const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT){
-    FASTRNN_STRING(FASTRNN_VARIANT), FASTRNN_VARIANT::forward, FASTRNN_VARIANT::backward};
+    FASTRNN_STRING(FASTRNN_VARIANT), FASTRNN_VARIANT::forward, FASTRNN_VARIANT::backward,
+    FASTRNN_VARIANT::multiply_add};
 
 }  // namespace fastrnn

@@ -1,5 +1,5 @@
 // The gradients of all weights and biases of a layer, a chunk of steps at a time: the gradients of
-// the gates are used while they are in cache and never stored as a whole, and sums over few rows
+// the gates are used while they are in cache and never stored as a whole, and sums over a few rows
 // each lose less to rounding than one long sum.
 #pragma once
 
@@ -18,14 +18,14 @@ class LayerGradients {
 
  public:
   LayerGradients(const BackwardArgs& args, const Steps& steps,
-                 const ChunkGradients<Cell, S>& chunk_gradients, bool is_one_chunk, int threads,
+                 const ChunkGradients<Cell, S>& chunk_gradients, bool is_one_chunk, int max_parts,
                  Workspace& workspace)
       : args_(args),
         steps_(steps),
         chunk_gradients_(chunk_gradients),
         gate_columns_(Cell::gates * args.hidden),
         is_one_chunk_(is_one_chunk),
-        threads_(threads),
+        max_parts_(max_parts),
         ih_(gate_columns_, args.input, args.directions, !is_one_chunk, workspace),
         hh_(gate_columns_, args.proj, args.directions, !is_one_chunk, workspace),
         hr_(args.weight_hr[0] == nullptr ? 0 : args.proj, args.hidden, args.directions,
@@ -33,8 +33,8 @@ class LayerGradients {
     const int64_t biases = args.directions * chunk_gradients.stride;
     bias_ih_ = workspace.take<T>(biases);
     bias_hh_ = Cell::splits_gradient ? workspace.take<T>(biases) : bias_ih_;
-    panels_ = workspace.take<F>(args.directions * threads * panel_size());
-    sources_ = workspace.take<const S*>(args.directions * threads * chunk_gradients.rows);
+    panels_ = workspace.take<F>(args.directions * max_parts * panel_size());
+    sources_ = workspace.take<const S*>(args.directions * max_parts * chunk_gradients.rows);
   }
 
   void start(int direction, const Part& part) const {
@@ -53,9 +53,9 @@ class LayerGradients {
 
   // Adds a chunk, whose gradients are complete.
   void add(int direction, const Part& part, const Chunk& chunk) const {
-    const int64_t thread = direction * threads_ + part.rank;
-    F* panel = panels_ + thread * panel_size();
-    const S** sources = sources_ + thread * chunk_gradients_.rows;
+    const int64_t scratch = direction * max_parts_ + part.rank;
+    F* panel = panels_ + scratch * panel_size();
+    const S** sources = sources_ + scratch * chunk_gradients_.rows;
     for_each_share(
         direction, part,
         [&](const WeightGradient<F>& gradient, Weight weight, int64_t block, Range rows) {
@@ -105,11 +105,11 @@ class LayerGradients {
   const ChunkGradients<Cell, S>& chunk_gradients_;
   const int64_t gate_columns_;
   const bool is_one_chunk_;
-  const int threads_;
+  const int max_parts_;
   const WeightGradient<F> ih_, hh_, hr_;
   T* bias_ih_;  // [D, stride]
   T* bias_hh_;
-  F* panels_;          // of each direction and thread, what one block is multiplied with
+  F* panels_;          // of each direction and part, what one block is multiplied with
   const S** sources_;  // and where its rows lie
 
   int64_t panel_size() const {
@@ -129,8 +129,8 @@ class LayerGradients {
     return static_cast<S*>(targets[direction]);
   }
 
-  // The part's own share of the weights: body(gradient, weight, block, rows of the weight). The
-  // same at every call, so that no sum is ever touched by two threads.
+  // The part's own share of the weights: body(gradient, weight, block, rows of the weight).
+  // No two parts of a phase share a sum.
   template <class Body>
   void for_each_share(int direction, const Part& part, Body body) const {
     const int64_t ih = args_.d_weight_ih[direction] == nullptr ? 0 : ih_.blocks();
@@ -138,7 +138,7 @@ class LayerGradients {
     const int64_t hr = args_.d_weight_hr[direction] == nullptr ? 0 : hr_.blocks();
     const int64_t blocks = ih + hh + hr;
     if (blocks == 0) return;
-    // Where there are fewer blocks than threads, each block's rows are shared out too.
+    // Where there are fewer blocks than parts, the rows of each block are divided, too.
     const int sharers = static_cast<int>((part.size + blocks - 1) / blocks);
     const Range items = share(blocks * sharers, part.rank, part.size);
     for (int64_t i = items.begin; i < items.end; ++i) {
@@ -203,11 +203,11 @@ class LayerGradients {
     for (int64_t j = columns.begin; j < columns.end; j += V::lanes) {
       V sum(T(0));  // a sum of short sums loses less than a long one
       for (int64_t k = 0; k < rows; k += kShortSum) {
-        V part(T(0));
+        V short_sum(T(0));
         for (int64_t i = k; i < min_of(k + kShortSum, rows); ++i) {
-          part = part + V::load(d_gates + i * chunk_gradients_.stride + j);
+          short_sum = short_sum + V::load(d_gates + i * chunk_gradients_.stride + j);
         }
-        sum = sum + part;
+        sum = sum + short_sum;
       }
       (V::load(bias + j) + sum).store(bias + j);
     }

@@ -3,8 +3,8 @@
 // The MR * NV sums stay in registers for the whole of the depth; for each k, NV vectors of the
 // packed right side are loaded and MR scalars of the left one broadcast for MR * NV multiply-adds.
 // (16-bit factors go in pairs where the processor multiplies them so.) Meanwhile a cache line of
-// `next` is brought to L2: weights of large layers come from farther away, and the hardware does
-// not know which come next.
+// `next` is prefetched to L2: weights of large layers come from L3 or memory, and the hardware
+// does not know which come next.
 #pragma once
 
 #include <utility>
@@ -255,8 +255,8 @@ template <class S, class F>
 struct Dot {
   using T = Compute<S>;
   using V = Vec<T>;
-  // Rows of the weight at once. They lie lanes / columns apart, so that the first folds of
-  // sum_lanes are done while all sums are in registers.
+  // Rows of the weight at once. They lie lanes / columns rows from each other, so that the first
+  // folds of sum_lanes are done while all sums are in registers.
   static constexpr int columns = V::lanes < 4 ? V::lanes : 4;
   static constexpr int max_rows = (FASTRNN_REGISTERS - 1) / (columns + 1);
 
@@ -349,22 +349,35 @@ auto dot_for(int rows) {
   return dot_for<S, F>(rows, std::make_integer_sequence<int, Dot<S, F>::max_rows>());
 }
 
-// What the tile-th tile on a block brings nearer: a part of the block that follows in memory. The
-// first NV tiles cover it.
+// What the tile-th tile on a block prefetches: a part of the block that follows in memory. The
+// first `vectors` tiles cover it.
 template <class F>
-const F* next_part(const F* packed, int64_t depth, int vectors, int64_t tile) {
+const F* prefetch_target(const F* packed, int64_t depth, int vectors, int64_t tile) {
   const int64_t part = packed_depth<F>(depth) * FactorGroup<F>::V::lanes;
   return packed + (tile < vectors ? vectors + tile : 0) * part;
 }
 
-// Calls body(first, count, tile) for tiles of at most `most` rows that cover [begin, end) as evenly
-// as can be.
+// The rows of a tile: row_of(r) for each of `count`, which is never 0.
+template <class F>
+struct TileRows {
+  const F* rows[kMaxRows];
+
+  template <class RowOf>
+  [[gnu::always_inline]] TileRows(int count, RowOf row_of) {
+    int r = 0;
+    do rows[r] = row_of(r);
+    while (++r < count);
+  }
+};
+
+// Calls body(first, count, tile) for tiles of at most `height` rows that cover [begin, end) as
+// evenly as can be.
 template <class Body>
-inline void for_each_tile(int64_t begin, int64_t end, int most, Body body) {
+inline void for_each_tile(int64_t begin, int64_t end, int height, Body body) {
   const int64_t rows = end - begin;
   if (rows <= 0) return;
-  if (rows <= most) return body(begin, static_cast<int>(rows), 0);
-  const int64_t tiles = (rows + most - 1) / most;
+  if (rows <= height) return body(begin, static_cast<int>(rows), 0);
+  const int64_t tiles = (rows + height - 1) / height;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t first = begin + i * rows / tiles;
     body(first, static_cast<int>(begin + (i + 1) * rows / tiles - first), i);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "forward.h"
-#include "saved.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
@@ -34,19 +33,19 @@ class Recomputation {
     return steps_.chunk(first, min_of(first + args_.checkpoint_every, args_.steps) - 1);
   }
 
-  // Threads need each other's share before the first segment.
-  void pack(int direction, const Part& part) const { forward_.pack(direction, forward_part(part)); }
+  // Before the first segment.
+  void pack(int direction, const Part& part) const { forward_.pack(direction, part); }
 
-  // What forward would have kept of a segment, until the next segment is computed.
-  Saved<const S, const T> run(int direction, const Part& part, const Chunk& segment) const {
+  // What forward would have saved of a segment, until the next segment is computed.
+  Saved<const S, const T> run(int direction, PhaseRunner& runner, const Chunk& segment) const {
     const int64_t t = steps_.runs_back(direction) ? segment.last : segment.first;
-    const Saved<S, T> kept = buffers(direction, segment);
-    const Part own = forward_part(part);
-    forward_.start_states(direction, own, t, args_.boundaries);
-    if constexpr (Cell::has_cell_state) forward_.copy_cell(direction, own, t, kept);
-    if (part.waits_each_step) part.wait();
-    forward_.run_steps(direction, own, t, segment.last - segment.first + 1, kept);
-    return {kept.gates, kept.extra, kept.gate_stride, kept.extra_stride, kept.begin};
+    const Saved<S, T> saved = buffers(direction, segment);
+    runner.phase([&](const Part& part) {
+      forward_.start_states(direction, part, t, args_.boundaries);
+      if constexpr (Cell::has_cell_state) forward_.copy_cell(direction, part, t, saved);
+    });
+    forward_.run_steps(direction, runner, t, segment.last - segment.first + 1, saved, false);
+    return {saved.gates, saved.extra, saved.gate_stride, saved.extra_stride, saved.begin};
   }
 
  private:
@@ -62,14 +61,6 @@ class Recomputation {
     ForwardArgs forward{};
     static_cast<LayerArgs&>(forward) = args;
     return forward;
-  }
-
-  // The same rows of the batch as in backward; its units in forward's blocks.
-  Part forward_part(const Part& part) const {
-    Part own = part;
-    const int64_t blocks = forward_.work().blocks;
-    own.blocks = part.waits_each_step ? share(blocks, part.rank, part.size) : Range{0, blocks};
-    return own;
   }
 
   // The step before the first one, in the order of the direction, has room too: backward reads its

@@ -1,4 +1,4 @@
-// What the forward scan keeps of some steps of one direction for the backward scan.
+// What the forward scan saves of some steps of one direction for the backward scan.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@ namespace fastrnn::FASTRNN_VARIANT {
 // Row n of the layer is row n - begin of these buffers.
 template <class Gate, class Extra>
 struct Saved {
-  Gate* gates;          // [rows, gate_stride]: the activated gates; null: not kept
-  Extra* extra;         // [rows, extra_stride]: this direction's columns of `extra`; null: not kept
-  int64_t gate_stride;  // G*H
+  Gate* gates;   // [rows, gate_stride]: the activated gates; null: not saved
+  Extra* extra;  // [rows, extra_stride]: this direction's columns of `extra`; null: not saved
+  int64_t gate_stride;   // G*H
   int64_t extra_stride;  // H times the directions that share the buffer
   int64_t begin;
 

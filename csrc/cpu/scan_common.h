@@ -1,8 +1,9 @@
-// One parallel region per scan, and which part of the work is a thread's own.
+// One team of threads per scan, and the parts into which its work is divided.
 #pragma once
 
 #include "scan.h"
 #include "schedule.h"
+#include "steps.h"
 #include "team.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
@@ -11,43 +12,140 @@ struct Cpu {
   int threads;
 };
 
-// A thread's own part of one direction.
+// Parts per thread, at most, of work that is divided by rows, and of work that is divided with
+// share(): more than one, so that a thread can take over parts of another that is late.
+constexpr int kMaxRowParts = 4, kSharedParts = 4;
+constexpr int64_t kTilesPerPart = 4;  // of rows, at least: they share the weights that they read
+
+// One of the `size` parts of a phase. Where rows are split, a part is some rows and all units;
+// where units are split, it is all rows and some blocks of units.
 struct Part {
-  Range rows, blocks;
-  Barrier* barrier;
+  Range rows;
   int rank, size;
-  bool waits_each_step;  // at the barrier: other threads have other units of the same rows
-  void wait() const { barrier->wait(size); }
+  bool splits_units;
+
+  Range blocks(int64_t count) const {
+    return splits_units ? share(count, rank, size) : Range{0, count};
+  }
 };
 
-// One parallel region: every thread runs its part of one direction or of each.
+// The parts of all directions.
+struct Parts {
+  Part* own;  // by rows or by units, as the plan says
+  int count;
+  Part shared;  // of other work, see PhaseRunner::shared_phase
+  bool splits_units;
+};
+
+// A thread on its way through one direction. body(part) is run for every part of a phase, each on
+// one thread; when phase() returns, all are done.
+class PhaseRunner {
+ public:
+  PhaseRunner(const Parts& parts, Phases& phases, int rank, int size)
+      : parts_(parts), phases_(phases), member_{rank, size, parts.splits_units} {}
+
+  template <class Body>
+  void phase(const Body& body) {
+    run(parts_.count, [&](int i) { body(parts_.own[i]); });
+  }
+  // Work that is divided with share() by the part's rank and size, neither by rows nor by units.
+  template <class Body>
+  void shared_phase(const Body& body) {
+    run(parts_.shared.size, [&](int i) {
+      Part part = parts_.shared;
+      part.rank = i;
+      body(part);
+    });
+  }
+
+  // The same, but nothing may follow: it returns when all parts have begun.
+  template <class Body>
+  void last_phase(const Body& body) {
+    for (int i; (i = phases_.next_part_of_last(member_, parts_.count)) >= 0;) body(parts_.own[i]);
+  }
+  // The phases of some steps: run(phase) goes through the steps and calls phase(body) for what must
+  // be done by all parts before the next body begins. Where rows are split, no part needs another:
+  // each goes through all steps in a single phase.
+  template <class Run>
+  void step_phases(const Run& run, bool is_last = false) {
+    if (parts_.splits_units) return run([&](const auto& body) { phase(body); });
+    const auto all_steps = [&](const Part& part) { run([&](const auto& body) { body(part); }); };
+    is_last ? last_phase(all_steps) : phase(all_steps);
+  }
+
+ private:
+  const Parts& parts_;
+  Phases& phases_;
+  Member member_;
+
+  template <class Body>
+  void run(int count, const Body& body) {
+    for (int i; (i = phases_.next_part(member_, count)) >= 0;) {
+      body(i);
+      phases_.done(member_, count);
+    }
+  }
+};
+
+// The parts of a plan. Each thread's share of rows is divided further, at the borders of register
+// tiles, so that others can take over what it has not begun.
+template <class Args>
+Parts make_parts(const Args& args, const Work& work, const ThreadPlan& plan, Workspace& workspace) {
+  const int team = plan.threads / plan.groups;
+  const bool splits_units = plan.split == Split::kUnits, is_alone = plan.threads == 1;
+  const Range all{0, args.batch};
+  const Part shared{all, 0, is_alone ? 1 : team * kSharedParts, false};
+  const int64_t tiles = (work.rows / team + work.max_rows - 1) / work.max_rows;
+  const int64_t wanted = max_of(1, min_of(tiles / kTilesPerPart, kMaxRowParts));
+  const int per_thread = splits_units || is_alone ? 1 : static_cast<int>(wanted);
+  const int count = team * per_thread;
+  Parts parts{workspace.take<Part>(count), count, shared, splits_units};
+  for (int i = 0; i < team; ++i) {
+    const Range rows =
+        splits_units ? all : share_rows(args.batch_sizes, args.steps, args.batch, i, team);
+    const int64_t size = rows.end - rows.begin;
+    const int64_t row_tiles = max_of(1, (size + work.max_rows - 1) / work.max_rows);
+    // The tiles of for_each_tile begin at the same rows.
+    const auto begin = [&](int part) {
+      return rows.begin + row_tiles * part / per_thread * size / row_tiles;
+    };
+    for (int part = 0; part < per_thread; ++part) {
+      const int rank = i * per_thread + part;
+      parts.own[rank] = {{begin(part), begin(part + 1)}, rank, count, splits_units};
+    }
+  }
+  return parts;
+}
+
+// Runs all directions on one team. Each group of threads begins with its own direction, and then
+// takes parts of the others that nobody has begun.
 template <class Scan, class Args>
-void run_scan(const Args& args, const Work& work, int threads, const Scan& scan) {
+void run_scan(const Args& args, const Work& work, int threads, Workspace& workspace,
+              const Scan& scan) {
   struct Context {
     const Args& args;
-    const Work& work;
     const Scan& scan;
-    Plan plan;
-    Barrier barriers[kMaxDirections];
-  } context{args, work, scan, make_plan(work, present_threads(threads)), {}};
-
-  const auto body = [](void* pointer, int rank, int size) {
-    Context& c = *static_cast<Context*>(pointer);
-    // The runtime may send fewer threads than were asked for.
-    const Plan plan = size == c.plan.threads ? c.plan : make_plan(c.work, size);
-    if (rank >= plan.threads) return;
-    const int team = plan.threads / plan.groups;
-    const int group = rank / team;
-    Part part{{0, c.args.batch}, {0, c.work.blocks}, &c.barriers[group], rank % team, team, false};
-    if (plan.split == Split::kRows) {
-      part.rows = share_rows(c.args.batch_sizes, c.args.steps, c.args.batch, part.rank, team);
-    } else {
-      part.blocks = share(c.work.blocks, part.rank, team);
-      part.waits_each_step = true;
-    }
-    for (int d = group; d < c.args.directions; d += plan.groups) c.scan.run(d, part);
+    ThreadPlan plan;
+    Parts parts;
+    Phases phases[kMaxDirections];
   };
-  run_parallel(context.plan.threads, body, &context);
+  const ThreadPlan plan = plan_threads(work, threads);
+  Context context{args, scan, plan, make_parts(args, work, plan, workspace), {}};
+  const int max_parts = context.parts.count < context.parts.shared.size ? context.parts.shared.size
+                                                                        : context.parts.count;
+  for (int d = 0; d < args.directions; ++d) {
+    context.phases[d].set_parts(workspace.take<Phases::PartState>(max_parts), max_parts);
+  }
+  const auto body = [](void* pointer, int rank) {
+    Context& c = *static_cast<Context*>(pointer);
+    const int team = c.plan.threads / c.plan.groups;
+    for (int i = 0; i < c.args.directions; ++i) {
+      const int direction = (rank / team + i) % c.args.directions;
+      PhaseRunner runner(c.parts, c.phases[direction], rank % team, team);
+      c.scan.run(direction, runner);
+    }
+  };
+  run_team(plan.threads, body, &context);
 }
 
 }  // namespace fastrnn::FASTRNN_VARIANT

@@ -35,13 +35,13 @@ double step_cycles(const Work& w, int64_t rows, int64_t blocks) {
 
 }  // namespace
 
-Plan make_plan(const Work& work, int threads) {
+ThreadPlan plan_threads(const Work& work, int threads) {
   const double region = kRegionCycles / static_cast<double>(std::max<int64_t>(work.steps, 1));
   const int groups = work.directions == 2 && threads >= 2 && threads % 2 == 0 ? 2 : 1;
   const double passes = static_cast<double>(work.directions) / groups;
   const int team = threads / groups;
 
-  Plan best{1, 1, Split::kRows};
+  ThreadPlan best{1, 1, Split::kRows};
   double best_cycles = step_cycles(work, work.rows, work.blocks) * work.directions;
   const auto consider = [&](int size, Split split) {
     if (size < 1 || size * groups == 1) return;

@@ -1,4 +1,4 @@
-// How a scan is cut into pieces for the threads: a pure function of its shape.
+// How a scan is divided among threads: a pure function of its shape.
 #pragma once
 
 #include <cstddef>
@@ -8,9 +8,10 @@ namespace fastrnn {
 
 // Rows: each thread runs its own batch rows through all steps and needs no other thread. Units:
 // each thread owns some blocks of hidden units, whose weights stay in its cache, and all threads
-// meet once a step.
+// wait for each other at a barrier once a step.
 enum class Split { kRows, kUnits };
 
+// What the plan of a scan depends on.
 struct Work {
   int64_t steps;
   int64_t rows;    // batch rows alive at a step, on average
@@ -19,19 +20,20 @@ struct Work {
   int vectors;     // vectors of columns in a block
   int max_rows;    // rows of the tallest register tile
   int directions;
-  bool uneven = false;  // rows live for different times, and threads that split them meet often
+  bool uneven = false;  // rows end at different steps; threads that split them wait often
 };
 
-struct Plan {
+struct ThreadPlan {
   int threads;
   int groups;  // 2: each half of the threads runs one direction; 1: all threads run one after the
                // other
   Split split;
 };
 
-Plan make_plan(const Work& work, int threads);
+// The division that should take the least time.
+ThreadPlan plan_threads(const Work& work, int threads);
 
-// The half-open range of `rank`'s share of `count` things.
+// The half-open range of `rank`'s share of `count` items.
 struct Range {
   int64_t begin, end;
 };

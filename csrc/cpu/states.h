@@ -14,7 +14,7 @@ class States {
   using F = Factor<S>;
 
  public:
-  // Where h is rounded as a factor, the direct path takes it from elsewhere.
+  // Where h is rounded to be a factor, the direct path has an h of its own, unrounded.
   static constexpr bool kKeepsDirect = Cell::has_direct_path && !std::is_same_v<F, T>;
 
   States(const LayerArgs& args, Workspace& workspace)
@@ -35,7 +35,7 @@ class States {
   int64_t offset(int direction, int64_t row) const { return (direction * batch_ + row) * stride; }
 
   F* h(int64_t i) const { return h_[i % 2]; }  // the i-th step reads h(i) and writes h(i + 1)
-  T* direct() const { return direct_; }        // h once more, if kKeepsDirect
+  T* direct() const { return direct_; }        // h of the direct path, if kKeepsDirect
   T* cell() const { return cell_; }
   F* unprojected() const { return unprojected_; }  // of the current step: h before its projection
 
@@ -71,7 +71,7 @@ class States {
   T* cell_;
   F* unprojected_;
 
-  // Whoever has the last column has what lies beyond it, too.
+  // The part with the last column sets what lies beyond it, too.
   template <class From, class To>
   void fill(To* row, Range own, int64_t columns, const From* from) const {
     const bool is_last = own.begin < own.end && own.end == columns;

@@ -10,6 +10,16 @@ namespace fastrnn::FASTRNN_VARIANT {
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 
+// An element of a buffer of S; null if there is no buffer.
+template <class S>
+const S* at(const void* base, int64_t offset) {
+  return base == nullptr ? nullptr : static_cast<const S*>(base) + offset;
+}
+template <class S>
+S* at(S* base, int64_t offset) {
+  return base == nullptr ? nullptr : base + offset;
+}
+
 // Steps [first, last] in time, which are `rows` rows of features from row `begin` on.
 struct Chunk {
   int64_t first, last, begin, rows;
@@ -20,6 +30,7 @@ class Steps {
   Steps(const LayerArgs& args, Workspace& workspace)
       : steps_(args.steps),
         batch_(args.batch),
+        directions_(args.directions),
         batch_sizes_(args.batch_sizes),
         resets_(args.resets),
         reverse_(args.reverse) {
@@ -51,6 +62,14 @@ class Steps {
   // The buffer row at which step t begins.
   int64_t offset(int64_t t) const { return batch_sizes_ == nullptr ? t * batch_ : offsets_[t]; }
 
+  // Where a row begins in [D, B, columns], and at step t in [N, D*columns].
+  int64_t state_offset(int direction, int64_t row, int64_t columns) const {
+    return (direction * batch_ + row) * columns;
+  }
+  int64_t feature_offset(int direction, int64_t t, int64_t row, int64_t columns) const {
+    return ((offset(t) + row) * directions_ + direction) * columns;
+  }
+
   Chunk chunk(int64_t first, int64_t last) const {
     const int64_t begin = offset(first);
     return {first, last, begin, offset(last) + rows(last) - begin};
@@ -79,6 +98,7 @@ class Steps {
   }
 
   int64_t steps_, batch_;
+  int directions_;
   const int64_t* batch_sizes_;
   const bool* resets_;
   bool reverse_;

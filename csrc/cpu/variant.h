@@ -9,6 +9,7 @@ struct CpuVariant {
   const char* name;
   void (*forward)(const ForwardArgs& args, int threads);
   void (*backward)(const BackwardArgs& args, int threads);
+  int64_t (*multiply_add)(int64_t rounds);  // see multiply_add.h
 };
 
 // Best first; those that this CPU cannot run are left out.

@@ -14,8 +14,8 @@ class ForwardWeight {
   using T = Compute<S>;
   using F = Factor<S>;
   using V = Vec<T>;
-  // Up to so many rows in all steps, dot products with the weight as it lies take less time; they
-  // end in a sum over lanes, the shorter the more often.
+  // Up to this number of rows in all steps, dot products with the weight as it lies take less time.
+  // Each ends in a sum over lanes, which weighs the more, the smaller the depth.
   static constexpr int64_t few_rows(int64_t depth) {
     return std::is_same_v<S, F> && FactorGroup<F>::size == 1 ? min_of(depth * 3 / 4, 256) : 32;
   }
@@ -49,16 +49,17 @@ class ForwardWeight {
     if (is_packed()) {
       const F* from = packed(direction, block);
       return tile_for<Multiply<F>>(vectors, count)(rows, from, columns.width * FactorGroup<F>::size,
-                                                   next_part(from, depth_, vectors, tile), depth_,
-                                                   sums);
+                                                   prefetch_target(from, depth_, vectors, tile),
+                                                   depth_, sums);
     }
     for (int v = 0; v < vectors; ++v) {
       const int64_t column = columns.column(block, v / columns.gates);
       if (column >= columns.count) continue;
-      const S* own = weight(direction) + (v % columns.gates * columns.count + column) * depth_;
+      const S* first_row =
+          weight(direction) + (v % columns.gates * columns.count + column) * depth_;
       for_each_tile(0, count, Dot<S, F>::max_rows, [&](int64_t first, int some, int64_t) {
-        V* own_sums = sums + first * vectors + v;
-        dot_for<S, F>(some)(rows + first, own, columns.count - column, depth_, own_sums, vectors);
+        dot_for<S, F>(some)(rows + first, first_row, columns.count - column, depth_,
+                            sums + first * vectors + v, vectors);
       });
     }
   }
@@ -90,8 +91,8 @@ class ForwardWeight {
     for (int v = 0; v < columns.vectors; ++v) {
       const int64_t column = columns.column(block, v / columns.gates);
       const int64_t left = max_of(0, min_of(columns.count - column, V::lanes));
-      const S* own = static_cast<const S*>(bias) + v % columns.gates * columns.count + column;
-      vectors[v] = bias == nullptr ? V(T(0)) : V::load(own, left);
+      const S* from = static_cast<const S*>(bias) + v % columns.gates * columns.count + column;
+      vectors[v] = bias == nullptr ? V(T(0)) : V::load(from, left);
     }
   }
 
@@ -153,7 +154,7 @@ class BackwardWeight {
       }
     }
     tile_for<Multiply<F>>(columns.units, count)(
-        rows, from, stride, next_part(from, depth_, columns.units, tile), depth_, sums);
+        rows, from, stride, prefetch_target(from, depth_, columns.units, tile), depth_, sums);
   }
 
  private:

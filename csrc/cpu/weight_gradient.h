@@ -15,10 +15,12 @@ class WeightGradient {
   using T = Compute<F>;
 
  public:
-  WeightGradient(int64_t rows, int64_t columns, int directions, bool sums, Workspace& workspace)
+  WeightGradient(int64_t rows, int64_t columns, int directions, bool keeps_sums,
+                 Workspace& workspace)
       : rows_(rows),
         columns_(columns),
-        sums_(workspace.take<T>(sums ? directions * columns_.blocks * rows * columns_.width : 0)) {}
+        sums_(workspace.take<T>(keeps_sums ? directions * columns_.blocks * rows * columns_.width
+                                           : 0)) {}
 
   int64_t blocks() const { return columns_.blocks; }
 

@@ -23,19 +23,20 @@ char* allocate(size_t bytes) {
   return static_cast<char*>(p);
 }
 
-struct Kept {
+// The block that a thread keeps for its next call.
+struct KeptBlock {
   char* memory = nullptr;
   size_t bytes = 0;
   bool in_use = false;
-  ~Kept() { std::free(memory); }
+  ~KeptBlock() { std::free(memory); }
 };
-thread_local Kept kept;
+thread_local KeptBlock kept;
 
 }  // namespace
 
-// What did not fit into the kept block; the header takes one line, the memory follows it.
-struct Workspace::Block {
-  Block* next;
+// Memory that did not fit into the kept block follows this header, which takes one cache line.
+struct Workspace::Overflow {
+  Overflow* next;
 };
 
 Workspace::Workspace() : owns_kept_(!kept.in_use) { kept.in_use = true; }
@@ -46,15 +47,15 @@ void* Workspace::take_bytes(size_t bytes) {
   used_ += bytes;
   if (owns_kept_ && used_ <= kept.bytes) return kept.memory + begin;
   char* memory = allocate(kLine + bytes);
-  extra_ = new (memory) Block{extra_};
+  overflow_ = new (memory) Overflow{overflow_};
   return memory + kLine;
 }
 
 Workspace::~Workspace() {
-  while (extra_ != nullptr) {
-    Block* next = extra_->next;
-    std::free(extra_);
-    extra_ = next;
+  while (overflow_ != nullptr) {
+    Overflow* next = overflow_->next;
+    std::free(overflow_);
+    overflow_ = next;
   }
   if (!owns_kept_) return;
   if (used_ > kept.bytes && used_ <= kKeptBytes) {
@@ -67,9 +68,9 @@ Workspace::~Workspace() {
 
 void prefer_large_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kLeast = size_t{4} << 20;
+  constexpr size_t kMinBytes = size_t{4} << 20;
   constexpr uintptr_t kPage = 4096;
-  if (memory == nullptr || bytes < kLeast) return;
+  if (memory == nullptr || bytes < kMinBytes) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failing is fine

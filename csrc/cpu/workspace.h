@@ -26,17 +26,17 @@ class Workspace {
   }
 
  private:
-  struct Block;
+  struct Overflow;
   void* take_bytes(size_t bytes);
 
   size_t used_ = 0;
   bool owns_kept_ = false;  // false in a call within a call
-  Block* extra_ = nullptr;
+  Overflow* overflow_ = nullptr;
 };
 
 // Asks the system for large pages under a big buffer that is about to be written for the first
 // time: the page faults of a fresh buffer take as long as a tenth of a large layer's training step,
-// and most of a single step's. Null is nothing.
+// and most of a single step's. Does nothing for null.
 void prefer_large_pages(void* memory, size_t bytes);
 
 }  // namespace fastrnn

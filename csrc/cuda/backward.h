@@ -1,6 +1,6 @@
-// The backward scan: multiply the gradients of the gates at t+1 by W_hh^T, which with what goes
-// straight through is dh_t, run the cell backward, hand its gate gradients on. A step of no time
-// after the last finds the gradients of the initial states.
+// The backward scan: multiply the gradients of the gates at t+1 by W_hh^T, which with the direct
+// part is dh_t, run the cell backward, exchange its gate gradients with the group. One more step,
+// after all others, computes the gradients of the initial states.
 #pragma once
 
 #include "../cells/registry.h"
@@ -10,122 +10,172 @@
 
 namespace fastrnn::cuda {
 
+// A thread's items in the backward pass: what a step reads, and what it makes of the product.
+template <class Cell, class S>
+class BackwardItems {
+ public:
+  using T = Compute<S>;
+  using V = Scalar<T>;
+  static constexpr int G = Cell::gates;
+
+  FASTRNN_DEVICE explicit BackwardItems(const Block<RecurrenceBackward>& block)
+      : block_(block), args_(block.p.args), carried_(block) {}
+
+  // Reads what does not depend on the gradients at t+1.
+  FASTRNN_DEVICE void read(int64_t t) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      place_[k] = block_.owns(k) ? block_.place(t, k) : -1;
+      if (place_[k] >= 0) read_item(t, k);
+    }
+  }
+
+  // Step i, for which `sums` is W_hh^T times the gradients of the gates at t+1.
+  template <class Exchange>
+  FASTRNN_DEVICE void finish(int64_t i, const T* sums, Exchange& exchange) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (!block_.owns(k)) continue;
+      const int row = block_.local_row + k * block_.row_step;
+      if (place_[k] >= 0) {
+        run_cell(i, k, row, dh_after(k, row, sums), exchange);
+      } else {  // not a valid step: the gradients pass through unchanged
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+          const int64_t column = g * block_.hidden + block_.unit;
+          exchange.put(i, row, column, exchange.get(i, row, column));
+        }
+      }
+    }
+  }
+
+  // The gradients of the initial states, after all steps.
+  FASTRNN_DEVICE void finish_states(const T* sums) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (!block_.owns(k)) continue;
+      const int64_t state = block_.state(k);
+      const V dh = carried_.h[k] = dh_after(k, block_.local_row + k * block_.row_step, sums);
+      if (args_.d_h_0 != nullptr) narrow(dh.value, static_cast<S*>(args_.d_h_0)[state]);
+      if constexpr (Cell::has_cell_state) {
+        if (args_.d_c_0 != nullptr) {
+          narrow(carried_.c[k].value, static_cast<S*>(args_.d_c_0)[state]);
+        }
+      }
+    }
+  }
+
+  FASTRNN_DEVICE void save_carried(bool is_last) { carried_.save(block_, is_last); }
+
+ private:
+  // Null means zero.
+  FASTRNN_DEVICE static V read(const void* base, int64_t i) {
+    return V(base == nullptr ? T(0) : widen(static_cast<const S*>(base)[i]));
+  }
+  FASTRNN_DEVICE static V read_computed(const void* base, int64_t i) {
+    return V(base == nullptr ? T(0) : static_cast<const T*>(base)[i]);
+  }
+
+  FASTRNN_DEVICE void read_item(int64_t t, int k) {
+    const int64_t before = block_.before(t, k), feature = block_.feature(place_[k]);
+    const bool is_first = before == kInitial;
+    const int64_t previous = is_first ? block_.state(k) : block_.feature(before);
+    resets_[k] = before == kReset;
+    h_prev_[k] = h_[k] = extra_prev_[k] = extra_[k] = V(0);
+    if constexpr (Cell::saves_gates) {
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        gate_[k][g] = read(args_.gates, block_.column(place_[k], G) + g * block_.hidden);
+      }
+    } else {
+      h_[k] = read(args_.output, feature);
+    }
+    if constexpr (Cell::has_extra) extra_[k] = read_computed(args_.extra, feature);
+    if (Cell::has_direct_path && !resets_[k]) {
+      h_prev_[k] = read(is_first ? args_.h_0 : args_.output, previous);
+    }
+    if constexpr (Cell::has_cell_state) {
+      if (!resets_[k]) {
+        extra_prev_[k] =
+            is_first ? read(args_.c_0, previous) : read_computed(args_.extra, previous);
+      }
+      d_extra_[k] = read_computed(args_.d_extra, feature);
+    }
+    d_output_[k] = read(args_.d_output, feature);
+  }
+
+  // The gradient of h from the step after.
+  FASTRNN_DEVICE V dh_after(int k, int row, const T* sums) const {
+    return carried_.h[k] + V(sum_slices(block_.p.layout, sums, row, block_.local_unit));
+  }
+
+  template <class Exchange>
+  FASTRNN_DEVICE void run_cell(int64_t i, int k, int row, V from_after, Exchange& exchange) {
+    auto& [dh, dc] = carried_;
+    V dx[G], dr[G], d_state(0);
+    if constexpr (Cell::has_cell_state) d_state = dc[k] + d_extra_[k];
+    const V direct = Cell::backward(gate_[k], h_prev_[k], h_[k], extra_prev_[k], extra_[k],
+                                    from_after + d_output_[k], d_state, dx, dr);
+    dh[k] = resets_[k] ? V(0) : direct;
+    if constexpr (Cell::has_cell_state) dc[k] = resets_[k] ? V(0) : d_state;
+    S* d_gates = static_cast<S*>(args_.d_gates) + block_.column(place_[k], G);
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      S exchanged;
+      narrow(dx[g].value, d_gates[g * block_.hidden]);
+      narrow(resets_[k] ? T(0) : dr[g].value, exchanged);
+      exchange.put(i, row, g * block_.hidden + block_.unit, exchanged);
+    }
+    if constexpr (Cell::splits_gradient) {
+      S* d_recurrent = static_cast<S*>(args_.d_recurrent);
+      narrow(dr[G - 1].value, d_recurrent[block_.column(place_[k], 1)]);
+    }
+  }
+
+  const Block<RecurrenceBackward>& block_;
+  const RecurrenceBackward& args_;
+  Carried<Cell, T> carried_;  // the direct part of dh, and dc
+  int64_t place_[kItems];     // -1: no valid step
+  bool resets_[kItems];       // the step begins a new segment
+  V gate_[kItems][G], h_prev_[kItems], h_[kItems], extra_prev_[kItems], extra_[kItems];
+  V d_output_[kItems], d_extra_[kItems];
+};
+
 template <class Cell, class S, bool Tensor, template <class, class> class Exchange>
 FASTRNN_KERNEL(kThreads)
-backward_kernel(FASTRNN_ARGUMENT Params<BackwardArgs> p) {
+backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
   if constexpr (is_compiled<S, Tensor>()) {
-    constexpr int G = Cell::gates;
-    using T = Compute<S>;
-    using V = Scalar<T>;
-    using Swap = Exchange<S, BackwardArgs>;
-    const Block<BackwardArgs> block(p);
+    using StateExchange = Exchange<S, RecurrenceBackward>;
+    const Block<RecurrenceBackward> block(p);
     int64_t first, last;
     block.range(block.count + 1, first, last);
-    if (first == last) return;  // all blocks of the group do
+    if (first == last) return;  // as do all blocks of the group
 
-    const BackwardArgs& a = p.args;
-    const int64_t hidden = block.hidden;
-    T* sums = reinterpret_cast<T*>(dynamic_shared() + p.layout.shared_sums);
-    const auto read = [](const void* base, int64_t i) {
-      return V(base == nullptr ? T(0) : widen(static_cast<const S*>(base)[i]));
-    };
-    const auto read_wide = [](const void* base, int64_t i) {
-      return V(base == nullptr ? T(0) : static_cast<const T*>(base)[i]);
-    };
-
-    Carried<Cell, T> carried(block);
-    auto& [dh, dc] = carried;
+    auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
+    BackwardItems<Cell, S> items(block);
     const char* weights = block_weights(block);
-    Swap exchange(block);
+    StateExchange exchange(block);
     exchange.start();
-
     for (int64_t i = first; i < last; ++i) {
-      const int64_t t = block.time(i);
-      int64_t place[kItems];
-      bool cut[kItems];
-      V gate[kItems][G], h_prev[kItems], h[kItems], extra_prev[kItems], extra[kItems];
-      V d_output[kItems], d_extra[kItems];
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) {
-        place[k] = -1;
-        if (i == block.count || !block.owns(k)) continue;
-        place[k] = block.place(t, k);
-        if (place[k] < 0) continue;
-        const int64_t before = block.before(t, k), feature = block.feature(place[k]);
-        const bool is_first = before == kInitial;
-        const int64_t previous = is_first ? block.state(k) : block.feature(before);
-        cut[k] = before == kCut;
-        h_prev[k] = h[k] = extra_prev[k] = extra[k] = V(0);
-        if constexpr (Cell::saves_gates) {
-#pragma unroll
-          for (int g = 0; g < G; ++g) {
-            gate[k][g] = read(a.gates, block.column(place[k], G) + g * hidden);
-          }
-        } else {
-          h[k] = read(a.output, feature);
-        }
-        if constexpr (Cell::has_extra) extra[k] = read_wide(a.extra, feature);
-        if (Cell::has_direct_path && !cut[k]) {
-          h_prev[k] = read(is_first ? a.h_0 : a.output, previous);
-        }
-        if constexpr (Cell::has_cell_state) {
-          if (!cut[k])
-            extra_prev[k] = is_first ? read(a.c_0, previous) : read_wide(a.extra, previous);
-          d_extra[k] = read_wide(a.d_extra, feature);
-        }
-        d_output[k] = read(a.d_output, feature);
-      }
-
+      const bool is_step = i < block.count;
+      if (is_step) items.read(block.time(i));  // while others finish the gradients at t+1
       exchange.wait(i);
-      multiply<S, Tensor>(p.layout, weights, exchange.states(i), Swap::load_state, sums);
+      multiply<S, Tensor>(p.layout, weights, exchange.states(i), StateExchange::load_state, sums);
       sync_block();
-
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) {
-        if (!block.owns(k)) continue;
-        const int row = block.local_row + k * block.row_step;
-        const V whole = dh[k] + V(sum_slices(p.layout, sums, row, block.local_unit));
-        if (i == block.count) {
-          const int64_t state = block.state(k);
-          if (a.d_h_0 != nullptr) narrow(whole.value, static_cast<S*>(a.d_h_0)[state]);
-          if constexpr (Cell::has_cell_state) {
-            if (a.d_c_0 != nullptr) narrow(dc[k].value, static_cast<S*>(a.d_c_0)[state]);
-          }
-        } else if (place[k] < 0) {  // all goes on as it came
-#pragma unroll
-          for (int g = 0; g < G; ++g) {
-            const int64_t column = g * hidden + block.unit;
-            exchange.put(i, row, column, exchange.get(i, row, column));
-          }
-        } else {
-          V dx[G], dr[G], d_kept(0);
-          if constexpr (Cell::has_cell_state) d_kept = dc[k] + d_extra[k];
-          const V direct = Cell::backward(gate[k], h_prev[k], h[k], extra_prev[k], extra[k],
-                                          whole + d_output[k], d_kept, dx, dr);
-          dh[k] = cut[k] ? V(0) : direct;
-          if constexpr (Cell::has_cell_state) dc[k] = cut[k] ? V(0) : d_kept;
-          S* d_gates = static_cast<S*>(a.d_gates) + block.column(place[k], G);
-#pragma unroll
-          for (int g = 0; g < G; ++g) {
-            S shown;
-            narrow(dx[g].value, d_gates[g * hidden]);
-            narrow(cut[k] ? T(0) : dr[g].value, shown);
-            exchange.put(i, row, g * hidden + block.unit, shown);
-          }
-          if constexpr (Cell::splits_gradient) {
-            narrow(dr[G - 1].value, static_cast<S*>(a.d_recurrent)[block.column(place[k], 1)]);
-          }
-        }
+      if (is_step) {
+        items.finish(i, sums, exchange);
+      } else {
+        items.finish_states(sums);
       }
       exchange.arrive();
     }
     exchange.finish();
-    carried.leave(block);
+    items.save_carried(last == block.count + 1);
   }
 }
 
 template <class Device, class Cell>
-void backward_dev_impl(const Device& device, const BackwardArgs& args) {
+void backward_dev_impl(const Device& device, const RecurrenceBackward& args) {
   visit(args.problem.dtype, device.plan.tensor, [&](auto element, auto tensor) {
     using S = decltype(element);
     launch_pass<S>(device, args, args.problem.steps + 1,

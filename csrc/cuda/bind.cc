@@ -1,127 +1,218 @@
-// The Python side of the CUDA kernels, and, in the tests, of the same kernels on a CPU: plain
-// numbers and addresses in, nothing of torch. python/fastrnn/_cuda_ops.py is the only caller and
-// answers for shapes, dtypes and devices.
+// The CUDA kernels as Python sees them, and, in the tests, the same kernels on a CPU. A call is the
+// record of a layer whose product with x is done, see ../python/layer.h, and what it writes.
 #include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../cells/registry.h"
+#include "../python/layer.h"
 #include "device.h"
 #include "scan.h"
-
-namespace py = pybind11;
 
 namespace fastrnn::cuda {
 namespace {
 
-using Address = uintptr_t;
-using Addresses = std::vector<Address>;  // one per direction
+using Optional = std::optional<Tensor>;
+// What forward writes, as the record Results: output, h_n, c_n, extra and the gates, which hold
+// W_ih x + b_ih of all steps when it begins.
+using Results = std::tuple<Tensor, Tensor, Optional, Optional, Tensor>;
+// What backward writes: d_gates, d_recurrent, d_h_0 and d_c_0.
+using Gradients = std::tuple<Tensor, Optional, Optional, Optional>;
+// The tables of Places.
+using Tables = std::tuple<Optional, std::vector<Tensor>, Optional>;
 
-template <class T>
-void set(T*& target, Address address) {
-  target = reinterpret_cast<T*>(address);
+[[noreturn]] void fail(const std::string& name, const std::string& expected) {
+  throw py::value_error(name + ": expected " + expected);
 }
-template <class Pointer>
-void set(Pointer (&target)[kMaxDirections], const Addresses& source) {
-  if (source.size() > kMaxDirections) throw std::invalid_argument("too many directions");
-  for (size_t d = 0; d < source.size(); ++d) target[d] = reinterpret_cast<Pointer>(source[d]);
+
+// Where a tensor lies that must be as expected; null for none.
+void* memory(const LayerCall& layer, const char* name, const Tensor& tensor, const Shape& shape,
+             Element element) {
+  if (!tensor) return nullptr;
+  expect(layer, name, tensor, shape, element);
+  if (!tensor.is_contiguous) fail(name, "a contiguous tensor");
+  return tensor.data;
+}
+void* memory(const LayerCall& layer, const char* name, const Optional& tensor, const Shape& shape,
+             Element element) {
+  return tensor ? memory(layer, name, *tensor, shape, element) : nullptr;
+}
+void* required(const char* name, void* memory) {
+  if (memory == nullptr) fail(name, "a tensor, got None");
+  return memory;
 }
 
 Problem make_problem(bool backward, int cell, int dtype, int64_t steps, int64_t batch,
                      int64_t hidden, int directions, bool reverse, bool tf32) {
   if (cell < 0 || cell >= Cells::size || dtype < 0 || dtype >= kDTypes || steps < 0 || batch < 0 ||
       hidden < 1 || directions < 1 || directions > kMaxDirections || (reverse && directions > 1)) {
-    throw std::invalid_argument("sizes out of range");
+    throw py::value_error("sizes out of range");
   }
-  int gates = 0;
-  Cells::visit(cell, [&](auto c) { gates = decltype(c)::gates; });
-  return {backward ? Pass::kBackward : Pass::kForward,
-          gates,
-          static_cast<DType>(dtype),
-          steps,
-          batch,
-          hidden,
-          directions,
-          reverse,
+  const auto type = static_cast<DType>(dtype);
+  return {{cell, type, steps, batch, 0, hidden, hidden, directions, reverse, 0},
+          backward ? Pass::kBackward : Pass::kForward,
+          cell_traits(cell).gates,
           tf32};
 }
 
-// Where a scan runs: device, stream, plan, workspace.
-Cuda enter(const Problem& problem, int device, Address stream, const Plan& plan,
-           Address workspace) {
-  if (!is_possible(problem, device_info(device), plan)) {
-    throw std::invalid_argument("this plan cannot run this problem on this device");
+void set_places(Places& places, const LayerCall& layer, const Tables& tables) {
+  const auto& [place, before, lengths] = tables;
+  const auto table = [&](const char* name, const auto& tensor, const Shape& shape) {
+    return static_cast<const int64_t*>(memory(layer, name, tensor, shape, Element::kInt64));
+  };
+  const ScanShape& shape = layer.shape;
+  const bool has_before = layer.batch_sizes || layer.resets;
+  if (before.size() != static_cast<size_t>(has_before ? shape.directions : 0)) {
+    fail("before", "one table per direction where rows end or are reset");
   }
+  places.place = table("place", place, {shape.steps, shape.batch});
+  for (size_t d = 0; d < before.size(); ++d) {
+    places.before[d] = table("before", before[d], {shape.steps, shape.batch});
+  }
+  places.lengths = table("lengths", lengths, {shape.batch});
+  if (layer.batch_sizes && (!place || !lengths)) fail("place and lengths", "tensors, got None");
+}
+
+// A pass over one record: reads what both have, then launches.
+class Scan {
+ public:
+  Scan(Pass pass, int device, const Plan& plan, py::handle record, const Tables& tables,
+       const Optional& carried, Recurrence& args)
+      : layer_(read_layer(record)), device_(device), plan_(plan), problem_(args.problem) {
+    const ScanShape& shape = layer_.shape;
+    if (shape.proj != shape.hidden || layer_.weights[0].hr) fail("layer", "one without projection");
+    if (layer_.rows == 0) fail("x", "at least one step");
+    // A plan with tensor cores for float32 rounds to tf32.
+    args.problem = {shape, pass, layer_.traits().gates, plan.tensor};
+    args.total = layer_.rows;
+    set_places(args.places, layer_, tables);
+    const int64_t gates = layer_.traits().gates * shape.hidden;
+    for (int d = 0; d < shape.directions; ++d) {
+      args.weight_hh[d] = get("weight_hh", layer_.weights[d].hh, {gates, shape.hidden});
+    }
+    args.h_0 = get("h_0", layer_.h_0, states());
+    args.c_0 = get("c_0", layer_.c_0, states());
+    const Shape both{2, shape.directions, shape.batch, shape.hidden};
+    args.carried = get_computed("carried", carried, both);
+  }
+
+  const LayerCall& layer() const { return layer_; }
+  Shape states() const { return layer_.states(layer_.shape.hidden); }
+  Shape steps() const { return layer_.steps(layer_.shape.directions * layer_.shape.hidden); }
+
+  // The memory of a tensor in the type of x, and of one in the type that is computed in.
+  template <class Given>
+  void* get(const char* name, const Given& tensor, const Shape& shape) const {
+    return memory(layer_, name, tensor, shape, layer_.element());
+  }
+  template <class Given>
+  void* get_computed(const char* name, const Given& tensor, const Shape& shape) const {
+    return memory(layer_, name, tensor, shape, layer_.state_element());
+  }
+
+  // launch(where) with the GIL released.
+  template <class F>
+  void run(const Tensor& workspace, F&& launch) const {
+    const int64_t words = Layout(problem_, plan_).workspace / int64_t{sizeof(int64_t)};
+    Cuda where{current_stream(layer_.x), plan_,
+               memory(layer_, "workspace", workspace, {words}, Element::kInt64)};
+    py::gil_scoped_release release;
+    if (!is_possible(problem_, device_info(device_), plan_)) {
+      throw std::invalid_argument("this plan cannot run this problem on this device");
+    }
+    set_device(device_);
+    launch(where);
+  }
+
+ private:
+  const LayerCall layer_;
+  const int device_;
+  const Plan& plan_;
+  const Problem& problem_;
+};
+
+void forward(int device, const Plan& plan, py::handle record, const Results& results,
+             const Tables& tables, const Tensor& workspace, const Optional& carried) {
+  RecurrenceForward args{};
+  const Scan scan(Pass::kForward, device, plan, record, tables, carried, args);
+  const LayerCall& layer = scan.layer();
+  for (int d = 0; d < layer.directions; ++d) {
+    const int64_t gates = args.problem.gates * args.problem.hidden;
+    args.bias_hh[d] = scan.get("bias_hh", layer.weights[d].bias_hh, {gates});
+  }
+  const auto& [output, h_n, c_n, extra, gates] = results;
+  args.keep = layer.keep;
+  args.output = scan.get("output", output, scan.steps());
+  args.h_n = scan.get("h_n", h_n, scan.states());
+  args.c_n = scan.get("c_n", c_n, scan.states());
+  if (layer.traits().has_cell_state) required("c_n", args.c_n);
+  args.extra = scan.get_computed("extra", extra, scan.steps());
+  args.gates = scan.get("gates", gates, layer.gates());
+  scan.run(workspace, [&](const Cuda& where) {
+    Cells::visit(layer.cell,
+                 [&](auto cell) { forward_dev_impl<Cuda, decltype(cell)>(where, args); });
+  });
+}
+
+void backward(int device, const Plan& plan, py::handle record, py::handle saved_record,
+              const Gradients& gradients, const Tables& tables, const Tensor& workspace,
+              const Optional& carried) {
+  RecurrenceBackward args{};
+  const Scan scan(Pass::kBackward, device, plan, record, tables, carried, args);
+  const LayerCall& layer = scan.layer();
+  const SavedCall saved = read_saved(layer, saved_record);
+  args.output = scan.get("output", saved.output, scan.steps());
+  if (layer.traits().saves_gates) args.gates = scan.get("saved", saved.saved, layer.gates());
+  if (layer.traits().has_extra) args.extra = scan.get_computed("extra", saved.extra, scan.steps());
+  args.d_output = scan.get("d_output", saved.d_output, scan.steps());
+  args.d_h_n = scan.get("d_h_n", saved.d_h_n, scan.states());
+  args.d_c_n = scan.get("d_c_n", saved.d_c_n, scan.states());
+  args.d_extra = scan.get_computed("d_extra", saved.d_extra, scan.steps());
+
+  const auto& [d_gates, d_recurrent, d_h_0, d_c_0] = gradients;
+  const Shape recurrent{layer.directions, layer.rows, layer.shape.hidden};
+  args.d_gates = scan.get("d_gates", d_gates, layer.gates());
+  args.d_recurrent = scan.get("d_recurrent", d_recurrent, recurrent);
+  if (layer.traits().splits_gradient) required("d_recurrent", args.d_recurrent);
+  args.d_h_0 = scan.get("d_h_0", d_h_0, scan.states());
+  args.d_c_0 = scan.get("d_c_0", d_c_0, scan.states());
+  scan.run(workspace, [&](const Cuda& where) {
+    Cells::visit(layer.cell,
+                 [&](auto cell) { backward_dev_impl<Cuda, decltype(cell)>(where, args); });
+  });
+}
+
+// Copies int64 values of the CPU to a tensor on a device.
+void upload_values(int device, const Tensor& values, const Tensor& to) {
+  for (const Tensor& tensor : {values, to}) {
+    if (tensor.element != Element::kInt64 || !tensor.is_contiguous) {
+      fail("values", "contiguous torch.int64 tensors, got " + describe(tensor.object));
+    }
+  }
+  if (!values.is_on_cpu() || !(values.shape == to.shape)) {
+    fail("values",
+         "a tensor on cpu of shape " + to.shape.text() + ", got " + describe(values.object));
+  }
+  void* const stream = current_stream(to);
+  py::gil_scoped_release release;
   set_device(device);
-  return {reinterpret_cast<void*>(stream), plan, reinterpret_cast<void*>(workspace)};
-}
-
-template <class Args>
-void set_rows(Args& args, const Problem& problem, int64_t total, Address place,
-              const Addresses& before, Address lengths, const Addresses& weight_hh) {
-  args.problem = problem;
-  args.total = total;
-  set(args.places.place, place);
-  set(args.places.before, before);
-  set(args.places.lengths, lengths);
-  set(args.weight_hh, weight_hh);
-}
-
-void forward(int cell, const Problem& problem, const Plan& plan, int device, Address stream,
-             Address workspace, int64_t total, Address place, const Addresses& before,
-             Address lengths, const Addresses& weight_hh, const Addresses& bias_hh, Address h_0,
-             Address c_0, Address gates, bool keep, Address output, Address h_n, Address c_n,
-             Address extra) {
-  ForwardArgs args{};
-  set_rows(args, problem, total, place, before, lengths, weight_hh);
-  set(args.bias_hh, bias_hh);
-  set(args.h_0, h_0);
-  set(args.c_0, c_0);
-  set(args.gates, gates);
-  args.keep = keep;
-  set(args.output, output);
-  set(args.h_n, h_n);
-  set(args.c_n, c_n);
-  set(args.extra, extra);
-  py::gil_scoped_release release;
-  const Cuda where = enter(problem, device, stream, plan, workspace);
-  Cells::visit(cell, [&](auto c) { forward_dev_impl<Cuda, decltype(c)>(where, args); });
-}
-
-void backward(int cell, const Problem& problem, const Plan& plan, int device, Address stream,
-              Address workspace, int64_t total, Address place, const Addresses& before,
-              Address lengths, const Addresses& weight_hh, Address h_0, Address c_0, Address output,
-              Address gates, Address extra, Address d_output, Address d_h_n, Address d_c_n,
-              Address d_extra, Address d_gates, Address d_recurrent, Address d_h_0, Address d_c_0) {
-  BackwardArgs args{};
-  set_rows(args, problem, total, place, before, lengths, weight_hh);
-  set(args.h_0, h_0);
-  set(args.c_0, c_0);
-  set(args.output, output);
-  set(args.gates, gates);
-  set(args.extra, extra);
-  set(args.d_output, d_output);
-  set(args.d_h_n, d_h_n);
-  set(args.d_c_n, d_c_n);
-  set(args.d_extra, d_extra);
-  set(args.d_gates, d_gates);
-  set(args.d_recurrent, d_recurrent);
-  set(args.d_h_0, d_h_0);
-  set(args.d_c_0, d_c_0);
-  py::gil_scoped_release release;
-  const Cuda where = enter(problem, device, stream, plan, workspace);
-  Cells::visit(cell, [&](auto c) { backward_dev_impl<Cuda, decltype(c)>(where, args); });
+  upload(static_cast<const int64_t*>(values.data), values.shape.count(),
+         static_cast<int64_t*>(to.data), stream);
 }
 
 }  // namespace
 }  // namespace fastrnn::cuda
 
 PYBIND11_MODULE(FASTRNN_MODULE, m) {
+  namespace py = pybind11;
   using namespace fastrnn::cuda;
+  m.def("set_torch", &fastrnn::set_torch);
+
   py::native_enum<Kind>(m, "Kind", "enum.IntEnum")
       .value("STEP", Kind::kStep)
       .value("GRID", Kind::kGrid)
@@ -162,19 +253,13 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   m.def("make_plan", &make_plan, py::arg("problem"), py::arg("device"),
         py::arg("kind") = py::none());
   m.def("is_possible", &is_possible, py::arg("problem"), py::arg("device"), py::arg("plan"));
-  m.def("splits_gradient", [](int cell) {
-    bool splits = false;
-    fastrnn::Cells::visit(cell, [&](auto c) { splits = decltype(c)::splits_gradient; });
-    return splits;
-  });
   m.def("device_info", &device_info, py::arg("device"));
-  m.def("upload", [](int device, Address stream, Address values, int64_t count, Address to) {
-    py::gil_scoped_release release;
-    set_device(device);
-    upload(reinterpret_cast<const int64_t*>(values), count, reinterpret_cast<int64_t*>(to),
-           reinterpret_cast<void*>(stream));
-  });
   m.attr("built_for") = built_for();
-  m.def("forward", &forward);
-  m.def("backward", &backward);
+  m.def("upload", &upload_values, py::arg("device"), py::arg("values"), py::arg("to"));
+  m.def("forward", &forward, py::arg("device"), py::arg("plan"), py::arg("layer"),
+        py::arg("results"), py::arg("tables"), py::arg("workspace"),
+        py::arg("carried") = py::none());
+  m.def("backward", &backward, py::arg("device"), py::arg("plan"), py::arg("layer"),
+        py::arg("saved"), py::arg("gradients"), py::arg("tables"), py::arg("workspace"),
+        py::arg("carried") = py::none());
 }

@@ -1,5 +1,5 @@
-// What the forward and the backward scan share: which part is a block's own, where the steps of its
-// rows lie, and how its group hands states on.
+// What the forward and the backward scan share: which part of a scan a block does, where the steps
+// of its rows lie, and how the blocks of a group exchange states.
 #pragma once
 
 #include <type_traits>
@@ -38,19 +38,20 @@ Launch scan_launch(const Params<Args>& p, void* stream) {
           stream};
 }
 
-// A block's own part of the scan, and a thread's own of that: one unit of up to kItems rows.
+// The part of the scan that a block does, and a thread of it: its items are one unit of up to
+// kItems rows.
 template <class Args>
 struct Block {
   const Params<Args>& p;
   const int64_t batch, hidden;
   const int direction;
-  const int64_t tile, row_tile, first_row;
+  const int64_t unit_tile, row_tile, first_row;
   const int64_t unit;    // of the thread, among all
   const int local_unit;  // and among the block's own
   const int local_row;   // of the thread's first item; the others follow at row_step
   const int row_step;
   const bool reverse;  // the direction runs from each row's last step to its first
-  const bool up;       // t grows along the pass
+  const bool ascends;  // t grows along the pass
   int64_t count;       // steps until no row of the block is alive
 
   FASTRNN_DEVICE explicit Block(const Params<Args>& params)
@@ -58,15 +59,15 @@ struct Block {
         batch(params.args.problem.batch),
         hidden(params.args.problem.hidden),
         direction(block_index().y),
-        tile(block_index().x % params.layout.unit_tiles),
+        unit_tile(block_index().x % params.layout.unit_tiles),
         row_tile(block_index().x / params.layout.unit_tiles),
         first_row(row_tile * params.layout.rows),
-        unit(tile * params.layout.units + thread_index() % params.layout.units),
+        unit(unit_tile * params.layout.units + thread_index() % params.layout.units),
         local_unit(thread_index() % params.layout.units),
         local_row(thread_index() / params.layout.units),
         row_step(kThreads / params.layout.units),
         reverse(direction == 1 || params.args.problem.reverse),
-        up(reverse == (params.args.problem.pass == Pass::kBackward)),
+        ascends(reverse == (params.args.problem.pass == Pass::kBackward)),
         count(params.args.problem.steps) {
     const int64_t* lengths = params.args.places.lengths;
     if (lengths == nullptr) return;
@@ -81,13 +82,13 @@ struct Block {
     first = 0;
     last = all;
     if (p.plan.kind != Kind::kStep) return;
-    // Rows that end early begin late, walking down.
-    const int64_t i = up ? p.step : p.step - (p.args.problem.steps - count);
+    // Where t descends, rows that end early begin late.
+    const int64_t i = ascends ? p.step : p.step - (p.args.problem.steps - count);
     first = i < 0 || i >= all ? all : i;
     last = i < 0 || i >= all ? all : i + 1;
   }
 
-  FASTRNN_DEVICE int64_t time(int64_t i) const { return up ? i : count - 1 - i; }
+  FASTRNN_DEVICE int64_t time(int64_t i) const { return ascends ? i : count - 1 - i; }
   FASTRNN_DEVICE int64_t row(int item) const { return first_row + local_row + item * row_step; }
   FASTRNN_DEVICE bool owns(int item) const {
     return local_row + item * row_step < p.layout.rows && row(item) < batch && unit < hidden;
@@ -105,12 +106,12 @@ struct Block {
     return (direction * p.args.total + n) * columns * hidden + unit;
   }
 
-  // Where the row's step at time t lies in N; -1 if it is not real.
+  // Where the row's step at time t lies in N; -1 if it is not valid.
   FASTRNN_DEVICE int64_t place(int64_t t, int item) const {
     const int64_t n = t * batch + row(item);
     return p.args.places.place == nullptr ? n : p.args.places.place[n];
   }
-  // The same of the step that the direction has before it, kInitial or kCut.
+  // The same of the step that the direction has before it, kInitial or kReset.
   FASTRNN_DEVICE int64_t before(int64_t t, int item) const {
     const int64_t n = t * batch + row(item);
     const int64_t* table = p.args.places.before[direction];
@@ -128,24 +129,32 @@ struct Carried {
 
   template <class Args>
   FASTRNN_DEVICE explicit Carried(const Block<Args>& block) {
-    each(block, [](Scalar<T>& value, const T& kept) { value = Scalar<T>(kept); });
+    for_each(block, between_launches(block),
+             [](Scalar<T>& value, const T& saved) { value = Scalar<T>(saved); });
   }
+  // For the next launch and, after the last step, for the caller.
   template <class Args>
-  FASTRNN_DEVICE void leave(const Block<Args>& block) {
-    if (block.p.plan.kind != Kind::kStep) return;
-    each(block, [](const Scalar<T>& value, T& kept) { kept = value.value; });
+  FASTRNN_DEVICE void save(const Block<Args>& block, bool is_last) {
+    const auto store = [](const Scalar<T>& value, T& saved) { saved = value.value; };
+    if (block.p.plan.kind == Kind::kStep) for_each(block, between_launches(block), store);
+    if (is_last && block.p.args.carried != nullptr) {
+      for_each(block, static_cast<T*>(block.p.args.carried), store);
+    }
   }
 
  private:
+  template <class Args>
+  FASTRNN_DEVICE static T* between_launches(const Block<Args>& block) {
+    return reinterpret_cast<T*>(block.p.workspace + block.p.layout.carry);
+  }
   template <class Args, class F>
-  FASTRNN_DEVICE void each(const Block<Args>& block, F&& f) {
-    T* kept = reinterpret_cast<T*>(block.p.workspace + block.p.layout.carry);
-    const int64_t count = block.p.args.problem.directions * block.batch * block.hidden;
+  FASTRNN_DEVICE void for_each(const Block<Args>& block, T* saved, F&& f) {
+    const int64_t size = block.p.args.problem.directions * block.batch * block.hidden;
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block.owns(k)) continue;
-      f(h[k], kept[block.state(k)]);
-      if constexpr (Cell::has_cell_state) f(c[k], kept[count + block.state(k)]);
+      f(h[k], saved[block.state(k)]);
+      if constexpr (Cell::has_cell_state) f(c[k], saved[size + block.state(k)]);
     }
   }
 };
@@ -156,7 +165,7 @@ FASTRNN_DEVICE const char* block_weights(const Block<Args>& block) {
   const Layout& l = block.p.layout;
   const int64_t bytes = l.depth_blocks * l.columns * kBlockBytes;
   const char* packed =
-      block.p.workspace + l.packed + (block.direction * l.unit_tiles + block.tile) * bytes;
+      block.p.workspace + l.packed + (block.direction * l.unit_tiles + block.unit_tile) * bytes;
   if (!block.p.plan.resident) return packed;
   char* shared = dynamic_shared();
   for (int64_t i = 16 * thread_index(); i < bytes; i += 16 * kThreads) {
@@ -173,39 +182,39 @@ template <class S, class Args>
 class GridExchange {
  public:
   FASTRNN_DEVICE explicit GridExchange(const Block<Args>& block)
-      : layout_(block.p.layout), meets_(block.p.plan.kind == Kind::kGrid) {
+      : layout_(block.p.layout), has_barrier_(block.p.plan.kind == Kind::kGrid) {
     const int64_t group = block.direction * layout_.row_tiles + block.row_tile;
     const int64_t bytes = layout_.rows * layout_.stride * sizeof(S);
     states_ = block.p.workspace + layout_.exchange + group * bytes;
-    other_ = block.p.args.problem.directions * layout_.row_tiles * bytes;
+    second_ = block.p.args.problem.directions * layout_.row_tiles * bytes;
     counter_ = reinterpret_cast<int64_t*>(block.p.workspace + layout_.counters) + group;
   }
   FASTRNN_DEVICE void start() {}
   FASTRNN_DEVICE void wait(int64_t i) {
-    if (meets_ && thread_index() == 0) wait_for(counter_, i * layout_.unit_tiles);
+    if (has_barrier_ && thread_index() == 0) wait_for(counter_, i * layout_.unit_tiles);
     sync_block();
   }
   FASTRNN_DEVICE void arrive() {
-    if (!meets_) return;
+    if (!has_barrier_) return;
     sync_block();
     if (thread_index() == 0) cuda::arrive(counter_);
   }
   FASTRNN_DEVICE void finish() {}
 
-  FASTRNN_DEVICE const char* states(int64_t i) const { return states_ + i % 2 * other_; }
+  FASTRNN_DEVICE const char* states(int64_t i) const { return states_ + i % 2 * second_; }
   FASTRNN_DEVICE static Vector16 load_state(const char* p) { return load_shared_cache(p); }
   FASTRNN_DEVICE S get(int64_t i, int row, int64_t column) const {
     return reinterpret_cast<const S*>(states(i))[row * layout_.stride + column];
   }
   FASTRNN_DEVICE void put(int64_t i, int row, int64_t column, S value) {
-    reinterpret_cast<S*>(states_ + (i + 1) % 2 * other_)[row * layout_.stride + column] = value;
+    reinterpret_cast<S*>(states_ + (i + 1) % 2 * second_)[row * layout_.stride + column] = value;
   }
 
  private:
   const Layout& layout_;
-  const bool meets_;
+  const bool has_barrier_;
   char* states_;
-  int64_t other_;  // the second buffer
+  int64_t second_;  // from the first buffer to the second, in bytes
   int64_t* counter_;
 };
 
@@ -219,12 +228,12 @@ class ClusterExchange {
     bytes_ = layout_.rows * layout_.stride * sizeof(S);
     states_ = dynamic_shared() + layout_.shared_exchange;
     initial_ = block.p.workspace + layout_.exchange + group * bytes_;
-    other_ = block.p.args.problem.directions * layout_.row_tiles * bytes_;
+    second_initial_ = block.p.args.problem.directions * layout_.row_tiles * bytes_;
   }
   FASTRNN_DEVICE void start() {
     for (int64_t i = 16 * thread_index(); i < bytes_; i += 16 * kThreads) {
       store(states_ + i, load(initial_ + i));
-      store(states_ + bytes_ + i, load(initial_ + other_ + i));
+      store(states_ + bytes_ + i, load(initial_ + second_initial_ + i));
     }
     arrive();
   }
@@ -258,12 +267,14 @@ class ClusterExchange {
  private:
   const Layout& layout_;
   const int cluster_;
-  int64_t bytes_, other_;
+  int64_t bytes_;           // of each of two buffers
+  int64_t second_initial_;  // from the initial states of the first to those of the second
   char* states_;
   const char* initial_;
 };
 
-// The product of the block's own column for one row, its parts over the depth added up in order.
+// The product for one row and one of the block's columns: its parts over the depth, added up in
+// order.
 template <class T>
 FASTRNN_DEVICE T sum_slices(const Layout& layout, const T* sums, int row, int column) {
   const int64_t pitch = layout.columns + kSkew;
@@ -283,18 +294,18 @@ constexpr bool is_compiled() {
 // Calls f(element, tensor) for a dtype and a plan.
 template <class F>
 void visit(DType dtype, bool tensor, F&& f) {
-  const auto either = [&](auto element) {
+  const auto visit_tensor = [&](auto element) {
     tensor ? f(element, std::true_type{}) : f(element, std::false_type{});
   };
   switch (dtype) {
     case DType::kFloat32:
-      return either(float{});
+      return visit_tensor(float{});
     case DType::kFloat64:
       return f(double{}, std::false_type{});
     case DType::kBFloat16:
-      return either(BFloat16{});
+      return visit_tensor(BFloat16{});
     case DType::kFloat16:
-      return either(Float16{});
+      return visit_tensor(Float16{});
   }
 }
 

@@ -6,7 +6,7 @@
 namespace fastrnn::cuda {
 
 DeviceInfo device_info(int device);
-// Makes it this thread's current one for the runtime that this module carries.
+// Makes a device current for this thread, in the CUDA runtime that is linked into this module.
 void set_device(int device);
 // Copies numbers of the host to the current device.
 void upload(const int64_t* values, int64_t count, int64_t* to, void* stream);

@@ -33,12 +33,12 @@ struct Scalar {
   FASTRNN_DEVICE friend Scalar relu_derivative(Scalar h) { return Scalar(h.value <= T(0) ? 0 : 1); }
 };
 
-// 16 bytes of elements, in the type they are computed in.
+// The elements of 16 bytes, in the type they are computed in.
 template <class S>
-struct Lanes {
+struct Widened {
   static constexpr int count = 16 / sizeof(S);
   Compute<S> values[count];
-  FASTRNN_DEVICE explicit Lanes(Vector16 bits) {
+  FASTRNN_DEVICE explicit Widened(Vector16 bits) {
     S elements[count];
     __builtin_memcpy(elements, &bits, sizeof(bits));
 #pragma unroll

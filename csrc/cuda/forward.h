@@ -1,4 +1,4 @@
-// The forward scan: multiply h_{t-1} by W_hh, run the cell, hand h_t on.
+// The forward scan: multiply h_{t-1} by W_hh, run the cell, exchange h_t with the group.
 #pragma once
 
 #include "../cells/registry.h"
@@ -8,106 +8,130 @@
 
 namespace fastrnn::cuda {
 
-template <class Cell, class S, bool Tensor, template <class, class> class Exchange>
-FASTRNN_KERNEL(kThreads)
-forward_kernel(FASTRNN_ARGUMENT Params<ForwardArgs> p) {
-  if constexpr (is_compiled<S, Tensor>()) {
-    constexpr int G = Cell::gates;
-    using T = Compute<S>;
-    using V = Scalar<T>;
-    using Swap = Exchange<S, ForwardArgs>;
-    const Block<ForwardArgs> block(p);
-    int64_t first, last;
-    block.range(block.count, first, last);
-    if (first == last) return;  // all blocks of the group do
+// A thread's items in the forward pass: what a step reads, and what it makes of the product.
+template <class Cell, class S>
+class ForwardItems {
+ public:
+  using T = Compute<S>;
+  using V = Scalar<T>;
+  static constexpr int G = Cell::gates;
 
-    const ForwardArgs& a = p.args;
-    const int64_t hidden = block.hidden;
-    T* sums = reinterpret_cast<T*>(dynamic_shared() + p.layout.shared_sums);
-    S* all_gates = static_cast<S*>(a.gates);
-
-    V bias[G];
+  FASTRNN_DEVICE explicit ForwardItems(const Block<RecurrenceForward>& block)
+      : block_(block), args_(block.p.args), carried_(block) {
+    const S* bias = static_cast<const S*>(args_.bias_hh[block.direction]);
+    const bool has_bias = bias != nullptr && block.unit < block.hidden;
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-      const S* own = static_cast<const S*>(a.bias_hh[block.direction]);
-      bias[g] =
-          V(own == nullptr || block.unit >= hidden ? T(0) : widen(own[g * hidden + block.unit]));
+      bias_[g] = V(has_bias ? widen(bias[g * block.hidden + block.unit]) : T(0));
     }
-    Carried<Cell, T> carried(block);
-    auto& [h, c] = carried;
+  }
+
+  // Reads what does not depend on h_{t-1}.
+  FASTRNN_DEVICE void read(int64_t t) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      place_[k] = block_.owns(k) ? block_.place(t, k) : -1;
+      if (place_[k] < 0) continue;
+      resets_[k] = block_.before(t, k) == kReset;
+      const S* projected = gates(k);
+#pragma unroll
+      for (int g = 0; g < G; ++g) x_[k][g] = V(widen(projected[g * block_.hidden]));
+    }
+  }
+
+  // Step i, for which `sums` is W_hh h_{t-1}.
+  template <class Exchange>
+  FASTRNN_DEVICE void finish(int64_t i, const T* sums, Exchange& exchange) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (!block_.owns(k)) continue;
+      const int row = block_.local_row + k * block_.row_step;
+      if (place_[k] >= 0) run_cell(k, row, sums);
+      S h;
+      narrow(carried_.h[k].value, h);
+      exchange.put(i, row, block_.unit, h);
+      if (i == block_.count - 1) {
+        static_cast<S*>(args_.h_n)[block_.state(k)] = h;
+        if constexpr (Cell::has_cell_state) {
+          narrow(carried_.c[k].value, static_cast<S*>(args_.c_n)[block_.state(k)]);
+        }
+      }
+    }
+  }
+
+  FASTRNN_DEVICE void save_carried(bool is_last) { carried_.save(block_, is_last); }
+
+ private:
+  FASTRNN_DEVICE S* gates(int k) const {
+    return static_cast<S*>(args_.gates) + block_.column(place_[k], G);
+  }
+
+  FASTRNN_DEVICE void run_cell(int k, int row, const T* sums) {
+    const Layout& layout = block_.p.layout;
+    auto& [h, c] = carried_;
+    V r[G], extra(0);
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      r[g] = bias_[g];
+      if (resets_[k]) continue;
+      r[g] = r[g] + V(sum_slices(layout, sums, row, g * layout.units + block_.local_unit));
+    }
+    if (Cell::has_cell_state && !resets_[k]) extra = c[k];
+    h[k] = Cell::forward(x_[k], r, resets_[k] ? V(0) : h[k], extra);
+    if constexpr (Cell::has_cell_state) c[k] = extra;
+
+    const int64_t feature = block_.feature(place_[k]);
+    narrow(h[k].value, static_cast<S*>(args_.output)[feature]);
+    if constexpr (Cell::has_extra) {
+      if (args_.extra != nullptr) static_cast<T*>(args_.extra)[feature] = extra.value;
+    }
+    if constexpr (Cell::saves_gates) {
+      if (!args_.keep) return;
+      S* saved = gates(k);
+#pragma unroll
+      for (int g = 0; g < G; ++g) narrow(x_[k][g].value, saved[g * block_.hidden]);
+    }
+  }
+
+  const Block<RecurrenceForward>& block_;
+  const RecurrenceForward& args_;
+  Carried<Cell, T> carried_;
+  V bias_[G];
+  int64_t place_[kItems];  // -1: no valid step
+  bool resets_[kItems];    // the step begins a new segment
+  V x_[kItems][G];         // W_ih x + b_ih, then the activated gates
+};
+
+template <class Cell, class S, bool Tensor, template <class, class> class Exchange>
+FASTRNN_KERNEL(kThreads)
+forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
+  if constexpr (is_compiled<S, Tensor>()) {
+    using StateExchange = Exchange<S, RecurrenceForward>;
+    const Block<RecurrenceForward> block(p);
+    int64_t first, last;
+    block.range(block.count, first, last);
+    if (first == last) return;  // as do all blocks of the group
+
+    auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
+    ForwardItems<Cell, S> items(block);
     const char* weights = block_weights(block);
-    Swap exchange(block);
+    StateExchange exchange(block);
     exchange.start();
-
     for (int64_t i = first; i < last; ++i) {
-      // What does not depend on h_{t-1} is read while others finish it.
-      const int64_t t = block.time(i);
-      int64_t place[kItems];
-      bool cut[kItems];
-      V x[kItems][G];
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) {
-        place[k] = -1;
-        if (!block.owns(k)) continue;
-        place[k] = block.place(t, k);
-        if (place[k] < 0) continue;
-        cut[k] = block.before(t, k) == kCut;
-        const S* projected = all_gates + block.column(place[k], G);
-#pragma unroll
-        for (int g = 0; g < G; ++g) x[k][g] = V(widen(projected[g * hidden]));
-      }
-
+      items.read(block.time(i));  // while others finish h_{t-1}
       exchange.wait(i);
-      multiply<S, Tensor>(p.layout, weights, exchange.states(i), Swap::load_state, sums);
+      multiply<S, Tensor>(p.layout, weights, exchange.states(i), StateExchange::load_state, sums);
       sync_block();
-
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) {
-        if (!block.owns(k)) continue;
-        const int row = block.local_row + k * block.row_step;
-        if (place[k] >= 0) {
-          V r[G], kept(0);
-#pragma unroll
-          for (int g = 0; g < G; ++g) {
-            r[g] = bias[g];
-            if (cut[k]) continue;
-            r[g] = r[g] + V(sum_slices(p.layout, sums, row, g * p.layout.units + block.local_unit));
-          }
-          if (Cell::has_cell_state && !cut[k]) kept = c[k];
-          h[k] = Cell::forward(x[k], r, cut[k] ? V(0) : h[k], kept);
-          const int64_t feature = block.feature(place[k]);
-          narrow(h[k].value, static_cast<S*>(a.output)[feature]);
-          if constexpr (Cell::has_extra) {
-            if (a.extra != nullptr) static_cast<T*>(a.extra)[feature] = kept.value;
-          }
-          if constexpr (Cell::has_cell_state) c[k] = kept;
-          if constexpr (Cell::saves_gates) {
-            if (a.keep) {
-              S* gates = all_gates + block.column(place[k], G);
-#pragma unroll
-              for (int g = 0; g < G; ++g) narrow(x[k][g].value, gates[g * hidden]);
-            }
-          }
-        }
-        S shown;
-        narrow(h[k].value, shown);
-        exchange.put(i, row, block.unit, shown);
-        if (i == block.count - 1) {
-          static_cast<S*>(a.h_n)[block.state(k)] = shown;
-          if constexpr (Cell::has_cell_state) {
-            narrow(c[k].value, static_cast<S*>(a.c_n)[block.state(k)]);
-          }
-        }
-      }
+      items.finish(i, sums, exchange);
       exchange.arrive();
     }
     exchange.finish();
-    carried.leave(block);
+    items.save_carried(last == block.count);
   }
 }
 
 template <class Device, class Cell>
-void forward_dev_impl(const Device& device, const ForwardArgs& args) {
+void forward_dev_impl(const Device& device, const RecurrenceForward& args) {
   visit(args.problem.dtype, device.plan.tensor, [&](auto element, auto tensor) {
     using S = decltype(element);
     launch_pass<S>(device, args, args.problem.steps,

@@ -74,7 +74,8 @@ FASTRNN_DEVICE Vector16 load_shared_cache(const void* p) {
   return {v.x, v.y, v.z, v.w};
 }
 
-// A counter that blocks meet at: what was written before an arrival is seen after a wait for it.
+// A counter as a barrier between blocks: what was written before an arrival is seen after a wait
+// for it.
 FASTRNN_DEVICE void arrive(int64_t* counter) {
   asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.u64 [%0], 1;"
                :
@@ -100,7 +101,7 @@ FASTRNN_DEVICE void arrive_cluster() {
 FASTRNN_DEVICE void wait_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-  __syncwarp();  // unlike __syncthreads, the barrier may leave a warp's threads apart
+  __syncwarp();  // unlike __syncthreads, the barrier does not make a warp converge
 #endif
 }
 template <class S>

@@ -4,8 +4,8 @@
 
 namespace fastrnn::cuda {
 #ifdef FASTRNN_BACKWARD
-template void backward_dev_impl<Cuda, FASTRNN_CELL>(const Cuda&, const BackwardArgs&);
+template void backward_dev_impl<Cuda, FASTRNN_CELL>(const Cuda&, const RecurrenceBackward&);
 #else
-template void forward_dev_impl<Cuda, FASTRNN_CELL>(const Cuda&, const ForwardArgs&);
+template void forward_dev_impl<Cuda, FASTRNN_CELL>(const Cuda&, const RecurrenceForward&);
 #endif
 }  // namespace fastrnn::cuda

@@ -1,6 +1,6 @@
 // The product of one step in one block: sums[row][column] = weights of the column times states of
-// the row. Warps take parts of columns, rows and depth; the parts of the depth are added up by who
-// reads the sums.
+// the row. Warps take parts of columns, rows and depth; the parts of the depth are added up by
+// sum_slices.
 //
 // Weights and states lie in blocks of 64 bytes of their depth. Of each block, lane 4r + q holds the
 // q-th 16 bytes: of the columns r and r + 8 of every tile, and of rows of states. The order of
@@ -14,6 +14,7 @@
 
 namespace fastrnn::cuda {
 
+// A thread's place in its warp.
 struct Lane {
   int column, quarter;
   FASTRNN_DEVICE Lane() : column(thread_index() % 32 / 4), quarter(thread_index() % 4) {}
@@ -27,15 +28,16 @@ struct Accumulator;
 template <class S>
 struct Accumulator<S, true> {
   static constexpr int octets = 2;
-  static constexpr int ahead = 4;  // blocks of states on their way at once
-  struct States {
+  static constexpr int ahead = 4;  // blocks of states that are loaded at once
+  struct Fragments {
     Vector16 of[octets];
   };
   float sums[kWarpTiles][octets][4] = {};
 
   template <class Load>
-  FASTRNN_DEVICE static States read(const char* states, int64_t row_bytes, int parts, Load load) {
-    States result;
+  FASTRNN_DEVICE static Fragments read(const char* states, int64_t row_bytes, int parts,
+                                       Load load) {
+    Fragments result;
 #pragma unroll
     for (int n = 0; n < octets; ++n) {
       if (n < parts) result.of[n] = load(states + n * kOctet * row_bytes);
@@ -43,7 +45,7 @@ struct Accumulator<S, true> {
     return result;
   }
 
-  FASTRNN_DEVICE void add(const char* weights, int tiles, const States& states, int parts) {
+  FASTRNN_DEVICE void add(const char* weights, int tiles, const Fragments& states, int parts) {
     Vector16 b[octets];
 #pragma unroll
     for (int n = 0; n < octets; ++n) b[n] = prepare(states.of[n]);
@@ -80,7 +82,7 @@ template <class S>
 struct Accumulator<S, false> {
   static constexpr int octets = 1;
   static constexpr int ahead = 1;
-  struct States {
+  struct Fragments {
     Vector16 of[kOctet];
   };
   using T = Compute<S>;
@@ -88,25 +90,25 @@ struct Accumulator<S, false> {
   T sums[kWarpTiles][octets][4];
 
   template <class Load>
-  FASTRNN_DEVICE static States read(const char* states, int64_t row_bytes, int, Load load) {
-    States result;
+  FASTRNN_DEVICE static Fragments read(const char* states, int64_t row_bytes, int, Load load) {
+    Fragments result;
 #pragma unroll
     for (int row = 0; row < kOctet; ++row) result.of[row] = load(states + row * row_bytes);
     return result;
   }
 
-  FASTRNN_DEVICE void add(const char* weights, int tiles, const States& states, int) {
+  FASTRNN_DEVICE void add(const char* weights, int tiles, const Fragments& states, int) {
 #pragma unroll
     for (int m = 0; m < kWarpTiles; ++m) {
       if (m >= tiles) break;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Lanes<S> w(load(weights + (m * 2 + half) * kOctet * kBlockBytes));
+        const Widened<S> w(load(weights + (m * 2 + half) * kOctet * kBlockBytes));
 #pragma unroll
         for (int row = 0; row < kOctet; ++row) {
-          const Lanes<S> state(states.of[row]);
+          const Widened<S> state(states.of[row]);
 #pragma unroll
-          for (int i = 0; i < Lanes<S>::count; ++i) {
+          for (int i = 0; i < Widened<S>::count; ++i) {
             quarters[m][half][row] += w.values[i] * state.values[i];
           }
         }
@@ -146,6 +148,25 @@ struct Accumulator<S, false> {
   }
 };
 
+// Writes the sums of an accumulator to `target`, rows of `pitch`.
+template <class Acc, class T>
+FASTRNN_DEVICE void store_sums(const Acc& acc, const Lane& lane, int tiles, int octets, int pitch,
+                               T* target) {
+#pragma unroll
+  for (int m = 0; m < kWarpTiles; ++m) {
+    if (m >= tiles) break;
+#pragma unroll
+    for (int n = 0; n < Acc::octets; ++n) {
+      if (n >= octets) break;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        target[(n * kOctet + i % 2) * pitch + m * kTile + i / 2 * kOctet + lane.column] =
+            acc.sums[m][n][i];
+      }
+    }
+  }
+}
+
 // sums: [slices][rows][columns + kSkew]; load_state reads 16 bytes of states.
 template <class S, bool Tensor, class Load>
 FASTRNN_DEVICE void multiply(const Layout& layout, const char* weights, const char* states,
@@ -167,7 +188,7 @@ FASTRNN_DEVICE void multiply(const Layout& layout, const char* weights, const ch
     const char* s = states + (row + Acc::first_row(lane)) * row_bytes + lane.quarter * 16;
     Acc acc;
     for (int64_t k = layout.depth_blocks * slice / layout.slices; k < end; k += Acc::ahead) {
-      typename Acc::States read[Acc::ahead];
+      typename Acc::Fragments read[Acc::ahead];
 #pragma unroll
       for (int j = 0; j < Acc::ahead; ++j) {
         if (k + j < end) {
@@ -180,20 +201,8 @@ FASTRNN_DEVICE void multiply(const Layout& layout, const char* weights, const ch
       }
     }
     acc.finish(tiles);
-    Compute<S>* target = sums + (slice * layout.rows + row + 2 * lane.quarter) * pitch + column;
-#pragma unroll
-    for (int m = 0; m < kWarpTiles; ++m) {
-      if (m >= tiles) break;
-#pragma unroll
-      for (int n = 0; n < Acc::octets; ++n) {
-        if (n >= octets) break;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          target[(n * kOctet + i % 2) * pitch + m * kTile + i / 2 * kOctet + lane.column] =
-              acc.sums[m][n][i];
-        }
-      }
-    }
+    store_sums(acc, lane, tiles, octets, pitch,
+               sums + (slice * layout.rows + row + 2 * lane.quarter) * pitch + column);
   }
 }
 

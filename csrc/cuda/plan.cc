@@ -10,7 +10,7 @@ bool has_tensor_cores(const Problem& p, const DeviceInfo& device) {
 }
 
 // Time of a step, roughly, in cycles of one multiprocessor. The rates are those of the hardware's
-// documents; what a meeting costs is a guess until it has been measured.
+// documents; what a barrier costs is a guess until it has been measured.
 double cost(const Problem& p, const DeviceInfo& device, const Plan& plan, const Layout& l) {
   constexpr double kFromCache = 32, kFromShared = 128;  // bytes a cycle
   const double products = plan.tensor                  ? 2048.0 / static_cast<double>(p.element())
@@ -24,11 +24,11 @@ double cost(const Problem& p, const DeviceInfo& device, const Plan& plan, const 
   cycles += bytes * l.columns * l.row_parts / kFromShared;
   if (!plan.resident) cycles += bytes * l.columns / kFromCache;
   const int64_t waves = divide_up(l.blocks(p.directions), device.processors);
-  const double meeting = plan.kind == Kind::kStep   ? 4000
+  const double barrier = plan.kind == Kind::kStep   ? 4000
                          : plan.kind == Kind::kGrid ? 1500
                          : plan.cluster > 1         ? 600
                                                     : 100;
-  return cycles * static_cast<double>(waves) + meeting;
+  return cycles * static_cast<double>(waves) + barrier;
 }
 
 }  // namespace

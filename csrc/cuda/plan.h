@@ -1,9 +1,9 @@
-// How a scan is cut into blocks of threads and laid out in memory, for one pass. Plain numbers in,
-// plain numbers out: nothing here knows a device, so that all of it is tested without one.
+// How a scan is divided among blocks of threads and laid out in memory, for one pass. Plain numbers
+// in, plain numbers out: nothing here needs a device, so that all of it is tested without one.
 //
 // A block owns `units` hidden units, with all their columns of the weight, of `rows` rows of the
 // batch, in one direction. Blocks of the same rows and direction, a group, exchange states once per
-// step; groups never meet.
+// step; groups never wait for each other.
 #pragma once
 
 #include <cstdint>
@@ -30,9 +30,9 @@ constexpr int kSkew = 4;         // between rows of sums: no two of a warp in on
 
 enum class Pass : int { kForward, kBackward };
 
-// Who hands a step's states to the next one.
+// What separates a step, which writes states, from the next one, which reads them.
 enum class Kind : int {
-  kStep,     // the end of a launch: any size whatsoever
+  kStep,     // the end of a launch: every size
   kGrid,     // a counter in global memory; all blocks run at once
   kCluster,  // a cluster's barrier and distributed shared memory, or one block alone
 };
@@ -40,7 +40,7 @@ enum class Kind : int {
 struct Plan {
   Kind kind;
   int units, rows;  // of a block; rows is a multiple of 8
-  int slices;       // of the depth, each the work of other warps
+  int slices;       // of the depth: different warps multiply them
   int cluster;      // blocks of a group, if they are a cluster, else 1
   bool resident;    // the weights of a block stay in its shared memory
   bool tensor;      // tensor cores multiply
@@ -53,15 +53,13 @@ struct DeviceInfo {
   int capability;  // 10 * major + minor
 };
 
-struct Problem {
+// The recurrence of a layer: `input` and `proj` of the shape are none of its own.
+struct Problem : ScanShape {
   Pass pass;
   int gates;  // of the cell
-  DType dtype;
-  int64_t steps, batch, hidden;
-  int directions;
-  bool reverse;  // a single direction runs from each row's last step to its first
-  bool tf32;     // float32 may be rounded to it
+  bool tf32;  // float32 may be rounded to it
 
+  // Bytes of an element, and of one in the type that is computed in.
   FASTRNN_HD constexpr int64_t element() const {
     return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
   }
@@ -95,7 +93,7 @@ struct Layout {
         unit_tiles(plan.kind == Kind::kCluster ? plan.cluster : divide_up(p.hidden, plan.units)),
         row_tiles(divide_up(p.batch, plan.rows)),
         depth_blocks(divide_up(p.depth() * p.element(), kBlockBytes)),
-        // An odd number of blocks: eight lanes that read two rows meet no bank twice.
+        // An odd number of blocks: eight lanes that read two rows read no bank twice.
         stride((depth_blocks | 1) * kBlockBytes / p.element()),
         packed(0),
         exchange(p.directions * unit_tiles * depth_blocks * columns * kBlockBytes),

@@ -1,8 +1,8 @@
-// What a scan on CUDA is told, beside the sizes of ../scan.h: device pointers and a plan.
+// What a scan on CUDA is told: the recurrence of a layer alone, in device pointers, and a plan.
 //
 // The large products are not its own. The forward scan finds W_ih x + b_ih of all steps, the
 // backward scan leaves the gradients of the gates of all steps. The caller owns every buffer; all
-// are contiguous and on the device, `extra`, d_extra in the type that is computed in.
+// are contiguous and on the device, `extra` and d_extra in the type that is computed in.
 #pragma once
 
 #include "plan.h"
@@ -11,22 +11,29 @@ namespace fastrnn::cuda {
 
 // For rows that do not all live, unbroken, for all steps; null else.
 struct Places {
-  const int64_t* place;                   // [T, B]: n, where the row's step lies in N; -1: not real
+  const int64_t* place;  // [T, B]: n, where the row's step lies in N; -1: not a valid step
   const int64_t* before[kMaxDirections];  // [T, B]: the same of the step before it in the
-                                          // direction's order; kInitial or kCut
-  const int64_t* lengths;                 // [B]: beyond it no step is real
+                                          // direction's order; kInitial or kReset
+  const int64_t* lengths;                 // [B]: beyond it no step is valid
 };
 constexpr int64_t kInitial = -1;  // the initial state comes before
-constexpr int64_t kCut = -2;      // a segment begins: zeros come before
+constexpr int64_t kReset = -2;    // a segment begins: zeros come before
 
-struct ForwardArgs {
+// What both passes are told.
+struct Recurrence {
   Problem problem;
   int64_t total;  // N
   Places places;
   const void* weight_hh[kMaxDirections];  // [G*H, H]
-  const void* bias_hh[kMaxDirections];    // [G*H] or null
-  const void* h_0;                        // [D, B, H] or null
+  const void* h_0;                        // [D, B, H] or null for zeros
   const void* c_0;
+  // [2, D, B, H] in the type that is computed in, or null. h and c, or their gradients, unrounded:
+  // what the pass carries from the first step on in place of its initial ones, and what it leaves.
+  void* carried;
+};
+
+struct RecurrenceForward : Recurrence {
+  const void* bias_hh[kMaxDirections];  // [G*H] or null
 
   void* gates;  // [D, N, G*H]: W_ih x + b_ih in; the activated gates out, if `keep`
   bool keep;
@@ -36,13 +43,7 @@ struct ForwardArgs {
   void* extra;  // [N, D*H] or null
 };
 
-struct BackwardArgs {
-  Problem problem;
-  int64_t total;
-  Places places;
-  const void* weight_hh[kMaxDirections];
-  const void* h_0;
-  const void* c_0;
+struct RecurrenceBackward : Recurrence {
   const void* output;
   const void* gates;
   const void* extra;
@@ -66,8 +67,8 @@ struct Cuda {
 };
 
 template <class Device, class Cell>
-void forward_dev_impl(const Device& device, const ForwardArgs& args);
+void forward_dev_impl(const Device& device, const RecurrenceForward& args);
 template <class Device, class Cell>
-void backward_dev_impl(const Device& device, const BackwardArgs& args);
+void backward_dev_impl(const Device& device, const RecurrenceBackward& args);
 
 }  // namespace fastrnn::cuda

@@ -50,34 +50,31 @@ FASTRNN_DEVICE void pack(const Params<Args>& p, int64_t index) {
   store(p.workspace + l.packed + block * kBlockBytes + quarter % 4 * 16, bits);
 }
 
-FASTRNN_DEVICE const void* first_states(const ForwardArgs& a, int which) {
+// h and c, or their gradients: those before the first step of the pass, and the buffers of those
+// after the last one.
+FASTRNN_DEVICE const void* first_states(const RecurrenceForward& a, int which) {
   return which == 0 ? a.h_0 : a.c_0;
 }
-FASTRNN_DEVICE const void* first_states(const BackwardArgs& a, int which) {
+FASTRNN_DEVICE const void* first_states(const RecurrenceBackward& a, int which) {
   return which == 0 ? a.d_h_n : a.d_c_n;
 }
-// Rows without any step end as they begin.
-FASTRNN_DEVICE void* last_states(const ForwardArgs& a, int which) {
+// Set already here, for rows without any step.
+FASTRNN_DEVICE void* last_states(const RecurrenceForward& a, int which) {
   return which == 0 ? a.h_n : a.c_n;
 }
-FASTRNN_DEVICE void* last_states(const BackwardArgs&, int) { return nullptr; }
+FASTRNN_DEVICE void* last_states(const RecurrenceBackward&, int) { return nullptr; }
 
+// The exchanged states that the first step reads. Both buffers are set, as only one of two writes
+// those beyond the batch.
 template <class S, class Args>
-FASTRNN_KERNEL(kThreads)
-start_kernel(FASTRNN_ARGUMENT Params<Args> p) {
+FASTRNN_DEVICE void start_exchange(const Params<Args>& p, int64_t thread, int64_t threads) {
   const Layout& l = p.layout;
   const Problem& problem = p.args.problem;
-  const int64_t own = grid_thread(), step = grid_threads();
-
-  const int64_t vectors = (l.exchange - l.packed) / 16;
-  for (int64_t i = own; i < vectors; i += step) pack<S>(p, i);
-
-  // Both buffers, as only one row in two steps is written where a batch is filled up.
   S* exchange = reinterpret_cast<S*>(p.workspace + l.exchange);
   const int64_t rows = l.row_tiles * l.rows;
   const int64_t states = problem.directions * rows * l.stride;
   const bool has_h = problem.pass == Pass::kForward && first_states(p.args, 0) != nullptr;
-  for (int64_t i = own; i < states; i += step) {
+  for (int64_t i = thread; i < states; i += threads) {
     const int64_t unit = i % l.stride, row = i / l.stride % rows, direction = i / l.stride / rows;
     S value;
     narrow(Compute<S>(0), value);
@@ -87,23 +84,45 @@ start_kernel(FASTRNN_ARGUMENT Params<Args> p) {
     }
     exchange[i] = exchange[states + i] = value;
   }
+}
 
+// What the first step finds in Carried.
+template <class S, class Args>
+FASTRNN_DEVICE void start_carried(const Params<Args>& p, int64_t thread, int64_t threads) {
   using T = Compute<S>;
-  T* carry = reinterpret_cast<T*>(p.workspace + l.carry);
-  const int64_t each = problem.directions * problem.batch * problem.hidden;
-  for (int64_t i = own; i < 2 * each; i += step) {
-    const int which = i < each ? 0 : 1;
+  T* carry = reinterpret_cast<T*>(p.workspace + p.layout.carry);
+  const Problem& problem = p.args.problem;
+  const int64_t size = problem.directions * problem.batch * problem.hidden;
+  for (int64_t i = thread; i < 2 * size; i += threads) {
+    const int which = i < size ? 0 : 1;
     const S* first = static_cast<const S*>(first_states(p.args, which));
     S* last = static_cast<S*>(last_states(p.args, which));
-    S value;
-    narrow(T(0), value);
-    if (first != nullptr) value = first[i - which * each];
-    carry[i] = widen(value);
-    if (last != nullptr) last[i - which * each] = value;
+    T value = 0;
+    if (p.args.carried != nullptr) {
+      value = static_cast<const T*>(p.args.carried)[i];
+    } else if (first != nullptr) {
+      value = widen(first[i - which * size]);
+    }
+    carry[i] = value;
+    if (last != nullptr) narrow(value, last[i - which * size]);
   }
+}
+
+template <class S, class Args>
+FASTRNN_KERNEL(kThreads)
+start_kernel(FASTRNN_ARGUMENT Params<Args> p) {
+  const Layout& l = p.layout;
+  const int64_t thread = grid_thread(), threads = grid_threads();
+  const int64_t vectors = (l.exchange - l.packed) / 16;
+  for (int64_t i = thread; i < vectors; i += threads) pack<S>(p, i);
+
+  start_exchange<S>(p, thread, threads);
+  start_carried<S>(p, thread, threads);
 
   int64_t* counters = reinterpret_cast<int64_t*>(p.workspace + l.counters);
-  for (int64_t i = own; i < problem.directions * l.row_tiles; i += step) counters[i] = 0;
+  for (int64_t i = thread; i < p.args.problem.directions * l.row_tiles; i += threads) {
+    counters[i] = 0;
+  }
 }
 
 // All launches of a pass of `steps` steps; its kernel exchanges states in a cluster or in the grid.

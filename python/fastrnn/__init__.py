@@ -2,8 +2,6 @@
 
 from importlib.metadata import version as _version
 
-import torch as _torch  # noqa: F401  # loads the OpenMP runtime that the kernels share
-
 from . import reference
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._cpu import cpu_variant, cpu_variants

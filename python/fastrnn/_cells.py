@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
-from ._functions import Spec, transforming
-from ._modules import _run_layer
-from ._ops import has_kernel
+from ._backends import has_kernel
+from ._functions import run_layer
+from ._layer import CELLS, Layer
+from ._torch import GruCell, LstmCell, RnnCell, is_transforming
 
 # Where the fused layer won against torch's cell (Zen 5, one and two threads, H = 64 to 512): from
 # so many rows, hidden units and B * G * H gate values.
@@ -39,26 +40,26 @@ class _CellBase(RNNCellBase):
         is_large = (
             rows >= least_rows and hidden >= least_hidden and rows * hidden * self._gates >= least
         )
-        return not (is_large or transforming())  # torch's operators do not support all of these
+        return not (is_large or is_transforming())  # torch's operators do not support all of these
 
     def _step(
         self, mode: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, ...] | None:
         """The new states from the fused layer, T = 1; None where torch's operator has to run."""
-        is_lstm = mode == "LSTM"
+        has_cell_state = CELLS[mode].has_cell_state
         if (
-            not (transforming() if input.dim() == 1 else input.dim() == 2)
+            not (is_transforming() if input.dim() == 1 else input.dim() == 2)
             or self._is_small(input)
             or not has_kernel(input)  # before autocast, which does not know every device
             or input.size(-1) != self.input_size
             or torch.is_autocast_enabled(input.device.type)
-            or (hx is not None and isinstance(hx, Tensor) is is_lstm)
+            or (hx is not None and isinstance(hx, Tensor) is has_cell_state)
         ):
             return None
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
         batch = input.shape[:-1]
         shape = (*batch, self.hidden_size)
-        if hx is not None and len(states) != 1 + is_lstm:
+        if hx is not None and len(states) != 1 + has_cell_state:
             return None
         if not all(isinstance(s, Tensor) and s.shape == shape for s in states):
             return None
@@ -70,7 +71,8 @@ class _CellBase(RNNCellBase):
         rows = batch.numel()
         x, *initial = (t.reshape(1, rows, t.size(-1)) for t in (input, *states))
         h_0, c_0 = (*initial, None, None)[:2]
-        final = _run_layer(Spec(mode, 1, rows, None, None), x, h_0, c_0, weights)[1]
+        options = mode, 1, rows, False, 0, False, False
+        final = run_layer(Layer(*options, x, h_0, c_0, None, None, tuple(weights)))[1]
         return tuple(s.reshape(shape) for s in final)
 
 
@@ -78,7 +80,7 @@ class LSTMCell(_CellBase):
     """One step of a long short-term memory: torch.nn.LSTMCell, fused where that is faster.
 
     Parameters, initial values and state_dict are those of torch.nn.LSTMCell; a state_dict goes both
-    ways. The definition is fastrnn.reference.lstm_cell.
+    ways. The reference implementation is fastrnn.reference.lstm_cell.
 
     Args:
         input_size: I, the features of the input.
@@ -126,7 +128,7 @@ class LSTMCell(_CellBase):
             return torch.lstm_cell(input, hx, *weights)
         final = self._step("LSTM", input, hx)
         if final is None:
-            return nn.LSTMCell.forward(self, input, hx)  # type: ignore[arg-type]
+            return LstmCell.forward(self, input, hx)  # type: ignore[arg-type]
         return final[0], final[1]
 
 
@@ -134,7 +136,7 @@ class GRUCell(_CellBase):
     """One step of a gated recurrent unit: torch.nn.GRUCell, fused where that is faster.
 
     Parameters, initial values and state_dict are those of torch.nn.GRUCell; a state_dict goes both
-    ways. The definition is fastrnn.reference.gru_cell.
+    ways. The reference implementation is fastrnn.reference.gru_cell.
 
     Args:
         input_size: I, the features of the input.
@@ -175,7 +177,7 @@ class GRUCell(_CellBase):
             return torch.gru_cell(input, hx, *weights)
         final = self._step("GRU", input, hx)
         if final is None:
-            return nn.GRUCell.forward(self, input, hx)  # type: ignore[arg-type]
+            return GruCell.forward(self, input, hx)  # type: ignore[arg-type]
         return final[0]
 
 
@@ -183,7 +185,7 @@ class RNNCell(_CellBase):
     """One step of an Elman network: torch.nn.RNNCell, fused where that is faster.
 
     Parameters, initial values and state_dict are those of torch.nn.RNNCell; a state_dict goes both
-    ways. The definition is fastrnn.reference.elman_cell.
+    ways. The reference implementation is fastrnn.reference.elman_cell.
 
     Args:
         input_size: I, the features of the input.
@@ -195,7 +197,7 @@ class RNNCell(_CellBase):
     """
 
     _gates = 1
-    __constants__ = nn.RNNCell.__constants__
+    __constants__ = RnnCell.__constants__
     nonlinearity: str
 
     def __init__(
@@ -225,12 +227,12 @@ class RNNCell(_CellBase):
             ValueError: the same, for a wrong number of dimensions.
         """
         if self.nonlinearity not in _ELMAN:
-            return nn.RNNCell.forward(self, input, hx)  # type: ignore[arg-type]  # which raises
+            return RnnCell.forward(self, input, hx)  # type: ignore[arg-type]  # which raises
         mode, operator = _ELMAN[self.nonlinearity]
         if hx is not None and self._is_small(input) and hx.dim() == 2:
             weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
             return operator(input, hx, *weights)
         final = self._step(mode, input, hx)
         if final is None:
-            return nn.RNNCell.forward(self, input, hx)  # type: ignore[arg-type]
+            return RnnCell.forward(self, input, hx)  # type: ignore[arg-type]
         return final[0]

@@ -1,7 +1,9 @@
-"""The compiled kernels; see csrc/cpu/bind.cc. An address is that of a contiguous tensor's data, 0 for
-none."""
+"""The compiled kernels; see csrc/cpu/bind/. `layer` is a fastrnn._layer.Layer or its fields."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
 
 class CellInfo:
     @property
@@ -14,8 +16,11 @@ class CellInfo:
     def has_extra(self) -> bool: ...
     @property
     def saves_gates(self) -> bool: ...
+    @property
+    def splits_gradient(self) -> bool: ...
 
 cells: dict[str, CellInfo]
+layer_fields: tuple[str, ...]
 
 def cpu_variant() -> str:
     """The variant of the CPU kernels in use: the best that this processor can run, or the one that
@@ -25,61 +30,52 @@ def cpu_variants() -> list[str]:
     """The variants that this processor can run, best first: of "avx512bf16", "avx512", "avx2" and
     "baseline"."""
 
-def forward(
-    cell: int,
-    dtype: int,
-    sizes: tuple[int, int, int, int, int],
-    rows: int,
-    batch_sizes: int,
-    resets: int,
-    reverse: bool,
-    input: int,
-    x: int,
-    weight_ih: Sequence[int],
-    weight_hh: Sequence[int],
-    weight_hr: Sequence[int],
-    bias_ih: Sequence[int],
-    bias_hh: Sequence[int],
-    h_0: int,
-    c_0: int,
-    output: int,
-    h_n: int,
-    c_n: int,
-    gates: Sequence[int],
-    extra: int,
-    threads: int,
+def multiply_add_rate(threads: int, /) -> float:
+    """Floating-point operations per second in float32 of threads that do nothing but multiply-adds
+    on registers: the processor's limit, the best of several short bursts."""
+
+def set_torch(
+    tensor_type: type,
+    parameter_type: type,
+    watchers: tuple[Callable[[], Any], ...],
+    is_grad_enabled: Callable[[], bool],
+    get_num_threads: Callable[[], int],
     /,
-) -> None: ...
-def backward(
-    cell: int,
-    dtype: int,
-    sizes: tuple[int, int, int, int, int],
-    rows: int,
-    batch_sizes: int,
-    resets: int,
-    reverse: bool,
-    input: int,
-    x: int,
-    weight_ih: Sequence[int],
-    weight_hh: Sequence[int],
-    weight_hr: Sequence[int],
-    h_0: int,
-    c_0: int,
-    output: int,
-    gates: Sequence[int],
-    extra: int,
-    d_output: int,
-    d_h_n: int,
-    d_c_n: int,
-    d_extra: int,
-    d_x: int,
-    d_h_0: int,
-    d_c_0: int,
-    d_weight_ih: Sequence[int],
-    d_weight_hh: Sequence[int],
-    d_weight_hr: Sequence[int],
-    d_bias_ih: Sequence[int],
-    d_bias_hh: Sequence[int],
-    threads: int,
+) -> None:
+    """Tells the extension of torch, once; each watcher says whether something watches each
+    operation."""
+
+def exchange() -> str:
+    """How tensors come and go: "dlpack", by a table of C functions, or "attributes", in Python.
+    FASTRNN_EXCHANGE=attributes in the environment forces the second."""
+
+def inspect(layer: tuple[Any, ...], others: tuple[Tensor | None, ...], /) -> int:
+    """What an eager call on these tensors is: a fastrnn._operators.Call."""
+
+def run_module(
+    module: dict[str, Any],
+    input: Any,
+    hx: Any,
+    checkpoint_every: int,
+    functions: dict[str, Callable[..., tuple[Tensor, ...]]],
     /,
-) -> None: ...
+) -> Any:
+    """fastrnn._backends.Backend.run_module"""
+
+def check(layer: tuple[Any, ...], /) -> None:
+    """Raises ValueError, naming the field, for a record that does not fit together."""
+
+def check_saved(layer: tuple[Any, ...], saved: tuple[Any, ...], /) -> None:
+    """The same for a fastrnn._layer.Saved."""
+
+def forward(layer: tuple[Any, ...], /) -> tuple[Tensor | None, ...]:
+    """The fields of fastrnn._layer.Results."""
+
+def backward(layer: tuple[Any, ...], saved: tuple[Any, ...], /) -> list[Tensor | None]:
+    """The gradients of x, h_0, c_0 and each weight."""
+
+def record(ctx: Any, options: tuple[Any, ...], /, *tensors: Any) -> tuple[Tensor, ...]:
+    """fastrnn._backends.Backend.record"""
+
+def replay(ctx: Any, /, *gradients: Tensor | None) -> tuple[Tensor | None, ...] | None:
+    """fastrnn._backends.Backend.replay"""

@@ -11,7 +11,9 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["_cpu", "_cuda", "find_cuda", "openmp_library"]
+from . import _torch
+
+__all__ = ["_cpu", "_cuda", "find_cuda", "openmp_library", "set_torch"]
 
 
 class _Symbol(ctypes.Structure):  # Dl_info of <dlfcn.h>
@@ -26,7 +28,7 @@ class _Symbol(ctypes.Structure):  # Dl_info of <dlfcn.h>
 def openmp_library() -> str | None:
     """The file that torch's OpenMP functions come from."""
     try:
-        process, needed = ctypes.CDLL(None), ctypes.CDLL(torch._C.__file__)
+        process, needed = ctypes.CDLL(None), ctypes.CDLL(_torch.library_file())
     except (OSError, TypeError):  # no dlopen on this system
         return None
     for name in ("GOMP_parallel", "__kmpc_fork_call"):  # what GCC's and LLVM's code calls
@@ -82,10 +84,26 @@ except ImportError as error:
             f"({torch.__version__}) has not made it visible: {error}"
         ) from error
 
+
+def set_torch(extension: ModuleType) -> None:
+    """Tells an extension what it has to know of torch, before anything else is asked of it."""
+    extension.set_torch(
+        torch.Tensor,
+        torch.nn.Parameter,
+        _torch.WATCHERS,
+        torch.is_grad_enabled,
+        torch.get_num_threads,
+    )
+
+
+set_torch(_cpu)
 _cuda, _why = find_cuda()
+if _cuda is not None:
+    set_torch(_cuda)
 if _why.startswith("cannot") and _driver_version():
     warnings.warn(
-        f"fastrnn's CUDA kernels: {_why}. CUDA tensors run on the definition in plain torch.",
+        f"fastrnn's CUDA kernels: {_why}. CUDA tensors run on the reference implementation, in "
+        "plain torch.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -6,16 +6,16 @@ Parameters, initialisation, checks and state_dict are torch.nn.RNNBase's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from ._checkpoint import in_segments
-from ._functions import FUNCTIONS, Spec, layer_forward, reference_layer, transforming
-from ._ops import has_kernel, takes_mask
+from ._backends import backend, takes_mask
+from ._functions import FUSED, run_layer
+from ._layer import CELLS, Layer
 from ._ragged import (
     check_lengths,
     check_steps,
@@ -25,59 +25,24 @@ from ._ragged import (
     scatter,
     segment_starts,
 )
+from ._torch import Lstm
 
 States = tuple[Tensor, ...]  # (h,) or (h, c), each [L * D, B, H]
-
-
-def _check_devices(x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor]) -> None:
-    for name, tensors in (("hidden", states), ("parameter", weights)):
-        for t in tensors:
-            if t is not None and t.device != x.device:
-                raise RuntimeError(
-                    f"Input and {name} tensors are not at the same device, found input tensor at "
-                    f"{x.device} and {name} tensor at {t.device}"
-                )
-
-
-def _run_layer(
-    spec: Spec,
-    x: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Tensor],
-    mask: Tensor | None = None,
-    all_c: bool = False,
-) -> tuple[Tensor, States, Tensor | None]:
-    """One layer, on its kernel where there is one: output, final states, every c_t if wanted."""
-    tensors = [x, *weights] + [s for s in (h_0, c_0) if s is not None]
-    compiling, transformed = torch.compiler.is_compiling(), transforming()
-    on_kernels = (
-        mask is None
-        and all(map(has_kernel, tensors))
-        and not (compiling and transformed)  # which torch.compile knows for plain torch only
-    )
-    if not (on_kernels and x.is_cpu):
-        _check_devices(x, (h_0, c_0), weights)
-    if not on_kernels:
-        output, *rest = reference_layer(spec, x, h_0, c_0, weights, mask)
-    elif compiling or torch._C._get_tracing_state() is not None:
-        keep = compiling and torch.is_grad_enabled()  # the bare operator has a gradient too
-        output, *rest = layer_forward(spec, x, h_0, c_0, weights, keep, all_c)
-    elif transformed or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        function = FUNCTIONS[spec.mode]
-        output, *rest = function.apply(*spec, x, h_0, c_0, *weights)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            output, *rest = layer_forward(spec, x, h_0, c_0, weights, keep=False, all_c=all_c)
-    if spec.mode != "LSTM":
-        return output, (rest[0],), None
-    return output, (rest[0], rest[1]), rest[2].to(output.dtype) if all_c else None
 
 
 def _autocast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as torch.autocast hands them to an operator of lower precision."""
     eligible = torch.float32, torch.bfloat16, torch.float16
     return tuple(t.to(dtype) if t.dtype in eligible else t for t in tensors)
+
+
+class _Rows(NamedTuple):
+    """Where the rows of a batch begin, end and are reset."""
+
+    batch: int
+    batch_sizes: Tensor | None = None  # or a mask, where the backend takes one
+    resets: Tensor | None = None
+    mask: Tensor | None = None  # bool [T, B], for the reference implementation
 
 
 class _RNNBase(RNNBase):
@@ -103,10 +68,22 @@ class _RNNBase(RNNBase):
         every = self.checkpoint_every
         return super().extra_repr() + ("" if every is None else f", checkpoint_every={every}")
 
+    def _run_directly(self, input: Any, hx: Any) -> Any:
+        """forward without options on plain tensors; None where it is more than that, or may be
+        wrong."""
+        if torch.compiler.is_compiling():
+            return None
+        every = self.checkpoint_every or 0
+        return backend("cpu").run_module(self.__dict__, input, hx, every, FUSED)
+
     def _run(
-        self, spec: Spec, x: Tensor, states: States | None, mask: Tensor | None, all_states: bool
+        self,
+        x: Tensor,
+        states: States | None,
+        rows: _Rows,
+        all_states: bool,
     ) -> tuple[Tensor, States, list[Tensor]]:
-        """All layers over x, [T, B, I], ragged [N, I], or [T, B, I] under mask [T, B].
+        """All layers over x, [T, B, I] or ragged [N, I].
 
         Returns output, final states and, if asked for, the states of every step and layer: c_t of
         an LSTM, else h_t.
@@ -117,16 +94,18 @@ class _RNNBase(RNNBase):
             w if (w := own.get(name)) is not None else getattr(self, name)
             for name in self._flat_weights_names
         ]
-        shown_dtype = None
+        output_dtype = None
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             if self.mode == "GRU" and x.device.type == "cpu":  # as torch.nn.GRU
                 state_dtype = x.dtype if states is None else states[0].dtype
-                shown_dtype = torch.promote_types(dtype, state_dtype)
+                output_dtype = torch.promote_types(dtype, state_dtype)
             x, *weights = _autocast(dtype, x, *weights)
             states = None if states is None else _autocast(dtype, *states)
-        # Without gradients there is nothing to save, and torch.func has no checkpoints.
-        segmented = self.checkpoint_every and torch.is_grad_enabled() and not transforming()
+        directions = 2 if self.bidirectional else 1
+        # Without gradients there is nothing to save.
+        every = (self.checkpoint_every or 0) if torch.is_grad_enabled() else 0
+        options = self.mode, directions, rows.batch, False, every, False, all_states
         each = len(weights) // self.num_layers
         finals, sequences = [], []
         for k in range(self.num_layers):
@@ -135,25 +114,20 @@ class _RNNBase(RNNBase):
             if states is not None:
                 h_0, c_0 = (*states, None)[:2]
                 if h_0 is not None and self.num_layers > 1:
-                    part = slice(k * spec.directions, (k + 1) * spec.directions)
+                    part = slice(k * directions, (k + 1) * directions)
                     h_0, c_0 = h_0[part], None if c_0 is None else c_0[part]
-            layer = weights[k * each : (k + 1) * each]
-            if segmented:
-                assert self.checkpoint_every is not None
-                x, final, cells = in_segments(
-                    _run_layer, self.checkpoint_every, spec, x, h_0, c_0, layer, all_states
-                )
-            else:
-                x, final, cells = _run_layer(spec, x, h_0, c_0, layer, mask, all_states)
+            own_weights = tuple(weights[k * each : (k + 1) * each])
+            layer = Layer(*options, x, h_0, c_0, rows.batch_sizes, rows.resets, own_weights)
+            x, final, cells = run_layer(layer, rows.mask)
             finals.append(final)
             if all_states:
                 sequences.append(x if cells is None else cells)
             if self.dropout and self.training and k < self.num_layers - 1:
                 x = torch.nn.functional.dropout(x, self.dropout)
         final = finals[0] if self.num_layers == 1 else tuple(map(torch.cat, zip(*finals)))
-        if shown_dtype is not None:
-            x, *sequences = (t.to(shown_dtype) for t in (x, *sequences))
-            final = tuple(s.to(shown_dtype) for s in final)
+        if output_dtype is not None:
+            x, *sequences = (t.to(output_dtype) for t in (x, *sequences))
+            final = tuple(s.to(output_dtype) for s in final)
         return x, final, sequences
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
@@ -197,23 +171,10 @@ class _RNNBase(RNNBase):
                 raise ValueError(f"{name}: expected none with a PackedSequence, which has its own")
             return self._forward_packed(input, states, reset, all_states)
 
-        if input.dim() not in (2, 3):
-            name, noun = ("RNN", " tensor") if self.mode.startswith("RNN") else (self.mode, "")
-            raise ValueError(
-                f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{noun} instead"
-            )
-        shape = input.shape[:-1]
-        is_batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
-        if not is_batched:
-            input = input.unsqueeze(batch_dim)
-        if states is not None:
-            self._check_dims(states, 3 if is_batched else 2)
-            if not is_batched:
-                states = tuple(s.unsqueeze(1) for s in states)
-            self._check_states(input, states, None)
-        else:
-            self.check_input(input, None)
+        is_batched = input.dim() == 3
+        shape = input.shape[:-1]
+        input, states = self._to_batch(input, states, batch_dim)
         steps, batch = input.shape[1 - batch_dim], input.shape[batch_dim]
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -228,45 +189,75 @@ class _RNNBase(RNNBase):
             mask = torch.arange(steps, device=input.device).unsqueeze(1) < ends
         elif mask is not None:
             mask = by_step("mask", mask)
-        ragged = real = None
-        if mask is not None and not is_per_sample(mask):
+
+        if mask is None or is_per_sample(mask):
+            results = self._run_padded(input, states, _Rows(batch, None, resets, mask), all_states)
+        elif takes_mask(input) and not (self.checkpoint_every and CELLS[self.mode].saves_gates):
             # Segments of steps are cut from packed rows, where no reset hides behind a masked step.
-            if takes_mask(input) and not self.checkpoint_every:
-                real = mask
-                resets = None if resets is None else segment_starts(mask, resets)
-            else:
-                ragged = from_mask(mask, self.batch_first)
-        directions = 2 if self.bidirectional else 1
-
-        if ragged is None:
-            x = input.transpose(0, 1) if self.batch_first else input
-            spec = Spec(self.mode, directions, batch, real, resets)
-            per_sample = mask if mask is not None and is_per_sample(mask) else None
-            output, final, sequences = self._run(spec, x, states, per_sample, all_states)
-
-            def lay_out(sequence: Tensor) -> Tensor:
-                return sequence.transpose(0, 1) if self.batch_first else sequence
+            resets = None if resets is None else segment_starts(mask, resets)
+            results = self._run_padded(input, states, _Rows(batch, mask, resets), all_states)
         else:
-            if states is not None:
-                states = tuple(s.index_select(1, ragged.sorted_indices) for s in states)
-            if resets is not None:
-                assert mask is not None
-                resets = segment_starts(mask, resets)
-                resets = (resets.t() if self.batch_first else resets).flatten()[ragged.rows]
-            x = gather(input.reshape(-1, input.shape[-1]), ragged.rows)
-            spec = Spec(self.mode, directions, batch, ragged.batch_sizes, resets)
-            output, final, sequences = self._run(spec, x, states, None, all_states)
-            final = tuple(s.index_select(1, ragged.unsorted_indices) for s in final)
-
-            def lay_out(sequence: Tensor) -> Tensor:
-                padded = scatter(sequence, ragged.rows, steps * batch)
-                return padded.view(*input.shape[:-1], -1)
-
-        output, *sequences = (lay_out(s) for s in (output, *sequences))
+            results = self._run_ragged(input, states, mask, resets, all_states)
+        (output, *sequences), final = results
         if not is_batched:
             output, *sequences = (s.squeeze(batch_dim) for s in (output, *sequences))
             final = tuple(s.squeeze(1) for s in final)
         return output, final, tuple(sequences)
+
+    def _to_batch(
+        self, input: Tensor, states: States | None, batch_dim: int
+    ) -> tuple[Tensor, States | None]:
+        """Checked input and states, with a batch of one where they have none."""
+        if input.dim() not in (2, 3):
+            name, noun = ("RNN", " tensor") if self.mode.startswith("RNN") else (self.mode, "")
+            raise ValueError(
+                f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{noun} instead"
+            )
+        is_batched = input.dim() == 3
+        if not is_batched:
+            input = input.unsqueeze(batch_dim)
+        if states is None:
+            self.check_input(input, None)
+            return input, None
+        self._check_dims(states, 3 if is_batched else 2)
+        if not is_batched:
+            states = tuple(s.unsqueeze(1) for s in states)
+        self._check_states(input, states, None)
+        return input, states
+
+    def _run_padded(
+        self, input: Tensor, states: States | None, rows: _Rows, all_states: bool
+    ) -> tuple[tuple[Tensor, ...], States]:
+        """All steps of all rows: output and the states of each layer's steps; final states."""
+        x = input.transpose(0, 1) if self.batch_first else input
+        output, final, sequences = self._run(x, states, rows, all_states)
+        laid_out = (s.transpose(0, 1) if self.batch_first else s for s in (output, *sequences))
+        return tuple(laid_out), final
+
+    def _run_ragged(
+        self,
+        input: Tensor,
+        states: States | None,
+        mask: Tensor,
+        resets: Tensor | None,
+        all_states: bool,
+    ) -> tuple[tuple[Tensor, ...], States]:
+        """The same of the valid steps alone, packed. mask and resets are [T, B]."""
+        ragged = from_mask(mask, self.batch_first)
+        if ragged is None:  # all are valid
+            rows = _Rows(mask.shape[1], None, resets)
+            return self._run_padded(input, states, rows, all_states)
+        if states is not None:
+            states = tuple(s.index_select(1, ragged.sorted_indices) for s in states)
+        if resets is not None:
+            resets = segment_starts(mask, resets)
+            resets = (resets.t() if self.batch_first else resets).flatten()[ragged.rows]
+        x = gather(input.reshape(-1, input.shape[-1]), ragged.rows)
+        rows = _Rows(mask.shape[1], ragged.batch_sizes, resets)
+        output, final, sequences = self._run(x, states, rows, all_states)
+        padded = (scatter(s, ragged.rows, mask.numel()) for s in (output, *sequences))
+        laid_out = tuple(s.view(*input.shape[:-1], -1) for s in padded)
+        return laid_out, tuple(s.index_select(1, ragged.unsorted_indices) for s in final)
 
     def _forward_packed(
         self,
@@ -286,9 +277,8 @@ class _RNNBase(RNNBase):
         if reset is not None:
             marks = reset.data if isinstance(reset, PackedSequence) else reset
             resets = check_steps("reset", marks, x.shape[:1]).to(x.device)
-        directions = 2 if self.bidirectional else 1
-        spec = Spec(self.mode, directions, int(batch_sizes[0]), batch_sizes, resets)
-        output, final, sequences = self._run(spec, x, states, None, all_states)
+        rows = _Rows(int(batch_sizes[0]), batch_sizes, resets)
+        output, final, sequences = self._run(x, states, rows, all_states)
         if unsorted_indices is not None:
             final = tuple(s.index_select(1, unsorted_indices) for s in final)
         packed = (PackedSequence(s, *input[1:]) for s in (output, *sequences))
@@ -307,7 +297,7 @@ class LSTM(_RNNBase):
 
     each gate with its own rows of the weights. With proj_size, h' is multiplied by W_hr (Sak et
     al., arXiv:1402.1128). Hochreiter and Schmidhuber, 1997, with the forget gate of Gers et al.,
-    2000. The definition is fastrnn.reference.lstm_cell.
+    2000. The reference implementation is fastrnn.reference.lstm_cell.
 
     Parameters, initial values and state_dict are those of torch.nn.LSTM; a state_dict goes both
     ways.
@@ -323,8 +313,9 @@ class LSTM(_RNNBase):
         proj_size: P, the features of a projected h; 0 for none, and P = H.
         device: of the parameters.
         dtype: of the parameters.
-        checkpoint_every: keep for backward only the states between segments of so many steps, and
-            compute the rest again, a segment at a time: less memory for at most one more forward.
+        checkpoint_every: keep for backward only the output and the states between segments of so
+            many steps, and compute the rest again, a segment at a time: less memory for at most one
+            more forward.
 
     Raises:
         ValueError: if an argument is out of range. The texts are torch.nn's.
@@ -335,9 +326,9 @@ class LSTM(_RNNBase):
         super().__init__("LSTM", *args, **kwargs)
 
     # The checks that torch.nn.LSTM adds to RNNBase are methods of that class.
-    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args: Any = torch.nn.LSTM.check_forward_args
-    permute_hidden: Any = torch.nn.LSTM.permute_hidden
+    get_expected_cell_size = Lstm.get_expected_cell_size
+    check_forward_args: Any = Lstm.check_forward_args
+    permute_hidden: Any = Lstm.permute_hidden
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(input, states, batch_sizes)
@@ -369,21 +360,21 @@ class LSTM(_RNNBase):
             input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
             hx: (h_0, c_0), [L * D, B, P] and [L * D, B, H], without B if unbatched. None means
                 zeros.
-            lengths: int64 [B] or a list: the number of real steps of each row, which come first.
+            lengths: int64 [B] or a list: the number of valid steps of each row, which come first.
                 In any order, 0 allowed.
-            mask: bool, laid out as the input without its features; True where a step is real, in
-                any pattern. A step that is not real leaves the state as it is and outputs zeros,
-                and what stands there in the input never matters. Not together with lengths.
+            mask: bool, laid out as the input without its features; True where a step is valid,
+                in any pattern. A masked step leaves the state as it is and outputs zeros, and
+                what stands there in the input never matters. Not together with lengths.
             reset: bool, laid out as mask (a PackedSequence or its data, for a PackedSequence); True
                 where a step begins a new segment of its row, such as an episode or a document.
                 Nothing goes from one segment to another: the forward direction enters a segment,
-                and the reverse direction the segment before it, with a zero state. On a step that
-                is not real it counts for the row's next real one.
+                and the reverse direction the segment before it, with a zero state. On a masked
+                step it counts for the row's next valid one.
             return_states: whether to return c too.
 
         Returns:
             output: laid out as input, with D * P features; a PackedSequence for a PackedSequence.
-            (h_n, c_n): the states after each row's last real step, shaped like hx. There the
+            (h_n, c_n): the states after each row's last valid step, shaped like hx. There the
                 reverse direction begins.
             c: with return_states only: the cell states of every step, a tuple
                 with one entry [..., D * H] per layer, laid out as output.
@@ -393,6 +384,10 @@ class LSTM(_RNNBase):
                 lengths and mask are given, or one of them with a PackedSequence.
             RuntimeError: as torch.nn's, with its text, for input and hx of wrong shapes or devices.
         """
+        if not return_states and lengths is None and mask is None and reset is None:
+            result = self._run_directly(input, hx)
+            if result is not None:
+                return result
         states = None if hx is None else (hx[0], hx[1], *hx[2:])
         output, (h_n, c_n), c = self._forward(input, states, lengths, mask, reset, return_states)
         return (output, (h_n, c_n), c) if return_states else (output, (h_n, c_n))
@@ -416,21 +411,21 @@ class _OneState(_RNNBase):
         Args:
             input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
             hx: h_0 [L * D, B, H], without B if unbatched. None means zeros.
-            lengths: int64 [B] or a list: the number of real steps of each row, which come first.
+            lengths: int64 [B] or a list: the number of valid steps of each row, which come first.
                 In any order, 0 allowed.
-            mask: bool, laid out as the input without its features; True where a step is real, in
-                any pattern. A step that is not real leaves the state as it is and outputs zeros,
-                and what stands there in the input never matters. Not together with lengths.
+            mask: bool, laid out as the input without its features; True where a step is valid,
+                in any pattern. A masked step leaves the state as it is and outputs zeros, and
+                what stands there in the input never matters. Not together with lengths.
             reset: bool, laid out as mask (a PackedSequence or its data, for a PackedSequence); True
                 where a step begins a new segment of its row, such as an episode or a document.
                 Nothing goes from one segment to another: the forward direction enters a segment,
-                and the reverse direction the segment before it, with a zero state. On a step that
-                is not real it counts for the row's next real one.
+                and the reverse direction the segment before it, with a zero state. On a masked
+                step it counts for the row's next valid one.
             return_states: whether to return h too.
 
         Returns:
             output: laid out as input, with D * H features; a PackedSequence for a PackedSequence.
-            h_n: the state after each row's last real step, shaped like hx. There the reverse
+            h_n: the state after each row's last valid step, shaped like hx. There the reverse
                 direction begins.
             h: with return_states only: the hidden states of every step, a tuple
                 with one entry [..., D * H] per layer, laid out as output.
@@ -440,6 +435,10 @@ class _OneState(_RNNBase):
                 lengths and mask are given, or one of them with a PackedSequence.
             RuntimeError: as torch.nn's, with its text, for input and hx of wrong shapes or devices.
         """
+        if not return_states and lengths is None and mask is None and reset is None:
+            result = self._run_directly(input, hx)
+            if result is not None:
+                return result
         states = None if hx is None else (hx,)
         output, (h_n,), h = self._forward(input, states, lengths, mask, reset, return_states)
         return (output, h_n, h) if return_states else (output, h_n)
@@ -455,7 +454,7 @@ class GRU(_OneState):
         h' = (1 - z) * n + z * h
 
     each gate with its own rows of the weights. Cho et al., arXiv:1406.1078, with r after the matrix
-    product, as torch has it. The definition is fastrnn.reference.gru_cell.
+    product, as torch has it. The reference implementation is fastrnn.reference.gru_cell.
 
     Parameters, initial values and state_dict are those of torch.nn.GRU; a state_dict goes both
     ways.
@@ -470,8 +469,9 @@ class GRU(_OneState):
         bidirectional: whether each layer has a second direction, from the last step to the first.
         device: of the parameters.
         dtype: of the parameters.
-        checkpoint_every: keep for backward only the states between segments of so many steps, and
-            compute the rest again, a segment at a time: less memory for at most one more forward.
+        checkpoint_every: keep for backward only the output and the states between segments of so
+            many steps, and compute the rest again, a segment at a time: less memory for at most one
+            more forward.
 
     Raises:
         ValueError: if an argument is out of range, or proj_size is given. The texts are torch.nn's.
@@ -491,7 +491,8 @@ class RNN(_OneState):
 
         h' = f(W_ih x + b_ih + W_hh h + b_hh)
 
-    Elman, "Finding structure in time", 1990. The definition is fastrnn.reference.elman_cell.
+    Elman, "Finding structure in time", 1990. The reference implementation is
+    fastrnn.reference.elman_cell.
 
     Parameters, initial values and state_dict are those of torch.nn.RNN; a state_dict goes both
     ways.
@@ -507,8 +508,7 @@ class RNN(_OneState):
         bidirectional: whether each layer has a second direction, from the last step to the first.
         device: of the parameters.
         dtype: of the parameters.
-        checkpoint_every: keep for backward only the states between segments of so many steps, and
-            compute the rest again, a segment at a time: less memory for at most one more forward.
+        checkpoint_every: changes nothing: backward of an Elman layer needs its output alone.
 
     Raises:
         ValueError: if an argument is out of range, or proj_size is given. The texts are torch.nn's.

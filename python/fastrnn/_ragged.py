@@ -1,9 +1,9 @@
-"""Ragged batches: the real steps of every row, without the padding.
+"""Ragged batches: the valid steps of every row, without the padding.
 
 A masked step leaves the state as it is, so a row with holes is the same recurrence as that row with
-its real steps moved together. Every mask, lengths and PackedSequence therefore takes one form: rows
-sorted by their number of steps, longest first, step after step, N rows of features in all. No CPU
-kernel ever sees a padded step; those on CUDA take the mask, see _ops.takes_mask.
+its valid steps moved together. Every mask, lengths and PackedSequence therefore takes one form:
+rows sorted by their number of steps, longest first, step after step, N rows of features in all. No
+CPU kernel ever sees a masked step; those on CUDA take the mask, see Backend.takes_mask.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._ops import upload
+from ._backends import backend_of
+from ._torch import assert_async, is_intercepted, unwrapped
 
 
 class Ragged(NamedTuple):
@@ -27,7 +28,7 @@ class Ragged(NamedTuple):
 
 
 def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
-    """The ragged form of mask [T, B], or None if every step is real.
+    """The ragged form of mask [T, B], or None if every step is valid.
 
     `batch_first` says how the padded features lie in memory; mask is always [T, B].
     """
@@ -40,7 +41,7 @@ def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
     unsorted_indices = torch.empty_like(sorted_indices)
     unsorted_indices[sorted_indices] = torch.arange(batch, device=mask.device)
     batch_sizes = (counts > torch.arange(steps, device=mask.device).unsqueeze(1)).sum(1)
-    # The k-th real step of a row stands at its sorted place within the k-th group.
+    # The k-th valid step of a row stands at its sorted place within the k-th group.
     starts = batch_sizes.cumsum(0) - batch_sizes
     order = mask.cumsum(0)[t, b] - 1
     index = torch.empty_like(t)
@@ -49,12 +50,12 @@ def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
 
 
 def segment_starts(mask: Tensor, reset: Tensor) -> Tensor:
-    """[T, B]: the real steps of mask that begin a segment.
+    """[T, B]: the valid steps of mask that begin a segment.
 
-    A reset on a step that is not real counts for the row's next real one.
+    A reset on a masked step counts for the row's next valid one.
     """
     segment = reset.cumsum(0)
-    last = torch.where(mask, segment, 0).cummax(0).values  # of the real steps so far
+    last = torch.where(mask, segment, 0).cummax(0).values  # of the valid steps so far
     before = torch.cat((torch.zeros_like(last[:1]), last[:-1]))
     return mask & (segment > before)
 
@@ -62,13 +63,6 @@ def segment_starts(mask: Tensor, reset: Tensor) -> Tensor:
 def mask_from_batch_sizes(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor:
     """bool [T, B] of the padded form, rows in sorted order."""
     return torch.arange(batch, device=device) < batch_sizes.to(device).unsqueeze(1)
-
-
-def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor behind those of torch.func; under vmap it holds the values of all samples."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
 
 
 def is_per_sample(mask: Tensor) -> bool:
@@ -173,12 +167,13 @@ def check_lengths(
     values = lengths if compiling else unwrapped(lengths)
     if compiling or lengths.is_cuda:  # to look at them, the host would have to wait
         inside = ((values >= 0) & (values <= steps)).all()
-        torch._assert_async(inside, "lengths: expected integers in [0, T]")
+        assert_async(inside, "lengths: expected integers in [0, T]")
         return lengths.to(device)
     low, high = (int(values.min()), int(values.max())) if values.numel() else (0, 0)
     if low < 0 or high > steps:
         raise _wrong_lengths(batch, steps, str(low if low < 0 else high))
-    return upload(lengths, device)
+    backend = None if is_intercepted() else backend_of(device.type)
+    return lengths.to(device) if backend is None else backend.upload(lengths, device)
 
 
 def _wrong_lengths(batch: int, steps: int, got: str) -> ValueError:

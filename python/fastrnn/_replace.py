@@ -13,19 +13,20 @@ from torch import nn
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils import parametrize
 
+from ._backends import has_kernel
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._modules import GRU, LSTM, RNN
-from ._ops import has_kernel
+from ._torch import Gru, GruCell, Lstm, LstmCell, Rnn, RnnCell
 
 Class = type[nn.Module]
 
 _OURS: dict[Class, Class] = {
-    nn.LSTM: LSTM,
-    nn.GRU: GRU,
-    nn.RNN: RNN,
-    nn.LSTMCell: LSTMCell,
-    nn.GRUCell: GRUCell,
-    nn.RNNCell: RNNCell,
+    Lstm: LSTM,
+    Gru: GRU,
+    Rnn: RNN,
+    LstmCell: LSTMCell,
+    GruCell: GRUCell,
+    RnnCell: RNNCell,
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _MARK = "_fastrnn_replaced"  # in the module's __dict__: restore takes back only what replace did

@@ -1,6 +1,6 @@
-"""The definition of every layer, in plain torch.
+"""The reference implementation of every layer, in plain torch.
 
-This page is what fastrnn computes: slow, obvious and differentiable by autograd, on any device and
+It says what fastrnn computes: slow, obvious and differentiable by autograd, on any device and
 in any dtype. The kernels are tested against it, and whatever has no kernel runs on it.
 
 Shapes: T steps, B batch rows, I input size, H hidden size, D directions, L layers, G gates of the
@@ -9,7 +9,9 @@ cell. With a projection (LSTM only) h has P features and c has H; without one P 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,16 +73,31 @@ def lstm_cell(
     return (h if w_hr is None else linear(h, w_hr)), c
 
 
-def _step(mode: str, x: Tensor, state: State, weights: Sequence[Tensor]) -> State:
-    w_ih, w_hh = weights[:2]
-    b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
-    if mode == "LSTM":
-        w_hr = weights[-1] if len(weights) % 2 else None
-        return lstm_cell(x, (state[0], state[1]), w_ih, w_hh, b_ih, b_hh, w_hr)
-    if mode == "GRU":
-        return (gru_cell(x, state[0], w_ih, w_hh, b_ih, b_hh),)
-    nonlinearity = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}[mode]
-    return (elman_cell(x, state[0], w_ih, w_hh, b_ih, b_hh, nonlinearity),)
+class _Cell(NamedTuple):
+    """A step of a cell, from x, the state and w_ih, w_hh, b_ih, b_hh and, if projected, w_hr."""
+
+    gates: int  # G
+    states: int  # 1, h; or 2, h and c
+    step: Callable[..., State]
+
+
+def _of_h(cell: Callable[..., Tensor]) -> Callable[..., State]:
+    """The step of a cell whose state is h alone."""
+    return lambda x, state, *weights: (cell(x, state[0], *weights),)
+
+
+_CELLS = {
+    "LSTM": _Cell(4, 2, lstm_cell),
+    "GRU": _Cell(3, 1, _of_h(gru_cell)),
+    "RNN_TANH": _Cell(1, 1, _of_h(partial(elman_cell, nonlinearity="tanh"))),
+    "RNN_RELU": _Cell(1, 1, _of_h(partial(elman_cell, nonlinearity="relu"))),
+}
+
+
+def _arguments(weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The weights of a direction as a cell takes them: biases and projection may be absent."""
+    biases = weights[2:4] if len(weights) >= 4 else (None, None)
+    return (*weights[:2], *biases, *weights[-1:]) if len(weights) % 2 else (*weights[:2], *biases)
 
 
 def scan(
@@ -94,34 +111,35 @@ def scan(
 ) -> tuple[State, State]:
     """A cell over all steps of x [T, B, I], from the last to the first if `reverse`.
 
-    A step that mask [T, B] marks False leaves the state as it is and shows zeros. A step that reset
-    [T, B] marks True begins a new segment: the scan enters it, or in reverse the segment before it,
-    with a zero state. On a step that is not real, a reset counts for the row's next real one.
+    A step that mask [T, B] marks False leaves the state as it is and outputs zeros. A step that
+    reset [T, B] marks True begins a new segment: the scan enters it, or in reverse the segment
+    before it, with a zero state. On a masked step, a reset counts for the row's next valid one.
     Returns the states of every step, each [T, B, P or H], and the final state, each [B, P or H].
     """
     steps = range(len(x) - 1, -1, -1) if reverse else range(len(x))
-    shown: list[State] = [()] * len(x)
+    step, arguments = _CELLS[mode].step, _arguments(weights)
+    outputs: list[State] = [()] * len(x)
     everywhere = x.new_ones(x.shape[1], dtype=torch.bool)
-    between = begun = ~everywhere  # rows at a boundary; rows that have had a real step
+    between = begun = ~everywhere  # rows at a boundary; rows that have had a valid step
     for t in steps:
         if reset is not None:
-            real = everywhere if mask is None else mask[t]
+            valid = everywhere if mask is None else mask[t]
             if not reverse:
                 between = between | reset[t]
-            state = tuple(torch.where((between & real).unsqueeze(-1), 0, s) for s in state)
-            between, begun = between & ~real, begun | real
+            state = tuple(torch.where((between & valid).unsqueeze(-1), 0, s) for s in state)
+            between, begun = between & ~valid, begun | valid
             if reverse:
                 between = (between | reset[t]) & begun
-        after = _step(mode, x[t], state, weights)
+        after = step(x[t], state, *arguments)
         if mask is None:
-            state = shown[t] = after
+            state = outputs[t] = after
         else:
-            real = mask[t].unsqueeze(-1)
-            state = tuple(torch.where(real, new, old) for new, old in zip(after, state))
-            shown[t] = tuple(torch.where(real, new, 0) for new in after)
-    if not shown:
+            valid = mask[t].unsqueeze(-1)
+            state = tuple(torch.where(valid, new, before) for new, before in zip(after, state))
+            outputs[t] = tuple(torch.where(valid, new, 0) for new in after)
+    if not outputs:
         return tuple(s.new_zeros(0, *s.shape) for s in state), state
-    return tuple(torch.stack(s) for s in zip(*shown)), state
+    return tuple(torch.stack(s) for s in zip(*outputs)), state
 
 
 def layer(
@@ -146,9 +164,9 @@ def layer(
         scan(mode, x, tuple(s[d] for s in states), w, mask, d == 1 or reverse, reset)
         for d, w in enumerate(weights)
     ]
-    sequences = [torch.cat(s, -1) for s in zip(*(shown for shown, _ in runs))]
+    sequences = [torch.cat(s, -1) for s in zip(*(outputs for outputs, _ in runs))]
     final = tuple(torch.stack(s) for s in zip(*(state for _, state in runs)))
-    return sequences[0], final, sequences[1] if mode == "LSTM" else None
+    return sequences[0], final, sequences[1] if len(sequences) > 1 else None
 
 
 def rnn(
@@ -170,7 +188,7 @@ def rnn(
         hx: h_0 [L * D, B, P], for an LSTM the pair (h_0, c_0 [L * D, B, H]); None means zeros.
         weights: as in torch.nn.RNNBase: layer by layer, direction by direction w_ih, w_hh, b_ih,
             b_hh, w_hr, where biases and projection may be absent.
-        mask: bool [T, B], True where a step is real.
+        mask: bool [T, B], True where a step is valid.
         reset: bool [T, B], True where a step begins a new segment of its row.
 
     Returns:
@@ -180,8 +198,8 @@ def rnn(
     each = len(weights) // (num_layers * directions)
     groups = [weights[i : i + each] for i in range(0, len(weights), each)]
     if hx is None:
-        hidden = groups[0][1].shape[0] // {"LSTM": 4, "GRU": 3}.get(mode, 1)
-        sizes = [groups[0][1].shape[1], hidden][: 2 if mode == "LSTM" else 1]
+        cell, (rows, proj) = _CELLS[mode], groups[0][1].shape
+        sizes = (proj, rows // cell.gates)[: cell.states]
         states: State = tuple(x.new_zeros(len(groups), x.shape[1], size) for size in sizes)
     else:
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
@@ -191,4 +209,4 @@ def rnn(
         x, final, _ = layer(mode, x, tuple(s[own] for s in states), groups[own], mask, reset)
         finals.append(final)
     last = tuple(torch.cat(s) for s in zip(*finals))
-    return x, (last[0], last[1]) if mode == "LSTM" else last[0]
+    return x, (last[0], last[1]) if len(last) > 1 else last[0]

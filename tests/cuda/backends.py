@@ -1,6 +1,5 @@
 """Ways to run the CUDA kernels: on a GPU or on the harness, and in which arithmetic."""
 
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fastrnn import _cuda_ops, _functions, _modules, _ops
+from fastrnn._cuda_backend import CudaBackend
 
 
 class Engine(NamedTuple):
@@ -30,7 +29,9 @@ ENGINES = {
 }
 
 
-class Backend(NamedTuple):
+class Target(NamedTuple):
+    """Where the kernels run."""
+
     name: str
     kernels: ModuleType
     device: str
@@ -41,30 +42,27 @@ class Backend(NamedTuple):
             return 10 * major + minor
         return 75 if engine.dtype.itemsize == 2 and not engine.tensor else 90
 
-    def scan(
+    def backend(
         self, engine: Engine, choose: Callable[[Any, Any], Any] | None = None
-    ) -> _cuda_ops.Scan:
-        """The operators on these kernels; skips the test where the device cannot run it."""
+    ) -> CudaBackend:
+        """The backend on these kernels; skips the test where the device cannot run it."""
         capability = self.capability(engine)
         if self.name == "cuda" and engine.dtype != torch.float64:
             if engine.tensor and capability < 80:
                 pytest.skip("no tensor cores for this type")
             if engine.dtype.itemsize == 2 and not engine.tensor and capability >= 80:
                 pytest.skip("compiled for older GPUs only")
-        return _cuda_ops.Scan(self.kernels, choose, capability)
+        return CudaBackend(
+            self.kernels, choose=choose, allows_tf32=lambda: engine.tensor, device=capability
+        )
 
 
-def take_over(kernels: ModuleType) -> None:
-    """From now on in this process, layers on CPU tensors run on the kernels of the harness.
-
-    They run as on an H100, or as FASTRNN_CUDA_PLAN says.
-    """
-    h100 = kernels.DeviceInfo(132, 227 * 1024, 90)
-    scan = _cuda_ops.Scan(kernels, device=h100.capability)
-    scan._choose = lambda problem, _: scan._make_plan(problem, h100)
-    _functions.scan_forward_cpu, _functions.scan_backward_cpu = scan.forward, scan.backward
-    _modules.takes_mask = _ops.has_kernel
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that these operators have kernels already
-        _ops._library.impl("scan_forward", scan.forward, "CPU", allow_override=True)
-        _ops._library.impl("scan_backward", scan.backward, "CPU", allow_override=True)
+def h100(kernels: ModuleType) -> CudaBackend:
+    """The kernels of the harness as on an H100, or as FASTRNN_CUDA_PLAN says."""
+    info = kernels.DeviceInfo(132, 227 * 1024, 90)
+    backend = CudaBackend(
+        kernels,
+        choose=lambda problem, _: backend.make_plan(problem, info),
+        device=info.capability,
+    )
+    return backend

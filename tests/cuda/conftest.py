@@ -12,16 +12,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from backends import ENGINES, Backend, Engine
-from fastrnn import _cuda_ops
+from backends import ENGINES, Engine, Target
 from harness import build
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request, monkeypatch) -> Engine:
-    engine = ENGINES[request.param]
-    monkeypatch.setattr(_cuda_ops, "_allows_tf32", lambda: engine.tensor)
-    return engine
+def engine(request) -> Engine:
+    return ENGINES[request.param]
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +28,10 @@ def harness() -> ModuleType:
 
 
 @pytest.fixture(params=["harness", "cuda"])
-def backend(request) -> Backend:
+def target(request) -> Target:
     if request.param == "harness":
-        return Backend("harness", request.getfixturevalue("harness"), "cpu")
+        return Target("harness", request.getfixturevalue("harness"), "cpu")
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     _cuda = pytest.importorskip("fastrnn._cuda")
-    return Backend("cuda", _cuda, "cuda")
+    return Target("cuda", _cuda, "cuda")

@@ -8,8 +8,11 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
-from fastrnn import _functions, _modules, _ops
-from fastrnn._functions import LayerFunction, Spec
+from fastrnn._backends import backend as backend_of
+from fastrnn._backends import register
+from fastrnn._functions import FUNCTIONS
+from fastrnn._layer import CELLS as MODES
+from fastrnn._layer import Layer
 from helpers import (
     CELLS,
     MASKS,
@@ -28,14 +31,19 @@ F64 = pytest.mark.parametrize("engine", ["f64"], indirect=True)
 
 
 @pytest.fixture
-def device(backend, engine, monkeypatch) -> str:
-    """Where to put tensors so that a layer runs on the kernels; counts the scans that do."""
-    if backend.name == "harness":
-        scan = backend.scan(engine)
-        monkeypatch.setattr(_functions, "scan_forward_cpu", scan.forward)
-        monkeypatch.setattr(_functions, "scan_backward_cpu", scan.backward)
-        monkeypatch.setattr(_modules, "takes_mask", lambda x: True)
-    return backend.device
+def device(target, engine):
+    """Where to put tensors so that a layer runs on the kernels."""
+    before = backend_of("cpu")
+    if target.name == "harness":
+        register("cpu", target.backend(engine))
+    yield target.device
+    register("cpu", before)
+
+
+@pytest.fixture
+def cpu():
+    """The CPU's own backend."""
+    return backend_of("cpu")
 
 
 def on(device: str, model, x, hx):
@@ -74,7 +82,7 @@ def test_checkpoints_under_a_mask(device, cell, kind):
 @F64
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("resets", [False, True])
-def test_masks_as_on_the_cpu(device, cell, bidirectional, kind, resets, request):
+def test_masks_as_on_the_cpu(cpu, device, cell, bidirectional, kind, resets):
     T, B = 5, 4
     model = make(fastrnn, cell, 3, 9, 2, bidirectional=bidirectional, dtype=torch.float64)
     x, hx = inputs(model, T, B)
@@ -83,7 +91,7 @@ def test_masks_as_on_the_cpu(device, cell, bidirectional, kind, resets, request)
         options["reset"] = torch.rand(T, B, generator=seeded()) < 0.3
     here = {name: t.to(device) for name, t in options.items()}
     actual = run(*on(device, model, x, hx), **here)
-    request.getfixturevalue("monkeypatch").undo()
+    register("cpu", cpu)
     expected = run(*on("cpu", model, x, hx), **options)
     assert_close({name: t.cpu() for name, t in actual.items()}, expected, 1e-11)
 
@@ -149,8 +157,8 @@ def test_one_direction_backwards(device, cell):
     weights = [getattr(model, name) for name in model._all_weights[1]]
     for given in ({}, {"batch_sizes": mask}):
         rows = given.get("batch_sizes")
-        spec = Spec(model.mode, 1, 4, rows, None, reverse=True)
-        output, h_n, *_ = LayerFunction.apply(*spec, x, None, None, *weights)
+        layer = FUNCTIONS[model.mode]
+        output, h_n, *_ = layer.apply(model.mode, 1, 4, rows, None, True, x, None, None, *weights)
         both, states = model(x, **({} if rows is None else {"mask": mask}))
         expected = both[..., 9:], unpack(states)[0][1:]
         for actual, want in zip((output, h_n), expected):
@@ -176,10 +184,9 @@ def test_what_the_kernels_cannot_read_is_refused(device, bad):
     model = make(fastrnn, "GRU", 3, 9, dtype=torch.float64)
     model, x, h = on(device, model, *inputs(model, 5, 4))
     x, h, weights = BAD[bad](x, h.detach(), [w.detach() for w in model.parameters()])
-    each = [[w] for w in weights]
-    scan = _functions.scan_forward_cpu if device == "cpu" else _ops.scan_forward
+    layer = Layer("GRU", 1, 4, False, 0, True, False, x, h, None, None, None, tuple(weights))
     with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
-        scan("GRU", x, *each[:2], [], *each[2:], h, None, None, None, 4, False, True, False)
+        backend_of(device).forward(layer)
 
 
 @F64
@@ -187,11 +194,11 @@ def test_what_the_kernels_cannot_read_is_refused(device, bad):
 def test_wrong_batch_sizes(device, wrong):
     model = make(fastrnn, "GRU", 3, 9, dtype=torch.float64)
     model = model.to(device)
-    each = [[w.detach()] for w in model.parameters()]
+    weights = tuple(w.detach() for w in model.parameters())
     x, sizes = torch.zeros(8, 3, dtype=torch.float64, device=device), torch.tensor(wrong)
-    scan = _functions.scan_forward_cpu if device == "cpu" else _ops.scan_forward
+    layer = Layer("GRU", 1, 4, False, 0, True, False, x, None, None, sizes, None, weights)
     with pytest.raises(ValueError, match="batch_sizes"):
-        scan("GRU", x, *each[:2], [], *each[2:], None, None, sizes, None, 4, False, True, False)
+        backend_of(device).forward(layer)
 
 
 @F64
@@ -364,4 +371,4 @@ def test_the_tensors_own_device(cell):
 
 
 def test_every_mode_has_a_test():
-    assert set(CELLS) == set(fastrnn._ops.CELLS)
+    assert set(CELLS) == set(MODES)

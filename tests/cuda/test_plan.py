@@ -1,8 +1,10 @@
 """The choice of a plan: a pure function of numbers, so tested for GPUs that are not here."""
 
 import pytest
+import torch
 
-from fastrnn._ops import CELLS
+from fastrnn._layer import CELLS
+from test_scan import make_case
 
 DTYPES = {"f32": 0, "f64": 1, "bf16": 2, "f16": 3}
 
@@ -88,10 +90,10 @@ def test_impossible_plans(harness, gpus):
 
 
 def test_a_wrong_plan_is_refused(harness):
-    given = problem(harness, "GRU", "f32", H=100)
+    given = problem(harness, "GRU", "f32", T=3, B=2, H=100, D=2)
     plan = harness.Plan(harness.Kind.CLUSTER, 8, 8, 1, 1, False, False)
-    zeros = [0] * 9
+    layer = make_case("GRU", 3, 2, 5, 100).to(lambda t: t.float()).layer
+    results = layer.make_results()
+    workspace = torch.empty(plan.workspace(given) // 8, dtype=torch.int64)
     with pytest.raises(ValueError, match="this plan cannot run this problem"):
-        harness.forward(
-            2, given, plan, 90, 0, 0, 0, 0, [], 0, [], [], *zeros[:3], False, *zeros[:4]
-        )
+        harness.forward(90, plan, layer, results, (None, [], None), workspace)

@@ -7,36 +7,37 @@ from pathlib import Path
 
 import pytest
 
+# The values of the tables are what the bindings do not look at.
 SCRIPT = """
 import torch
-from fastrnn import _cuda_ops
+from backends import h100
+from fastrnn._cuda_rows import Rows
 from harness import build
+from test_scan import make_case
 
-class Short(_cuda_ops.Scan):
-    def _find_plan(self, *args):
-        problem, plan, size = super()._find_plan(*args)
-        return problem, plan, size - {missing}
-
-scan = Short(build.load(sanitize=True), device=90)
-x, weights = torch.zeros(2, 3, 4), [[torch.zeros(15, n)] for n in (4, 5)]
-scan.forward("GRU", x, *weights, [], [], [], None, None, None, None, 3, False, False, False)
+backend = h100(build.load(sanitize=True))
+layer = make_case("GRU", 2, 3, 4, 5, ragged=True).layer
+rows = Rows(layer, backend.upload)
+rows.place[0] += {beyond} * rows.count
+results = layer.make_results()
+backend._run(False, layer, results, rows)
 """
 
 
 @pytest.mark.skipif(
     os.environ.get("FASTRNN_HARNESS_SANITIZE") != "1", reason="the harness has no sanitizers"
 )
-@pytest.mark.parametrize("missing", [0, 8])
-def test_a_short_workspace(harness, missing):
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_place_beyond_the_last(harness, beyond):
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(missing=missing)],
+        [sys.executable, "-c", SCRIPT.format(beyond=beyond)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
-    if missing:
+    if beyond:
         assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
-        assert "start_kernel" in done.stderr
+        assert "ForwardItems" in done.stderr
     else:
         assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """The host never waits for the device: no value is read back, so that a CUDA graph takes all of it.
 
-On a GPU, test_layers asks torch. Without one: the operators, run on the harness, and the layers, on
+On a GPU, test_layers asks torch. Without one: the backend, run on the harness, and the layers, on
 fake CUDA tensors, call nothing of torch that would wait.
 """
 
@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import _ops
+from backends import h100
+from fastrnn._backends import register
 from helpers import make
 from test_scan import ROWS, Case, make_case, run_on
 
@@ -43,12 +44,14 @@ class NoReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("engine", ["f32", "bf16"], indirect=True)
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("shown", [0, 4])
-def test_operators(backend, cell, engine, rows, shown, monkeypatch):
-    if shown and cell != "LSTM":
+@pytest.mark.parametrize("proj", [0, 4])
+def test_backend(target, cell, engine, rows, proj, monkeypatch):
+    if proj and cell != "LSTM":
         pytest.skip("LSTM only")
     resets, ragged = ROWS[rows]
-    case = make_case(cell, 4, 5, 3, 6, resets=resets, ragged=ragged, shown=shown)
+    every = len(rows) % 3  # 0: no segments
+    case = make_case(cell, 4, 5, 3, 6, resets=resets, ragged=ragged, proj=proj)
+    case = case._replace(layer=case.layer._replace(checkpoint_every=every))
     original = Case.run
 
     def watched(operator):
@@ -62,13 +65,20 @@ def test_operators(backend, cell, engine, rows, shown, monkeypatch):
         return original(self, watched(forward), watched(backward))
 
     monkeypatch.setattr(Case, "run", run)
-    run_on(case, backend, engine)
+    run_on(case, target, engine)
+
+
+@pytest.fixture
+def fake_cuda(harness):
+    """As if there were kernels."""
+    before = register("cuda", h100(harness))
+    yield
+    register("cuda", before)
 
 
 @pytest.mark.parametrize("kind", ["plain", "mask", "lengths", "reset"])
 @torch.no_grad()  # this torch may have no autograd for CUDA
-def test_layers(monkeypatch, cell, kind):
-    monkeypatch.setattr(_ops, "_cuda", object())  # as if there were kernels
+def test_layers(fake_cuda, cell, kind):
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = make(fastrnn, cell, 3, 5, 2, bidirectional=True, device="meta")
 

@@ -15,93 +15,102 @@ import struct
 import sys
 from ctypes import CDLL, RTLD_GLOBAL, addressof, c_char
 from itertools import product
+from math import prod
 
-DTYPES = "f", "d", "bf16", "e"  # in the order of DType in csrc/scan.h, as struct names them
 SIZES = (3, 2, 5, 19), (4, 9, 33, 64)  # T, B, I, H
 DIRECTIONS = 2
 
 
-def load(extension: str, openmp: str):
+class DType:
+    """A dtype; the extension knows it by its text."""
+
+    def __init__(self, name: str, code: str) -> None:
+        self.name, self.code = name, code  # as struct names it
+
+    def __str__(self) -> str:
+        return f"torch.{self.name}"
+
+    def pack(self, values: list[float]) -> bytes:
+        if self.code:
+            return struct.pack(f"{len(values)}{self.code}", *values)
+        return b"".join(struct.pack("<f", v)[2:] for v in values)
+
+
+# float32 comes first: what a narrower dtype keeps in it is made of this object.
+DTYPES = (
+    DType("float32", "f"),
+    DType("float64", "d"),
+    DType("bfloat16", ""),
+    DType("float16", "e"),
+)
+
+
+class Tensor:
+    """As much of torch.Tensor as the extension asks for, see csrc/python/tensor.cc."""
+
+    is_cpu = True
+
+    def __init__(self, shape: tuple[int, ...], dtype: DType, values: list[float]) -> None:
+        self.shape, self.dtype = shape, dtype
+        data = dtype.pack(values)
+        self.memory = (c_char * len(data)).from_buffer_copy(data)
+
+    def data_ptr(self) -> int:
+        return addressof(self.memory)
+
+    def is_contiguous(self) -> bool:
+        return True
+
+    def new_empty(self, shape: tuple[int, ...], dtype: DType | None = None) -> Tensor:
+        return Tensor(shape, dtype or self.dtype, [0.0] * prod(shape))
+
+    # The two directions' gradients of x are added up by torch; here they are looked at as they are.
+    def sum(self, dim: int) -> Tensor:
+        return self
+
+    def view_as(self, other: Tensor) -> Tensor:
+        return self
+
+
+def load(extension: str, openmp: str, threads: list[int]):
+    """The extension; a scan runs on threads[0] threads."""
     CDLL(openmp, RTLD_GLOBAL)  # as torch would
     spec = importlib.util.spec_from_file_location("_cpu", extension)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.set_torch(Tensor, Tensor, (), lambda: False, lambda: threads[0])
     return module
 
 
-def pack(values: list[float], dtype: str) -> bytes:
-    if dtype != "bf16":
-        return struct.pack(f"{len(values)}{dtype}", *values)
-    return b"".join(struct.pack("<f", v)[2:] for v in values)
-
-
-class Buffers:
-    """Tensors as far as the extension sees them: addresses of memory."""
-
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
-        self.random = random.Random(0)
-        self.results = []
-        self.memory = []
-
-    def _keep(self, data: bytes):
-        self.memory.append((c_char * len(data)).from_buffer_copy(data))
-        return self.memory[-1]
-
-    def given(self, count: int) -> int:
-        values = [self.random.uniform(-0.5, 0.5) for _ in range(count)]
-        return addressof(self._keep(pack(values, self.dtype)))
-
-    def wanted(self, count: int, dtype: str = "") -> int:
-        self.results.append(self._keep(pack([0.0], dtype or self.dtype) * count))
-        return addressof(self.results[-1])
-
-    def digest(self) -> str:
-        return hashlib.sha256(b"".join(r.raw for r in self.results)).hexdigest()
-
-
-def scan(cpu, mode: str, dtype: str, sizes: tuple[int, int, int, int], threads: int) -> str:
-    """Forward and backward of one layer of both directions."""
+def scan(cpu, mode: str, dtype: DType, sizes: tuple[int, int, int, int]) -> str:
+    """A digest of forward and backward of one layer of both directions."""
     T, B, I, H = sizes  # noqa: E741
-    D, N = DIRECTIONS, T * B
-    cell, memory = cpu.cells[mode], Buffers(dtype)
-    given, wanted = memory.given, memory.wanted
-    wide = cell.gates * H
-    state = "f" if dtype in ("bf16", "e") else dtype  # what is carried from step to step
+    D, cell, source = DIRECTIONS, cpu.cells[mode], random.Random(0)
 
-    def each(make, count):
-        return [make(count) for _ in range(D)]
+    def new(*shape: int) -> Tensor:
+        return Tensor(shape, dtype, [source.uniform(-0.5, 0.5) for _ in range(prod(shape))])
 
-    # Named and ordered as in python/fastrnn/_cpu.pyi.
-    shape = (cell.index, DTYPES.index(dtype), (T, B, H, H, D), N, 0, 0, False, I)
-    x = given(N * I)
-    weights = each(given, wide * I), each(given, wide * H), []
-    biases = each(given, wide), each(given, wide)
-    states = given(D * B * H), given(D * B * H) if cell.has_cell_state else 0
-    output, h_n = wanted(N * D * H), wanted(D * B * H)
-    c_n = wanted(D * B * H) if cell.has_cell_state else 0
-    gates = each(wanted, N * wide) if cell.saves_gates else []
-    extra = wanted(N * D * H, state) if cell.has_extra else 0
-    cpu.forward(*(*shape, x, *weights, *biases, *states, output, h_n, c_n, gates, extra), threads)
+    # The fields of Layer and Saved in python/fastrnn/_layer.py.
+    G, has_cell_state = cell.gates * H, cell.has_cell_state
+    options = mode, D, B, False, 0, True, False
+    x, h_0, c_0 = new(T, B, I), new(D, B, H), new(D, B, H) if has_cell_state else None
+    weights = [new(*shape) for _ in range(D) for shape in ((G, I), (G, H), (G,), (G,))]
+    layer = *options, x, h_0, c_0, None, None, weights
+    output, h_n, c_n, extra, saved = cpu.forward(layer)
 
-    incoming = given(N * D * H), given(D * B * H), given(D * B * H) if cell.has_cell_state else 0, 0
-    outgoing = wanted(D * N * I), wanted(D * B * H), wanted(D * B * H) if cell.has_cell_state else 0
-    d_weights = each(wanted, wide * I), each(wanted, wide * H), []
-    d_biases = each(wanted, wide), each(wanted, wide)
-    cpu.backward(
-        *(*shape, x, *weights, *states, output, gates, extra, *incoming, *outgoing),
-        *(*d_weights, *d_biases),
-        threads,
-    )
-    return memory.digest()
+    d_c_n = new(D, B, H) if has_cell_state else None
+    wanted = [True, True, has_cell_state, *[True] * len(weights)]
+    given = output, extra, saved, new(T, B, D * H), new(D, B, H), d_c_n, None, wanted
+    results = [output, h_n, c_n, extra, saved, *cpu.backward(layer, given)]
+    return hashlib.sha256(b"".join(t.memory.raw for t in results if t is not None)).hexdigest()
 
 
 def main(extension: str, openmp: str) -> None:
-    cpu = load(extension, openmp)
-    scans = {
-        f"{mode} {dtype} {sizes} {threads} threads": scan(cpu, mode, dtype, sizes, threads)
-        for mode, dtype, sizes, threads in product(cpu.cells, DTYPES, SIZES, (1, 2))
-    }
+    threads = [1]
+    cpu = load(extension, openmp, threads)
+    scans = {}
+    for mode, dtype, sizes, threads[0] in product(cpu.cells, DTYPES, SIZES, (1, 2)):
+        scans[f"{mode} {dtype} {sizes} {threads[0]} threads"] = scan(cpu, mode, dtype, sizes)
     print(json.dumps({"variants": cpu.cpu_variants(), "scans": scans}))
 
 

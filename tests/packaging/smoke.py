@@ -28,13 +28,14 @@ assert not openmp()["others"], openmp()  # it has not brought an OpenMP runtime 
 """
 
 ERRORS = """
-import fastrnn
+import fastrnn, torch
 from fastrnn import _cpu
+x, weights = torch.zeros(2, 1, 3), [torch.zeros(4, 3), torch.zeros(4, 4)]
 for wrong in range(3):  # more than once: an exception that C++ threw is released
     try:
-        _cpu.forward(99, 0, (1,) * 5, 1, 0, 0, False, 1, 0, *[[]] * 5, *[0] * 5, [], 0, 1)
+        _cpu.forward(("ESN", 1, 1, False, 0, False, False, x, None, None, None, None, weights))
     except ValueError as error:
-        assert str(error) == "unknown cell", error
+        assert str(error).startswith("mode: expected one of "), error
     else:
         raise AssertionError("an unknown cell was taken")
 """

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+from fastrnn._load import set_torch
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CUDA = ROOT / "csrc" / "cuda"
@@ -54,7 +56,9 @@ def load(sanitize: bool = False) -> ModuleType:
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         jobs = [(CUDA / "bind.cc", [f"-DFASTRNN_MODULE={NAME}"])]
-        jobs += [(CUDA / "plan.cc", []), (CUDA / "upload.cu", []), (HERE / "harness.cc", [])]
+        shared = [ROOT / "csrc" / "python" / name for name in ("layer.cc", "tensor.cc")]
+        plain = [*shared, CUDA / "plan.cc", CUDA / "upload.cu", HERE / "harness.cc"]
+        jobs += [(source, []) for source in plain]
         for cell in cells():
             for extra in ([], ["-DFASTRNN_BACKWARD"]):
                 jobs.append((CUDA / "kernels.cu", [f"-DFASTRNN_CELL={cell}", *extra]))
@@ -79,4 +83,5 @@ def load(sanitize: bool = False) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    set_torch(module)
     return module

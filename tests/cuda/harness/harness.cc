@@ -85,18 +85,18 @@ void switch_to(Fiber& from, Fiber& to, [[maybe_unused]] bool ends = false) {
 }
 
 struct Warp {
-  Meeting meeting{32};
+  Barrier barrier{32};
   alignas(64) char given[2][32 * 64];
 };
 
 struct Block {
   Index3 index;
-  Meeting meeting;
+  Barrier barrier;
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
   std::vector<Warp> warps;
   int running = 0;  // threads
   bool stalls = false;
-  Meeting* cluster;
+  Barrier* cluster;
   Block* first_of_cluster;
 };
 
@@ -112,7 +112,7 @@ struct Thread {
   int index = 0;
   Block* block = nullptr;
   int64_t collectives = 0, cluster_generation = 0;
-  const Meeting* meeting = nullptr;  // that it waits at,
+  const Barrier* barrier = nullptr;  // that it waits at,
   int64_t generation = 0;            // as which it arrived there
   bool done = false;
 };
@@ -175,7 +175,7 @@ void prepare(Fiber& fiber) {
 // Blocks [begin, end) of the grid, all at once.
 void run_blocks(int64_t begin, int64_t end, std::mt19937* random) {
   std::vector<Block> blocks(end - begin);
-  std::vector<Meeting> clusters((blocks.size() + current.cluster - 1) / current.cluster);
+  std::vector<Barrier> clusters((blocks.size() + current.cluster - 1) / current.cluster);
   std::vector<Thread> threads(blocks.size() * current.threads);
   for (size_t b = 0; b < blocks.size(); ++b) {
     const int64_t index = begin + static_cast<int64_t>(b);
@@ -183,7 +183,7 @@ void run_blocks(int64_t begin, int64_t end, std::mt19937* random) {
     block.index = {static_cast<int>(index % current.grid.x),
                    static_cast<int>(index / current.grid.x % current.grid.y),
                    static_cast<int>(index / current.grid.x / current.grid.y)};
-    block.meeting.size = current.threads;
+    block.barrier.size = current.threads;
     // Of its own, so that a sanitizer sees its ends.
     block.shared.reset(
         static_cast<char*>(std::aligned_alloc(128, (current.shared + 127) / 128 * 128)));
@@ -211,8 +211,8 @@ void run_blocks(int64_t begin, int64_t end, std::mt19937* random) {
     const int64_t before = progress;
     for (Thread* thread : order) {
       if (thread->block->stalls) continue;
-      const Meeting* meeting = thread->meeting;
-      if (meeting != nullptr && meeting->generation == thread->generation) continue;
+      const Barrier* barrier = thread->barrier;
+      if (barrier != nullptr && barrier->generation == thread->generation) continue;
       self = thread;
       switch_to(scheduler, thread->fiber);
     }
@@ -227,7 +227,7 @@ void run_blocks(int64_t begin, int64_t end, std::mt19937* random) {
 
 }  // namespace
 
-int64_t Meeting::arrive() {
+int64_t Barrier::arrive() {
   ++progress;
   const int64_t now = generation;
   if (++arrived == size) {
@@ -237,12 +237,12 @@ int64_t Meeting::arrive() {
   return now;
 }
 
-void Meeting::wait(int64_t generation_of_arrival) const {
+void Barrier::wait(int64_t generation_of_arrival) const {
   if (generation != generation_of_arrival) return;
-  self->meeting = this;
+  self->barrier = this;
   self->generation = generation_of_arrival;
   yield();
-  self->meeting = nullptr;
+  self->barrier = nullptr;
 }
 
 int thread_index() { return self->index; }
@@ -252,8 +252,8 @@ int64_t grid_threads() { return int64_t{current.grid.x} * current.threads; }
 char* dynamic_shared() { return self->block->shared.get(); }
 
 void sync_block() {
-  Meeting& meeting = self->block->meeting;
-  meeting.wait(meeting.arrive());
+  Barrier& barrier = self->block->barrier;
+  barrier.wait(barrier.arrive());
 }
 
 void arrive(int64_t* counter) {
@@ -282,7 +282,7 @@ const char* exchange_in_warp(const void* own, int bytes) {
   Warp& warp = self->block->warps[index / 32];
   char* given = warp.given[self->collectives++ % 2];
   std::memcpy(given + 64 * (index % 32), own, bytes);
-  warp.meeting.wait(warp.meeting.arrive());
+  warp.barrier.wait(warp.barrier.arrive());
   return given;
 }
 

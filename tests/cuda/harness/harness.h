@@ -11,7 +11,7 @@
 #include <cstring>
 #include <functional>
 
-// What -D settings and macros of CUDA become.
+// What the macros of intrinsics.h are on a CPU.
 #define FASTRNN_DEVICE inline
 #define FASTRNN_KERNEL(threads) void
 #define FASTRNN_ARGUMENT const
@@ -28,9 +28,9 @@ using harness::Float16;
 
 template <class E>
 harness::Compute<E> widen(E value) {
-  harness::Compute<E> wide;
-  harness::convert(value, wide);
-  return wide;
+  harness::Compute<E> widened;
+  harness::convert(value, widened);
+  return widened;
 }
 
 struct alignas(16) Vector16 {
@@ -44,8 +44,8 @@ struct Index3 {
 constexpr bool kHasTensorCores = true;
 constexpr bool kHasNarrowFma = true;
 
-// A meeting of `size` threads.
-struct Meeting {
+// A barrier of `size` threads.
+struct Barrier {
   int size = 0, arrived = 0;
   int64_t generation = 0;
   int64_t arrive();
@@ -68,7 +68,7 @@ void wait_cluster();
 // Where `own`, in this block's shared memory, lies in that of another block of the cluster.
 void* shared_of(void* own, int rank);
 
-// Every lane of a warp gives `bytes`; returns what each gave, 64 bytes apart.
+// Every lane of a warp gives `bytes`; returns what each gave, one in every 64 bytes.
 const char* exchange_in_warp(const void* own, int bytes);
 
 template <class T>

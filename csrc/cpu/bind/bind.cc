@@ -1,0 +1,84 @@
+// The CPU kernels as Python sees them, and what of a layer call is the same for every device: the
+// record's check, and the cells' traits. Tensors come as they are; nothing of libtorch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../cells/registry.h"
+#include "../../python/layer.h"
+#include "../rate.h"
+#include "../variant.h"
+#include "inspector.h"
+#include "run_function.h"
+#include "run_layer.h"
+#include "run_module.h"
+
+namespace fastrnn {
+namespace {
+
+// The same of a record Saved.
+py::list backward_of(py::handle layer, py::handle saved) {
+  const LayerCall call = read_layer(layer);
+  py::list list;
+  for (const py::object& gradient : backward(call, read_saved(call, saved))) {
+    list.append(gradient);
+  }
+  return list;
+}
+
+double checked_rate(int threads) {
+  const int most = std::max<int>(torch_threads(), std::thread::hardware_concurrency());
+  if (threads < 1 || threads > most) {  // OpenMP ends the process where it cannot start them
+    throw py::value_error("threads: expected 1 to " + std::to_string(most) + ", got " +
+                          std::to_string(threads));
+  }
+  return multiply_add_rate(threads);
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace fastrnn;
+  active_variant();  // a wrong FASTRNN_CPU fails the import, not the first call
+
+  m.def("set_torch", &set_torch);
+  m.def("exchange", [] { return std::string(exchange_name()); });
+  m.def("inspect", &inspect);
+
+  py::class_<CellTraits>(m, "CellInfo")
+      .def_readonly("index", &CellTraits::index)
+      .def_readonly("gates", &CellTraits::gates)
+      .def_readonly("has_cell_state", &CellTraits::has_cell_state)
+      .def_readonly("has_extra", &CellTraits::has_extra)
+      .def_readonly("saves_gates", &CellTraits::saves_gates)
+      .def_readonly("splits_gradient", &CellTraits::splits_gradient);
+  py::dict cells;
+  for (int i = 0; i < Cells::size; ++i) {
+    Cells::visit(i, [&](auto cell) { cells[decltype(cell)::mode] = cell_traits(i); });
+  }
+  m.attr("cells") = cells;
+  m.attr("layer_fields") = layer_fields();
+
+  m.def("cpu_variant", [] { return std::string(active_variant().name); });
+  m.def("cpu_variants", [] {
+    int count = 0;
+    const CpuVariant* const* variants = runnable_variants(&count);
+    std::vector<std::string> names;
+    for (int i = 0; i < count; ++i) names.emplace_back(variants[i]->name);
+    return names;
+  });
+  m.def("multiply_add_rate", &checked_rate);
+  m.def("run_module", &run_module);
+  m.def("check", [](py::handle layer) { read_layer(layer); });
+  m.def("check_saved",
+        [](py::handle layer, py::handle saved) { read_saved(read_layer(layer), saved); });
+  m.def("forward", [](py::handle layer) { return forward(read_layer(layer)).tuple(); });
+  m.def("backward", &backward_of);
+  m.def("record", &record);
+  m.def("replay", &replay);
+}

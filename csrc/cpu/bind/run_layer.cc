@@ -1,0 +1,213 @@
+#include "run_layer.h"
+
+#include <utility>
+
+#include "../variant.h"
+#include "../workspace.h"
+
+namespace fastrnn {
+
+namespace {
+
+Made make(const LayerCall& layer, const Shape& shape, Element element) {
+  Made made{make_tensor(layer.x, shape, element)};
+  made.data = view(made.object).data;
+  return made;
+}
+
+// The part of each direction, of a buffer that holds one after the other.
+void set_parts(void* (&target)[kMaxDirections], const Made& made, const LayerCall& layer,
+               int64_t count) {
+  if (made.data == nullptr) return;
+  for (int d = 0; d < layer.directions; ++d) {
+    target[d] = static_cast<char*>(made.data) + d * count * size_of(layer.shape.dtype);
+  }
+}
+
+void expect_cpu(const LayerCall& layer) {
+  if (!layer.x.is_on_cpu()) {
+    throw py::value_error("x: expected a tensor on cpu, got " + describe(layer.x.object));
+  }
+  if (layer.has_mask()) {
+    throw py::value_error("batch_sizes: expected a torch.int64 tensor [T] on cpu, got " +
+                          describe(layer.batch_sizes.object));
+  }
+}
+
+}  // namespace
+
+Made make(const LayerCall& layer, const Shape& shape) {
+  return make(layer, shape, layer.element());
+}
+Made make_if(bool is_wanted, const LayerCall& layer, const Shape& shape) {
+  return is_wanted ? make(layer, shape) : Made{};
+}
+
+void set_layer(LayerArgs& args, const LayerCall& layer, Contiguous& contiguous) {
+  static_cast<ScanShape&>(args) = layer.shape;
+  if (layer.batch == 0) args.steps = 0;  // any number of them takes no memory, but time
+  if (layer.batch_sizes) args.batch_sizes = static_cast<const int64_t*>(layer.batch_sizes.data);
+  args.resets = static_cast<const bool*>(contiguous(layer.resets));
+  args.x = contiguous(layer.x);
+  for (int d = 0; d < layer.directions; ++d) {
+    const LayerCall::Weights& w = layer.weights[d];
+    args.weight_ih[d] = contiguous(w.ih);
+    args.weight_hh[d] = contiguous(w.hh);
+    args.bias_ih[d] = contiguous(w.bias_ih);
+    args.bias_hh[d] = contiguous(w.bias_hh);
+    args.weight_hr[d] = contiguous(w.hr);
+  }
+  args.h_0 = contiguous(layer.h_0);
+  args.c_0 = contiguous(layer.c_0);
+}
+
+void run_forward(const ForwardArgs& args, const LayerCall& layer) {
+  const int threads = torch_threads();
+  const CpuVariant& variant = active_variant();
+  py::gil_scoped_release release;
+  const int64_t features = layer.rows * args.directions * size_of(args.dtype);
+  prefer_large_pages(args.output, features * args.proj);
+  prefer_large_pages(args.extra, features * args.hidden);
+  for (int d = 0; d < args.directions; ++d) {
+    prefer_large_pages(args.gates[d],
+                       layer.traits().gates * features * args.hidden / args.directions);
+  }
+  variant.forward(args, threads);
+}
+
+Results forward(const LayerCall& layer) {
+  expect_cpu(layer);
+  const ScanShape& shape = layer.shape;
+  Contiguous contiguous;
+  ForwardArgs args{};
+  set_layer(args, layer, contiguous);
+  Results results;
+  results.output = make(layer, layer.steps(shape.directions * shape.proj));
+  results.h_n = make(layer, layer.states(shape.proj));
+  results.c_n = make_if(layer.traits().has_cell_state, layer, layer.states(shape.hidden));
+  if (layer.keeps_extra()) {
+    const Shape every = layer.steps(shape.directions * shape.hidden);
+    results.extra = make(layer, every, layer.state_element());
+  }
+  if (layer.keeps_boundaries()) {
+    results.saved = make(layer, layer.boundaries(), layer.state_element());
+    args.boundaries = results.saved.data;
+  } else if (layer.keeps_gates()) {
+    results.saved = make(layer, layer.gates());
+    set_parts(args.gates, results.saved, layer,
+              layer.rows * layer.traits().gates * layer.shape.hidden);
+  }
+  args.output = results.output.data;
+  args.h_n = results.h_n.data;
+  args.c_n = results.c_n.data;
+  args.extra = results.extra.data;
+  run_forward(args, layer);
+  return results;
+}
+
+namespace {
+
+// What backward is given, into its arguments.
+void set_given(BackwardArgs& args, const LayerCall& layer, const SavedCall& given,
+               Contiguous& contiguous) {
+  const CellTraits& traits = layer.traits();
+  args.output = contiguous(given.output);
+  if (layer.shape.checkpoint_every > 0) {
+    args.boundaries = contiguous(given.saved);
+  } else {
+    if (traits.has_extra) args.extra = contiguous(given.extra);
+    if (traits.saves_gates) {
+      const char* const saved = static_cast<const char*>(contiguous(given.saved));
+      const int64_t size = layer.rows * traits.gates * layer.shape.hidden;
+      for (int d = 0; d < layer.directions; ++d) {
+        args.gates[d] = saved + d * size * size_of(layer.shape.dtype);
+      }
+    }
+  }
+  args.d_output = contiguous(given.d_output);
+  args.d_h_n = contiguous(given.d_h_n);
+  args.d_c_n = contiguous(given.d_c_n);
+  args.d_extra = contiguous(given.d_extra);
+}
+
+// The gradients of x, h_0, c_0 and each weight, made one after the other.
+class Gradients {
+ public:
+  Gradients(const LayerCall& layer, const std::vector<bool>& wanted)
+      : layer_(layer), wanted_(wanted) {}
+
+  // Memory for the next one, if it is wanted; or needed all the same.
+  void* add(const Shape& shape, bool is_needed = false) {
+    const bool is_wanted = wanted_[all_.size()];
+    const Made made = make_if(is_wanted || is_needed, layer_, shape);
+    all_.push_back(is_wanted ? made.object : py::none());
+    if (is_needed && !is_wanted) unwanted_.push_back(made.object);
+    return made.data;
+  }
+  // The gradients of both biases: each comes with the other.
+  void add_biases(const Shape& shape, void*& d_bias_ih, void*& d_bias_hh) {
+    const bool is_needed = wanted_[all_.size()] || wanted_[all_.size() + 1];
+    d_bias_ih = add(shape, is_needed);
+    d_bias_hh = add(shape, is_needed);
+  }
+
+  std::vector<py::object>& all() { return all_; }
+
+ private:
+  const LayerCall& layer_;
+  const std::vector<bool>& wanted_;
+  std::vector<py::object> all_, unwanted_;
+};
+
+void run_backward(const BackwardArgs& args, const LayerCall& layer) {
+  const int threads = torch_threads();
+  const CpuVariant& variant = active_variant();
+  py::gil_scoped_release release;
+  const int64_t size = size_of(args.dtype);
+  prefer_large_pages(args.d_x, args.directions * layer.rows * args.input * size);
+  // glibc maps buffers from 32 MiB on anew each time; smaller ones mostly come with their pages.
+  constexpr int64_t kMapped = int64_t{32} << 20;
+  const int64_t column = layer.traits().gates * args.hidden * size;
+  for (int d = 0; d < args.directions; ++d) {
+    if (column * args.input >= kMapped)
+      prefer_large_pages(args.d_weight_ih[d], column * args.input);
+    if (column * args.proj >= kMapped) prefer_large_pages(args.d_weight_hh[d], column * args.proj);
+  }
+  variant.backward(args, threads);
+}
+
+}  // namespace
+
+std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given) {
+  expect_cpu(layer);
+  const ScanShape& shape = layer.shape;
+  Contiguous contiguous;
+  BackwardArgs args{};
+  set_layer(args, layer, contiguous);
+  set_given(args, layer, given, contiguous);
+
+  Gradients gradients(layer, given.wanted);
+  // Each direction writes a d_x of its own.
+  const bool adds_up = shape.directions > 1;
+  args.d_x =
+      gradients.add(adds_up ? Shape{shape.directions, layer.rows, shape.input} : layer.x.shape);
+  args.d_h_0 = gradients.add(layer.states(shape.proj));
+  args.d_c_0 = gradients.add(layer.states(shape.hidden));
+  const int64_t gates = layer.traits().gates * shape.hidden;
+  for (int d = 0; d < shape.directions; ++d) {
+    const LayerCall::Weights& w = layer.weights[d];
+    args.d_weight_ih[d] = gradients.add({gates, shape.input});
+    args.d_weight_hh[d] = gradients.add({gates, shape.proj});
+    if (w.bias_ih) gradients.add_biases({gates}, args.d_bias_ih[d], args.d_bias_hh[d]);
+    if (w.hr) args.d_weight_hr[d] = gradients.add({shape.proj, shape.hidden});
+  }
+  run_backward(args, layer);
+
+  std::vector<py::object>& all = gradients.all();
+  if (given.wanted[0] && adds_up) {
+    all[0] = all[0].attr("sum")(0).attr("view_as")(layer.x.object);
+  }
+  return std::move(all);
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,56 @@
+// A layer on the CPU's kernels: from a checked record to memory and back.
+#pragma once
+
+#include <vector>
+
+#include "../../python/layer.h"
+#include "../scan.h"
+
+namespace fastrnn {
+
+// Keeps what a kernel reads until it is through: tensors made contiguous.
+class Contiguous {
+ public:
+  const void* operator()(const Tensor& tensor) {
+    if (!tensor) return nullptr;
+    if (tensor.is_contiguous) return tensor.data;
+    static const Method contiguous("contiguous");
+    copies_.push_back(contiguous(tensor.object));
+    return view(copies_.back()).data;
+  }
+
+ private:
+  std::vector<py::object> copies_;
+};
+
+// A new tensor and its memory.
+struct Made {
+  py::object object = py::none();
+  void* data = nullptr;
+};
+Made make(const LayerCall& layer, const Shape& shape);
+Made make_if(bool is_wanted, const LayerCall& layer, const Shape& shape);
+
+// Sets what both passes read.
+void set_layer(LayerArgs& args, const LayerCall& layer, Contiguous& contiguous);
+
+// What forward makes, None for what there is not.
+struct Results {
+  Made output, h_n, c_n;
+  Made extra;  // see csrc/cpu/scan.h
+  Made saved;  // the gates, or the states between segments: for backward alone
+
+  py::tuple tuple() const {
+    return py::make_tuple(output.object, h_n.object, c_n.object, extra.object, saved.object);
+  }
+};
+
+Results forward(const LayerCall& layer);
+
+// The same into memory that is there.
+void run_forward(const ForwardArgs& args, const LayerCall& layer);
+
+// The gradients of x, h_0, c_0 and each weight, None where not wanted.
+std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given);
+
+}  // namespace fastrnn

@@ -1,0 +1,240 @@
+#include "run_module.h"
+
+#include <array>
+#include <iterator>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "inspector.h"
+#include "run_layer.h"
+
+namespace fastrnn {
+
+namespace {
+
+// An RNN module, as far as run_module takes it.
+struct Model {
+  py::handle mode;
+  int cell, layers, directions;
+  bool batch_first;
+  std::vector<py::object> weights;  // kept: another thread may put others in their place
+
+  size_t weights_per_layer() const { return weights.size() / layers; }
+};
+
+// An item of a dictionary, or null.
+PyObject* find_item(PyObject* dict, PyObject* key) {
+  PyObject* const item = PyDict_GetItemWithError(dict, key);
+  if (item == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return item;
+}
+
+// Reads a module's __dict__; no model where anything but its parameters makes its weights.
+std::optional<Model> read_model(py::handle module) {
+  if (!PyDict_Check(module.ptr())) return std::nullopt;
+  static PyObject* const names[] = {PyUnicode_InternFromString("mode"),
+                                    PyUnicode_InternFromString("num_layers"),
+                                    PyUnicode_InternFromString("bidirectional"),
+                                    PyUnicode_InternFromString("batch_first"),
+                                    PyUnicode_InternFromString("_parameters"),
+                                    PyUnicode_InternFromString("_flat_weights_names"),
+                                    PyUnicode_InternFromString("dropout"),
+                                    PyUnicode_InternFromString("training")};
+  PyObject* values[std::size(names)];
+  for (size_t i = 0; i < std::size(names); ++i) {
+    values[i] = find_item(module.ptr(), names[i]);
+    if (values[i] == nullptr) return std::nullopt;
+  }
+  const auto [mode, layers, bidirectional, batch_first, parameters, flat, dropout, training] =
+      values;
+  const long count_of_layers = PyLong_Check(layers) ? PyLong_AsLong(layers) : 0;
+  constexpr long kMostLayers = std::numeric_limits<int>::max();
+  if (count_of_layers < 1 || count_of_layers > kMostLayers) {
+    PyErr_Clear();  // too many for a long
+    return std::nullopt;
+  }
+  Model model{mode,
+              find_cell(mode),
+              static_cast<int>(count_of_layers),
+              bidirectional == Py_True ? 2 : 1,
+              batch_first == Py_True,
+              {}};
+  if (training == Py_True && model.layers > 1) {
+    const int drops = PyObject_IsTrue(dropout);
+    if (drops < 0) throw py::error_already_set();
+    if (drops == 1) return std::nullopt;
+  }
+  if (!PyDict_CheckExact(parameters) || !PyList_CheckExact(flat)) return std::nullopt;
+  for (const py::handle name : py::handle(flat)) {
+    PyObject* const weight = find_item(parameters, name.ptr());
+    if (weight == nullptr) return std::nullopt;
+    model.weights.push_back(py::reinterpret_borrow<py::object>(weight));
+  }
+  const int64_t entries = int64_t{model.layers} * model.directions;
+  const auto count = static_cast<int64_t>(model.weights.size());
+  if (count % entries != 0 || count / entries < 2 || count / entries > 5) {
+    return std::nullopt;
+  }
+  return model;
+}
+
+// Part k of `parts` of a contiguous tensor, cut along its first dimension.
+Tensor part_of(const Tensor& whole, int64_t k, int64_t parts, DType dtype) {
+  if (!whole) return whole;
+  Tensor part = whole;
+  part.shape = {whole.shape[0] / parts, whole.shape[1], whole.shape[2]};
+  part.data = static_cast<char*>(whole.data) + k * part.shape.count() * size_of(dtype);
+  return part;
+}
+
+// The k-th layer of a model, on x.
+LayerCall layer_of(const Model& model, int k, const Tensor& x, const Tensor& h_0, const Tensor& c_0,
+                   const Tensor* weights) {
+  LayerCall layer;
+  layer.cell = model.cell;
+  layer.directions = model.directions;
+  layer.batch = x.shape[1];
+  layer.x = x;
+  const DType dtype = static_cast<DType>(x.element);
+  layer.h_0 = part_of(h_0, k, model.layers, dtype);
+  layer.c_0 = part_of(c_0, k, model.layers, dtype);
+  const size_t each = model.weights_per_layer() / model.directions;
+  weights += k * model.weights_per_layer();
+  for (int d = 0; d < model.directions; ++d, weights += each) {
+    layer.weights[d] = {weights[0], weights[1], each > 3 ? weights[2] : Tensor{},
+                        each > 3 ? weights[3] : Tensor{},
+                        each % 2 == 1 ? weights[each - 1] : Tensor{}};
+  }
+  layer.complete();
+  return layer;
+}
+
+// All layers, one after the other: the output and the final states.
+std::array<py::object, 3> infer(const Model& model, Tensor x, const Tensor& h_0, const Tensor& c_0,
+                                const Tensor* weights) {
+  Made output, h_n, c_n;
+  for (int k = 0; k < model.layers; ++k) {
+    const LayerCall layer = layer_of(model, k, x, h_0, c_0, weights);
+    const ScanShape& shape = layer.shape;
+    const int64_t entries = model.layers * model.directions;
+    if (k == 0) {
+      h_n = make(layer, {entries, shape.batch, shape.proj});
+      c_n = make_if(layer.traits().has_cell_state, layer, {entries, shape.batch, shape.hidden});
+    }
+    Contiguous contiguous;
+    ForwardArgs args{};
+    set_layer(args, layer, contiguous);
+    const Made input = output;  // what x views, if it is not the model's own input
+    output = make(layer, layer.steps(shape.directions * shape.proj));
+    args.output = output.data;
+    args.h_n = part_of(view(h_n.object), k, model.layers, shape.dtype).data;
+    if (c_n.data != nullptr)
+      args.c_n = part_of(view(c_n.object), k, model.layers, shape.dtype).data;
+    run_forward(args, layer);
+    x = view(output.object);
+  }
+  return {output.object, h_n.object, c_n.object};
+}
+
+// The states of layer k of all layers' [L * D, B, features], differentiable.
+py::object states_of(const Model& model, int k, py::handle states) {
+  if (states.is_none() || model.layers == 1) return py::reinterpret_borrow<py::object>(states);
+  return states.attr("narrow")(0, k * model.directions, model.directions);
+}
+
+// The same as infer(), by the autograd Function of a layer: function(options, *tensors).
+std::array<py::object, 3> train(const Model& model, py::object x, py::handle h_0, py::handle c_0,
+                                const py::object& checkpoint_every, py::handle function) {
+  py::list finals[2];
+  const py::tuple options =
+      py::make_tuple(model.mode, model.directions, view(x).shape[1], false, checkpoint_every,
+                     /*keep=*/true, /*all_c=*/false);
+  for (int k = 0; k < model.layers; ++k) {
+    const py::object h = states_of(model, k, h_0), c = states_of(model, k, c_0);
+    std::vector<PyObject*> arguments{options.ptr(), x.ptr(), h.ptr(), c.ptr(), Py_None, Py_None};
+    const auto first = model.weights.begin() + k * model.weights_per_layer();
+    for (auto weight = first; weight != first + model.weights_per_layer(); ++weight) {
+      arguments.push_back(weight->ptr());
+    }
+    const py::object made = py::reinterpret_steal<py::object>(
+        PyObject_Vectorcall(function.ptr(), arguments.data(), arguments.size(), nullptr));
+    if (!made) throw py::error_already_set();
+    const py::tuple results = py::reinterpret_borrow<py::tuple>(made);
+    x = results[0];
+    for (size_t i = 1; i < results.size(); ++i) finals[i - 1].append(results[i]);
+  }
+  const auto join = [&](const py::list& parts) -> py::object {
+    if (parts.size() < 2) return parts.empty() ? py::none() : py::object(parts[0]);
+    static const py::object& cat = *new py::object(py::module_::import("torch").attr("cat"));
+    return cat(parts);
+  };
+  return {x, join(finals[0]), join(finals[1])};
+}
+
+// All layers of an RNN module on plain tensors: what the module's forward returns. None where the
+// call is more than that; throws ValueError where it is not right.
+py::object run_checked(py::handle module, py::handle input, py::handle hx,
+                       const py::object& checkpoint_every, const py::dict& functions) {
+  const std::optional<Model> model = read_model(module);
+  if (!model) return py::none();
+  const bool has_cell_state = cell_traits(model->cell).has_cell_state;
+  py::handle given[2] = {Py_None, Py_None};  // h_0 and c_0
+  const size_t given_states = hx.is_none() ? 0 : 1 + has_cell_state;
+  if (given_states == 1) {
+    given[0] = hx;
+  } else if (given_states == 2) {
+    if (!PyTuple_CheckExact(hx.ptr()) || PyTuple_GET_SIZE(hx.ptr()) != 2) return py::none();
+    for (int i = 0; i < 2; ++i) given[i] = PyTuple_GET_ITEM(hx.ptr(), i);
+  }
+  Inspector inspector;
+  inspector.add(input);
+  for (const py::handle state : given) inspector.add(state);
+  for (const py::handle weight : model->weights) inspector.add(weight);
+  if (inspector.call() == Call::kWatched) return py::none();
+  if (inspector.tensors().size() != 1 + given_states + model->weights.size()) {
+    return py::none();  // some are None
+  }
+
+  const Tensor* next = inspector.tensors().data();
+  Tensor x = *next++;
+  if (x.shape.dims() != 3 || x.shape.count() == 0) return py::none();
+  py::object by_step = py::reinterpret_borrow<py::object>(input);
+  if (model->batch_first) {
+    by_step = by_step.attr("transpose")(0, 1);
+    x = view(by_step);
+  }
+  Tensor states[2];
+  for (size_t i = 0; i < given_states; ++i) {
+    states[i] = *next++;
+    const Shape& shape = states[i].shape;
+    if (shape.dims() != 3 || shape[0] != model->layers * model->directions ||
+        !states[i].is_contiguous) {
+      return py::none();
+    }
+  }
+  const auto [output, h_n, c_n] =
+      inspector.call() == Call::kPlain
+          ? infer(*model, x, states[0], states[1], next)
+          : train(*model, by_step, given[0], given[1], checkpoint_every, functions[model->mode]);
+  const py::object result =
+      model->batch_first ? py::object(output.attr("transpose")(0, 1)) : output;
+  if (!has_cell_state) return py::make_tuple(result, h_n);
+  return py::make_tuple(result, py::make_tuple(h_n, c_n));
+}
+
+}  // namespace
+
+py::object run_module(py::handle module, py::handle input, py::handle hx,
+                      const py::object& checkpoint_every, const py::dict& functions) {
+  try {
+    return run_checked(module, input, hx, checkpoint_every, functions);
+  } catch (const py::value_error&) {
+    return py::none();
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_ValueError)) throw;
+    return py::none();
+  }
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,422 @@
+#include "layer.h"
+
+#include <algorithm>
+#include <iterator>
+#include <limits>
+#include <string_view>
+#include <vector>
+
+#include "../cells/registry.h"
+
+namespace fastrnn {
+
+namespace {
+
+template <class... Values>
+[[noreturn]] void fail(const char* name, const Values&... values) {
+  std::string text = std::string(name) + ": ";
+  static_cast<void>((text += ... += values));
+  throw py::value_error(text);
+}
+
+std::vector<CellTraits> find_traits() {
+  std::vector<CellTraits> traits;
+  for (int i = 0; i < Cells::size; ++i) {
+    Cells::visit(i, [&](auto cell) {
+      using Cell = decltype(cell);
+      traits.push_back({Cell::mode, i, Cell::gates, Cell::has_cell_state, Cell::has_extra,
+                        Cell::saves_gates, Cell::splits_gradient, Cell::has_direct_path});
+    });
+  }
+  return traits;
+}
+
+Tensor view_field(const char* name, py::handle object) {
+  if (!is_tensor(object)) fail(name, "expected a tensor, got ", describe(object));
+  try {
+    return view(object);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;
+    fail(name, "expected a tensor with memory, got ", describe(object), ": ",
+         std::string(py::str(error.value())));
+  } catch (const py::value_error& error) {
+    fail(name, error.what());
+  }
+}
+
+int64_t to_int(const char* name, py::handle object, int64_t least) {
+  const int64_t value = PyLong_AsLongLong(object.ptr());
+  if (value == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    fail(name, "expected an integer of 64 bits, got ", describe(object));
+  }
+  if (value < least) {
+    fail(name, "expected at least ", std::to_string(least), ", got ", std::to_string(value));
+  }
+  return value;
+}
+
+bool to_bool(const char* name, py::handle object) {
+  const int value = PyObject_IsTrue(object.ptr());
+  if (value < 0) {
+    PyErr_Clear();
+    fail(name, "expected a bool, got ", describe(object));
+  }
+  return value == 1;
+}
+
+}  // namespace
+
+int find_cell(py::handle mode) {
+  if (!PyUnicode_Check(mode.ptr())) fail("mode", "expected a str, got ", describe(mode));
+  Py_ssize_t size = 0;
+  const char* const text = PyUnicode_AsUTF8AndSize(mode.ptr(), &size);
+  if (text != nullptr) return find_cell(std::string(text, size));
+  PyErr_Clear();  // half of a surrogate pair, which is no text
+  return find_cell(py::repr(mode));
+}
+
+namespace {
+
+// Direction by direction w_ih, w_hh, perhaps both biases, perhaps w_hr, as in torch.nn.RNNBase.
+void read_weights(LayerCall& layer, py::handle sequence) {
+  if (!PySequence_Check(sequence.ptr())) {
+    fail("weights", "expected a sequence of tensors, got ", describe(sequence));
+  }
+  PyObject* const items = PySequence_Tuple(sequence.ptr());
+  if (items == nullptr) throw py::error_already_set();
+  layer.own_weights = py::reinterpret_steal<py::tuple>(items);
+  const auto count = static_cast<Py_ssize_t>(layer.own_weights.size());
+  const Py_ssize_t each = count / layer.directions;
+  if (count % layer.directions != 0 || each < 2 || each > 5) {
+    fail("weights", "expected 2 to 5 tensors per direction, got ", std::to_string(count), " for ",
+         std::to_string(layer.directions), layer.directions == 1 ? " direction" : " directions");
+  }
+  Py_ssize_t next = 0;
+  const auto take = [&](const char* name) {
+    return view_field(name, PyTuple_GET_ITEM(items, next++));
+  };
+  static constexpr const char* names[kMaxDirections][5] = {
+      {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"},
+      {"weight_ih_reverse", "weight_hh_reverse", "bias_ih_reverse", "bias_hh_reverse",
+       "weight_hr_reverse"}};
+  for (int d = 0; d < layer.directions; ++d) {
+    LayerCall::Weights& w = layer.weights[d];
+    w.ih = take(names[d][0]);
+    w.hh = take(names[d][1]);
+    if (each > 3) {
+      w.bias_ih = take(names[d][2]);
+      w.bias_hh = take(names[d][3]);
+    }
+    if (each % 2 == 1) w.hr = take(names[d][4]);
+  }
+}
+
+struct Field {
+  const char* name;
+  void (*read)(LayerCall& layer, py::handle value);
+};
+constexpr Field kFields[] = {
+    {"mode", [](LayerCall& l, py::handle v) { l.cell = find_cell(v); }},
+    {"directions",
+     [](LayerCall& l, py::handle v) {
+       const int64_t directions = to_int("directions", v, 1);
+       if (directions > kMaxDirections) {
+         fail("directions", "expected 1 or 2, got ", std::to_string(directions));
+       }
+       l.directions = static_cast<int>(directions);
+     }},
+    {"batch", [](LayerCall& l, py::handle v) { l.batch = to_int("batch", v, 0); }},
+    {"reverse", [](LayerCall& l, py::handle v) { l.reverse = to_bool("reverse", v); }},
+    {"checkpoint_every",
+     [](LayerCall& l, py::handle v) { l.checkpoint_every = to_int("checkpoint_every", v, 0); }},
+    {"keep", [](LayerCall& l, py::handle v) { l.keep = to_bool("keep", v); }},
+    {"all_c", [](LayerCall& l, py::handle v) { l.all_c = to_bool("all_c", v); }},
+    {"x", [](LayerCall& l, py::handle v) { l.x = view_field("x", v); }},
+    {"h_0", [](LayerCall& l, py::handle v) { l.h_0 = view_optional("h_0", v); }},
+    {"c_0", [](LayerCall& l, py::handle v) { l.c_0 = view_optional("c_0", v); }},
+    {"batch_sizes",
+     [](LayerCall& l, py::handle v) { l.batch_sizes = view_optional("batch_sizes", v); }},
+    {"resets", [](LayerCall& l, py::handle v) { l.resets = view_optional("resets", v); }},
+    {"weights", read_weights},
+};
+
+static_assert(std::size(kFields) == kLayerFields);
+static_assert(kFields[static_cast<int>(LayerField::kX)].name == std::string_view("x"));
+static_assert(kFields[static_cast<int>(LayerField::kWeights)].name == std::string_view("weights"));
+
+// T and N, of a sequence [T, B, I], or ragged [N, I].
+void check_rows(LayerCall& layer) {
+  const Tensor& x = layer.x;
+  ScanShape& shape = layer.shape;
+  if (!layer.batch_sizes || layer.has_mask()) {
+    if (x.shape.dims() != 3 || x.shape[1] != layer.batch) {
+      fail("x", "expected [T, ", std::to_string(layer.batch), ", features], got ", x.shape.text());
+    }
+    shape.steps = x.shape[0];
+    layer.rows = x.shape[0] * x.shape[1];
+    if (layer.has_mask()) {
+      expect(layer, "mask", layer.batch_sizes, {shape.steps, layer.batch}, Element::kBool);
+    }
+    return;
+  }
+  if (x.shape.dims() != 2) fail("x", "expected [N, features], got ", x.shape.text());
+  const Tensor& sizes = layer.batch_sizes;
+  if (sizes.element != Element::kInt64 || sizes.shape.dims() != 1 || !sizes.is_on_cpu() ||
+      !sizes.is_contiguous) {
+    fail("batch_sizes", "expected a contiguous torch.int64 tensor [T] on cpu, got ",
+         describe(sizes.object));
+  }
+  shape.steps = sizes.shape[0];
+  layer.rows = x.shape[0];
+  const auto* alive = static_cast<const int64_t*>(sizes.data);
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  int64_t most = layer.batch, sum = 0;
+  for (int64_t t = 0; t < shape.steps; ++t) {
+    if (alive[t] < 0 || alive[t] > most) {
+      fail("batch_sizes", "expected not to increase and to lie in [0, ",
+           std::to_string(layer.batch), "], got ", std::to_string(alive[t]), " at step ",
+           std::to_string(t));
+    }
+    most = alive[t];
+    sum = alive[t] > kMost - sum ? kMost : sum + alive[t];
+  }
+  if (sum != layer.rows) {
+    fail("batch_sizes", "expected to add up to the ", std::to_string(layer.rows),
+         " rows of x, got ", std::to_string(sum));
+  }
+}
+
+void check_weights(const LayerCall& layer) {
+  const auto [cell, dtype, steps, batch, input, hidden, proj, directions, reverse, every] =
+      layer.shape;
+  const int64_t gates = layer.traits().gates * hidden;
+  for (int d = 0; d < directions; ++d) {
+    const LayerCall::Weights& w = layer.weights[d];
+    expect(layer, "weight_ih", w.ih, {gates, input}, layer.element());
+    expect(layer, "weight_hh", w.hh, {gates, proj}, layer.element());
+    if (w.bias_ih) expect(layer, "bias_ih", w.bias_ih, {gates}, layer.element());
+    if (w.bias_hh) expect(layer, "bias_hh", w.bias_hh, {gates}, layer.element());
+    if (w.hr) expect(layer, "weight_hr", w.hr, {proj, hidden}, layer.element());
+  }
+}
+
+// What forward made, as far as backward reads it.
+void check_results(const LayerCall& layer, const SavedCall& given) {
+  const CellTraits& traits = layer.traits();
+  const ScanShape& shape = layer.shape;
+  const Element element = layer.element(), state = layer.state_element();
+  const bool recomputes = shape.checkpoint_every > 0;
+  const auto expect_if = [&](bool is_read, const char* name, const Tensor& tensor,
+                             const Shape& expected, Element type) {
+    if (!is_read) return;
+    if (!tensor) fail(name, "expected a tensor, got None");
+    expect(layer, name, tensor, expected, type);
+  };
+  expect_if(true, "output", given.output, layer.steps(shape.directions * shape.proj), element);
+  expect_if(traits.has_extra && !recomputes, "extra", given.extra,
+            layer.steps(shape.directions * shape.hidden), state);
+  expect_if(recomputes, "saved", given.saved, layer.boundaries(), state);
+  expect_if(traits.saves_gates && !recomputes, "saved", given.saved, layer.gates(), element);
+}
+
+void check_incoming(const LayerCall& layer, const SavedCall& given) {
+  const ScanShape& shape = layer.shape;
+  const Element element = layer.element();
+  const auto expect_given = [&](const char* name, const Tensor& tensor, const Shape& expected,
+                                Element type) {
+    if (tensor) expect(layer, name, tensor, expected, type);
+  };
+  expect_given("d_output", given.d_output, layer.steps(shape.directions * shape.proj), element);
+  expect_given("d_h_n", given.d_h_n, layer.states(shape.proj), element);
+  if (layer.traits().has_cell_state) {
+    expect_given("d_c_n", given.d_c_n, layer.states(shape.hidden), element);
+    expect_given("d_extra", given.d_extra, layer.steps(shape.directions * shape.hidden),
+                 layer.state_element());
+  } else if (given.d_c_n || given.d_extra) {
+    fail(given.d_c_n ? "d_c_n" : "d_extra", "expected None for ", layer.traits().mode,
+         ", which has no cell state, got ",
+         describe((given.d_c_n ? given.d_c_n : given.d_extra).object));
+  }
+}
+
+void check_wanted(const LayerCall& layer, const SavedCall& given) {
+  const LayerCall::Weights& w = layer.weights[0];
+  const size_t inputs =
+      3 + layer.directions * (2 + 2 * static_cast<bool>(w.bias_ih) + static_cast<bool>(w.hr));
+  if (given.wanted.size() != inputs) {
+    fail("wanted", "expected ", std::to_string(inputs),
+         " entries, of x, h_0, c_0 and each weight, got ", std::to_string(given.wanted.size()));
+  }
+  if (given.wanted[2] && !layer.traits().has_cell_state) {
+    fail("wanted", "expected False for c_0 of ", layer.traits().mode,
+         ", which has no cell state, got True");
+  }
+}
+
+}  // namespace
+
+const CellTraits& cell_traits(int cell) {
+  static const std::vector<CellTraits> traits = find_traits();
+  return traits[cell];
+}
+
+int find_cell(const std::string& mode) {
+  int found = -1;
+  std::string known;
+  for (int i = 0; i < Cells::size; ++i) {
+    Cells::visit(i, [&](auto cell) {
+      const char* const name = decltype(cell)::mode;
+      if (mode == name) found = i;
+      known += (i == 0 ? "" : ", ") + std::string(name);
+    });
+  }
+  if (found < 0) fail("mode", "expected one of ", known, ", got ", mode);
+  return found;
+}
+
+Shape LayerCall::steps(int64_t features) const {
+  Shape shape;
+  for (int i = 0; i + 1 < x.shape.dims(); ++i) shape.push(x.shape[i]);
+  shape.push(features);
+  return shape;
+}
+
+Shape LayerCall::states(int64_t features) const { return {directions, batch, features}; }
+
+Shape LayerCall::gates() const { return {directions, rows, traits().gates * shape.hidden}; }
+
+Shape LayerCall::boundaries() const {
+  const int64_t segments =
+      (shape.steps + shape.checkpoint_every - 1) / std::max<int64_t>(1, shape.checkpoint_every);
+  const int64_t features = shape.proj + (traits().has_cell_state ? shape.hidden : 0);
+  return {std::max<int64_t>(0, segments - 1), directions, batch, features};
+}
+
+bool LayerCall::keeps_extra() const {
+  const CellTraits& t = traits();
+  if (!t.has_extra) return false;
+  return (all_c && t.has_cell_state) || (keep && shape.checkpoint_every == 0);
+}
+
+void LayerCall::complete() {
+  if (element() > Element::kFloat16) {
+    fail("x", "expected torch.float32, float64, bfloat16 or float16, got ", describe(x.object));
+  }
+  if (x.shape.dims() < 2 || x.shape[x.shape.dims() - 1] < 1) {
+    fail("x", "expected at least one feature per step, got ", x.shape.text());
+  }
+  if (reverse && directions != 1) fail("reverse", "expected a single direction, got 2");
+  const Tensor& hh = weights[0].hh;
+  const int gates = traits().gates;
+  if (hh.shape.dims() != 2 || hh.shape[0] < gates || hh.shape[0] % gates != 0 || hh.shape[1] < 1) {
+    fail("weight_hh", "expected [", std::to_string(gates), " * H, H], got ", hh.shape.text());
+  }
+  shape = {cell,
+           static_cast<DType>(element()),
+           0,
+           batch,
+           x.shape[x.shape.dims() - 1],
+           hh.shape[0] / gates,
+           hh.shape[1],
+           directions,
+           reverse,
+           checkpoint_every};
+  if (weights[0].hr && !traits().can_project()) {
+    fail("weight_hr", "expected None for ", traits().mode, ", which has no projection, got ",
+         describe(weights[0].hr.object));
+  }
+  if (!weights[0].hr && shape.proj != shape.hidden) {
+    fail("weight_hh", "expected ", std::to_string(shape.hidden), " columns, got ", hh.shape.text());
+  }
+  // Rows without any step are in no tensor that must be given, yet the kernels allot them states.
+  constexpr int64_t kMostElements = int64_t{1} << 56;
+  const int64_t most = kMostElements / std::max({hh.shape[0], hh.shape[1], shape.input});
+  if (batch > most) {
+    fail("batch", "expected at most ", std::to_string(most), ", got ", std::to_string(batch));
+  }
+  check_rows(*this);
+  // A single segment is the plain scan, and so is a cell whose backward reads the output alone.
+  if (shape.checkpoint_every >= shape.steps || !traits().saves_gates) shape.checkpoint_every = 0;
+  check_weights(*this);
+  if (resets) {
+    Shape marks;
+    for (int i = 0; i + 1 < x.shape.dims(); ++i) marks.push(x.shape[i]);
+    expect(*this, "resets", resets, marks, Element::kBool);
+  }
+  if (h_0) expect(*this, "h_0", h_0, states(shape.proj), element());
+  if (c_0 && !traits().has_cell_state) {
+    fail("c_0", "expected None for ", traits().mode, ", which has no cell state, got ",
+         describe(c_0.object));
+  }
+  if (c_0) expect(*this, "c_0", c_0, states(shape.hidden), element());
+}
+
+py::tuple layer_fields() {
+  py::tuple names(std::size(kFields));
+  for (size_t i = 0; i < std::size(kFields); ++i) names[i] = kFields[i].name;
+  return names;
+}
+
+LayerFields record_fields(py::handle record) {
+  if (!PyTuple_Check(record.ptr()) || PyTuple_GET_SIZE(record.ptr()) != kLayerFields) {
+    fail("layer", "expected a Layer of ", std::to_string(kLayerFields), " fields, got ",
+         describe(record));
+  }
+  LayerFields fields;
+  for (int i = 0; i < kLayerFields; ++i) fields[i] = PyTuple_GET_ITEM(record.ptr(), i);
+  return fields;
+}
+
+LayerCall read_layer(py::handle record) { return read_layer(record_fields(record)); }
+
+LayerCall read_layer(const LayerFields& fields) {
+  LayerCall layer;
+  for (int i = 0; i < kLayerFields; ++i) kFields[i].read(layer, fields[i]);
+  layer.complete();
+  return layer;
+}
+
+SavedCall read_saved(const LayerCall& layer, py::handle record) {
+  constexpr int kTensors = std::tuple_size_v<SavedFields>;
+  if (!PyTuple_Check(record.ptr()) || PyTuple_GET_SIZE(record.ptr()) != kTensors + 1) {
+    fail("saved", "expected a Saved of 8 fields, got ", describe(record));
+  }
+  SavedFields fields;
+  for (int i = 0; i < kTensors; ++i) fields[i] = PyTuple_GET_ITEM(record.ptr(), i);
+  const py::handle last = PyTuple_GET_ITEM(record.ptr(), kTensors);
+  if (!PySequence_Check(last.ptr())) {
+    fail("wanted", "expected a sequence of bool, got ", describe(last));
+  }
+  std::vector<bool> wanted;
+  for (const py::handle want : last) wanted.push_back(to_bool("wanted", want));
+  return read_saved(layer, fields, wanted);
+}
+
+SavedCall read_saved(const LayerCall& layer, const SavedFields& fields,
+                     const std::vector<bool>& wanted) {
+  static constexpr const char* names[] = {"output", "extra", "saved",  "d_output",
+                                          "d_h_n",  "d_c_n", "d_extra"};
+  Tensor tensors[std::tuple_size_v<SavedFields>];
+  for (size_t i = 0; i < fields.size(); ++i) tensors[i] = view_optional(names[i], fields[i]);
+  const SavedCall given{tensors[0], tensors[1], tensors[2], tensors[3],
+                        tensors[4], tensors[5], tensors[6], wanted};
+  check_results(layer, given);
+  check_incoming(layer, given);
+  check_wanted(layer, given);
+  return given;
+}
+
+void expect(const LayerCall& layer, const char* name, const Tensor& tensor, const Shape& shape,
+            Element element) {
+  if (tensor.shape == shape && tensor.element == element && tensor.has_device_of(layer.x)) return;
+  const std::string device = py::str(layer.x.object.attr("device"));
+  fail(name, "expected a ", describe(element), " tensor of shape ", shape.text(), " on ", device,
+       ", got ", describe(tensor.object));
+}
+
+Tensor view_optional(const char* name, py::handle object) {
+  return object.is_none() ? Tensor{} : view_field(name, object);
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,106 @@
+// The record of one layer call, as python/fastrnn/_layer.py declares it, in C++: read, checked, and
+// with what follows from it. An option of a layer is a field here, one there, and the code that
+// uses it.
+#pragma once
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "tensor.h"
+
+namespace fastrnn {
+
+// What a cell is, for code that knows it by its index alone.
+struct CellTraits {
+  const char* mode;
+  int index, gates;
+  bool has_cell_state, has_extra, saves_gates, splits_gradient, has_direct_path;
+
+  // Projections of h are in the kernels of cells that carry another state beside it.
+  bool can_project() const { return has_cell_state && !has_direct_path; }
+};
+const CellTraits& cell_traits(int cell);
+int find_cell(const std::string& mode);  // throws ValueError for an unknown one
+int find_cell(py::handle mode);          // and for what is no str
+
+struct LayerCall {
+  // The fields of the record, in its order.
+  int cell = 0;
+  int directions = 1;
+  int64_t batch = 0;
+  bool reverse = false;
+  int64_t checkpoint_every = 0;
+  bool keep = false;   // what backward reads
+  bool all_c = false;  // every c_t
+  Tensor x, h_0, c_0;  // a tensor that is not given is false
+  Tensor batch_sizes;  // int64 [T] on the CPU; on CUDA also a bool mask [T, B]
+  Tensor resets;
+  struct Weights {
+    Tensor ih, hh, bias_ih, bias_hh, hr;
+  } weights[kMaxDirections];
+  py::tuple own_weights;  // keeps the record's alive, whatever sequence they came in
+
+  // What follows from them: complete() sets it.
+  ScanShape shape{};
+  int64_t rows = 0;  // N
+
+  const CellTraits& traits() const { return cell_traits(cell); }
+  bool has_mask() const { return batch_sizes && batch_sizes.element == Element::kBool; }
+  Element element() const { return x.element; }
+  // In what states are carried from step to step.
+  Element state_element() const {
+    return x.element == Element::kFloat64 ? Element::kFloat64 : Element::kFloat32;
+  }
+
+  // The shapes of all that is laid out by direction, by step, or both.
+  Shape steps(int64_t features) const;   // [T, B, features] or [N, features]
+  Shape states(int64_t features) const;  // [D, B, features]
+  Shape gates() const;                   // [D, N, G*H]
+  Shape boundaries() const;              // [S-1, D, B, P + C]
+  bool keeps_extra() const;
+  bool keeps_gates() const { return keep && traits().saves_gates && shape.checkpoint_every == 0; }
+  bool keeps_boundaries() const { return keep && shape.checkpoint_every > 0; }
+
+  // Sets shape and rows; throws ValueError, naming the argument, what was expected and what came.
+  void complete();
+};
+
+// The places of the record's tensors.
+enum class LayerField : int { kX = 7, kH0, kC0, kBatchSizes, kResets, kWeights };
+
+// The names of the record's fields, in its order.
+py::tuple layer_fields();
+
+constexpr int kLayerFields = 13;
+using LayerFields = std::array<py::handle, kLayerFields>;
+
+// The fields of a record; throws ValueError for what is none.
+LayerFields record_fields(py::handle record);
+
+// Reads a record, or its fields, and completes it.
+LayerCall read_layer(py::handle record);
+LayerCall read_layer(const LayerFields& fields);
+
+// What backward is given beside the layer: the record Saved of the same module.
+struct SavedCall {
+  Tensor output, extra, saved;
+  Tensor d_output, d_h_n, d_c_n, d_extra;  // not given: zero
+  std::vector<bool> wanted;                // of x, h_0, c_0 and each weight
+};
+
+using SavedFields = std::array<py::handle, 7>;  // all but `wanted`
+
+// Reads a record, or its fields, and checks it against its layer.
+SavedCall read_saved(const LayerCall& layer, py::handle record);
+SavedCall read_saved(const LayerCall& layer, const SavedFields& fields,
+                     const std::vector<bool>& wanted);
+
+// ValueError unless `tensor` is of this shape, of x's device, and of this element type.
+void expect(const LayerCall& layer, const char* name, const Tensor& tensor, const Shape& shape,
+            Element element);
+
+// A field that may be None.
+Tensor view_optional(const char* name, py::handle object);
+
+}  // namespace fastrnn

@@ -1,0 +1,113 @@
+"""The seam between layers and kernels: what a backend is, and which one serves a tensor."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._layer import Layer, Results, Saved
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Backend(ABC):
+    """Kernels for the tensors of one type of device.
+
+    A layer is checked by its backend: ValueError, with layer.check()'s words, for a record that
+    does not fit together.
+    """
+
+    # Whether it takes a mask [T, B] in place of batch_sizes. To sort and pack the rows of a mask on
+    # a GPU, the host would have to wait for it.
+    takes_mask = False
+
+    @abstractmethod
+    def forward(self, layer: Layer, /) -> Results:
+        """Runs the layer."""
+
+    @abstractmethod
+    def backward(self, layer: Layer, saved: Saved, /) -> Sequence[Tensor | None]:
+        """The gradients that saved.wanted names, None for the others."""
+
+    def upload(self, values: Tensor, device: torch.device) -> Tensor:
+        """int64 values of the CPU on `device`."""
+        return values.to(device)
+
+    # What follows makes small steps of plain CPU tensors fast, and may do without.
+
+    def run_module(
+        self,
+        module: dict[str, Any],
+        input: Any,
+        hx: Any,
+        checkpoint_every: int,
+        functions: dict[str, Callable[..., tuple[Tensor, ...]]],
+        /,
+    ) -> Any:
+        """All layers of an RNN module, by its __dict__, on plain tensors.
+
+        functions: for each mode, record() as a differentiable function of options and tensors.
+
+        Returns what the module's forward returns; None where the call is more than that, or where
+        the arguments are wrong, so that the module's own checks raise the error.
+        """
+        return None
+
+    def record(self, ctx: Any, options: tuple[Any, ...], /, *tensors: Any) -> tuple[Tensor, ...]:
+        """forward of an autograd Function, on layer.options and layer.tensors.
+
+        Returns output, h_n, and of cells with a cell state c_n and, if asked for, every c_t.
+        """
+        layer = Layer.of(options, tensors)
+        output, h_n, c_n, extra, saved = self.forward(layer)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output, extra, saved, *tensors)
+        if c_n is None:
+            return output, h_n
+        if extra is None or not layer.all_c:
+            return output, h_n, c_n
+        return output, h_n, c_n, extra
+
+    def replay(self, ctx: Any, /, *gradients: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        """Its backward; None where this one is not enough, since something watches or wants to
+        differentiate it again."""
+        return None
+
+
+_backends: dict[str, Backend] = {}
+
+
+def register(device_type: str, backend: Backend | None) -> Backend | None:
+    """From now on `backend` runs the layers on tensors of that type of device; None: none does.
+
+    Returns the one that did so far.
+    """
+    before = _backends.pop(device_type, None)
+    if backend is not None:
+        _backends[device_type] = backend
+    return before
+
+
+def backend_of(device_type: str) -> Backend | None:
+    """The backend of a type of device, None without one."""
+    return _backends.get(device_type)
+
+
+def backend(device_type: str) -> Backend:
+    """The backend of a type of device that has one."""
+    return _backends[device_type]
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether the scan has a compiled kernel for x's device and dtype."""
+    return x.dtype in DTYPES and x.device.type in _backends
+
+
+def takes_mask(x: Tensor) -> bool:
+    """Whether the kernel for x takes a mask [T, B] in place of batch_sizes."""
+    return has_kernel(x) and _backends[x.device.type].takes_mask

@@ -1,0 +1,22 @@
+"""The CPU's backend: all of it is compiled, see csrc/cpu/bind/."""
+
+from __future__ import annotations
+
+from ._backends import Backend, register
+from ._layer import Layer, Results
+from ._load import _cpu
+
+
+class CpuBackend(Backend):
+    """fastrnn._cpu as a Backend."""
+
+    backward = staticmethod(_cpu.backward)
+    run_module = staticmethod(_cpu.run_module)
+    record = staticmethod(_cpu.record)
+    replay = staticmethod(_cpu.replay)
+
+    def forward(self, layer: Layer) -> Results:
+        return Results._make(_cpu.forward(layer))
+
+
+register("cpu", CpuBackend())

@@ -1,0 +1,364 @@
+"""The CUDA backend: the large products by torch, what must be sequential by our kernels.
+
+forward:  gates = x W_ih^T + b_ih of all steps, in one product per direction; then the scan, which
+          turns them into activated gates in place.
+backward: the scan, which leaves the gradients of the gates of all steps; then all other gradients
+          as products with them.
+
+A projected h = W_hr m runs as the same scan, over m, with W_hh W_hr for W_hh.
+
+Nothing here waits for the device or takes memory from anyone but torch, so that a call can be
+captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._backends import DTYPES, Backend, register
+from ._cuda_rows import Rows, rows_at
+from ._layer import Layer, Results, Saved
+from ._load import _cuda
+from ._segments import backward_in_segments, forward_in_segments
+
+
+def allows_tf32() -> bool:
+    """Whether torch would let nn.LSTM round float32 on CUDA."""
+    precision = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
+    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+
+
+class Weights(NamedTuple):
+    """The weights of one direction, or their gradients."""
+
+    ih: Any
+    hh: Any
+    bias_ih: Any = None
+    bias_hh: Any = None
+    hr: Any = None
+
+    @classmethod
+    def of(cls, given: Sequence[Any]) -> Weights:
+        """Of 2 to 5 weights in the order of Layer.weights."""
+        bias_ih, bias_hh = given[2:4] if len(given) > 3 else (None, None)
+        return cls(given[0], given[1], bias_ih, bias_hh, given[-1] if len(given) % 2 else None)
+
+
+def _by_direction(layer: Layer, each: Sequence[Any]) -> list[Weights]:
+    """What there is of each weight, direction by direction."""
+    count = len(layer.weights) // layer.directions
+    return [Weights.of(each[i : i + count]) for i in range(0, len(each), count)]
+
+
+class CudaBackend(Backend):
+    """Compiled kernels as a Backend.
+
+    `kernels` is the extension, fastrnn._cuda, or the one that the tests build for a CPU, where
+    `device` is the compute capability to stand in for. `choose` replaces the kernels' make_plan.
+    FASTRNN_CUDA_PLAN=step|grid|cluster in the environment prefers a kind where it can run.
+    """
+
+    takes_mask = True
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        *,
+        choose: Callable[[Any, Any], Any] | None = None,
+        allows_tf32: Callable[[], bool] = allows_tf32,
+        device: int = 0,
+    ) -> None:
+        self._kernels, self._device, self._allows_tf32 = kernels, device, allows_tf32
+        self._choose = choose or self.make_plan
+        kind = os.environ.get("FASTRNN_CUDA_PLAN", "").upper()
+        if kind and kind not in kernels.Kind.__members__:
+            names = "|".join(kernels.Kind.__members__).lower()
+            raise ValueError(f"FASTRNN_CUDA_PLAN: expected {names}, got {kind.lower()}")
+        self._kind = kernels.Kind[kind] if kind else None
+        self._plan = lru_cache(maxsize=1024)(self._find_plan)
+
+    def make_plan(self, problem: Any, device: Any) -> Any:
+        """The kernels' choice for a problem on a device."""
+        plan = self._kernels.make_plan(problem, device, self._kind)
+        return plan or self._kernels.make_plan(problem, device)
+
+    def forward(self, layer: Layer) -> Results:
+        layer.check()
+        with _on(layer.x.device):
+            layer = _contiguous(layer)
+            if layer.segments > 1:
+                return forward_in_segments(layer, self._forward)
+            return self._forward(layer)
+
+    def backward(self, layer: Layer, saved: Saved) -> list[Tensor | None]:
+        saved.check(layer)
+        with _on(layer.x.device):
+            layer, saved = _contiguous(layer), _contiguous(saved)
+            if layer.segments > 1:
+                return backward_in_segments(layer, saved, self._forward, self._backward)
+            return self._backward(layer, saved)
+
+    def upload(self, values: Tensor, device: torch.device) -> Tensor:
+        """A copy of the CPU's int64 values, by arguments of launches: nothing waits, and a CUDA
+        graph keeps what stands in them."""
+        values = values.contiguous()
+        copy = torch.empty_like(values, device=device)
+        with _on(copy.device):
+            self._kernels.upload(self._index(copy.device), values, copy)
+        return copy
+
+    def _forward(self, layer: Layer, carried: Tensor | None = None) -> Results:
+        """One scan. carried [2, D, B, H]: h and c as they are computed, see csrc/cuda/scan.h."""
+        results = layer.make_results()
+        if not results.output.numel():  # nothing to do but to hand the states on
+            for last, first in ((results.h_n, layer.h_0), (results.c_n, layer.c_0)):
+                _hand_on(last, first)
+            return results
+        rows = Rows(layer, self.upload)
+        gates = results.saved
+        if gates is None:
+            gates = layer.x.new_empty(layer.directions, rows.count, layer.weights[0].shape[0])
+        _multiply_inputs(layer, gates)
+        if rows.mask is not None:
+            for steps in (results.output, results.extra):
+                if steps is not None:
+                    steps.zero_()
+        written = results._replace(saved=gates)
+        if layer.has_projection:
+            self._forward_projected(layer, written, rows, carried)
+        else:
+            self._run(False, layer, written, rows, carried=carried)
+        return results
+
+    def _forward_projected(
+        self, layer: Layer, results: Results, rows: Rows, carried: Tensor | None
+    ) -> None:
+        """The scan over m, and h = W_hr m of it."""
+        output, h_n, c_n, _, gates = results
+        assert c_n is not None
+        assert gates is not None
+        _add_initial(layer, gates, rows)
+        m = output.new_zeros(*output.shape[:-1], layer.directions * layer.hidden)
+        scanned = results._replace(output=m, h_n=torch.empty_like(c_n))
+        self._run(False, _unprojected(layer), scanned, rows, carried=carried)
+        every = output.view(rows.count, layer.directions, layer.proj)
+        m = m.view(rows.count, layer.directions, layer.hidden)
+        for d, weights in enumerate(_by_direction(layer, layer.weights)):
+            every[:, d] = m[:, d] @ weights.hr.t()
+            initial = None if layer.h_0 is None else layer.h_0[d]
+            h_n[d] = rows_at(every[:, d], rows.last(d), initial)
+
+    def _backward(
+        self, layer: Layer, saved: Saved, carried: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """The same backward, where the gradients of h and c are carried."""
+        gradients = layer.make_gradients(saved.wanted)
+        if not saved.output.numel():
+            handed_on = (None, saved.d_h_n, saved.d_c_n, *(None,) * len(layer.weights))
+            for gradient, given in zip(gradients, handed_on):
+                _hand_on(gradient, given)
+            return gradients
+        rows = Rows(layer, self.upload)
+        scan = _GateGradients(layer, rows)
+        if layer.has_projection:
+            m = _scanned_output(layer, saved, rows)
+            over_m = _over_m(layer, saved, m)
+            if carried is not None and over_m.d_h_n is not None:
+                carried[0] = over_m.d_h_n
+            written = scan.written(None, gradients[2])
+            self._run(True, _unprojected(layer), over_m, rows, written, carried=carried)
+            scan.set_projected(gradients, saved, m)
+        else:
+            self._run(True, layer, saved, rows, scan.written(*gradients[1:3]), carried=carried)
+        scan.set_products(gradients, saved.output)
+        return gradients
+
+    def _run(self, backward: bool, layer: Layer, *args: Any, carried: Tensor | None = None) -> None:
+        """The recurrence alone. `args`: the results, or what is saved; rows; in backward, what is
+        written."""
+        given, rows, *written = args
+        device = self._index(layer.x.device)
+        shape = rows.steps, rows.batch, layer.hidden, layer.directions, layer.reverse
+        numbers = DTYPES.index(layer.x.dtype), *shape, self._allows_tf32()
+        plan, size = self._plan(device, backward, layer.cell.index, *numbers)
+        workspace = layer.x.new_empty(size // 8, dtype=torch.int64)
+        run = self._kernels.backward if backward else self._kernels.forward
+        run(device, plan, layer, given, *written, rows.tables, workspace, carried)
+
+    def _find_plan(self, device: int, *numbers: Any) -> tuple[Any, int]:
+        """Plan and the bytes of workspace."""
+        problem = self._kernels.Problem(*numbers)
+        plan = self._choose(problem, self._kernels.device_info(device))
+        return plan, plan.workspace(problem)
+
+    def _index(self, device: torch.device) -> int:
+        return self._device if device.index is None else device.index
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _contiguous(record: Any) -> Any:
+    """The record with contiguous tensors."""
+
+    def each(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.contiguous()
+        return tuple(map(each, value)) if isinstance(value, (tuple, list)) else value
+
+    return record._make(map(each, record))
+
+
+def _hand_on(target: Tensor | None, source: Tensor | None) -> None:
+    """Where there are no steps: the states as they came; all else is zero."""
+    if target is not None:
+        target.zero_() if source is None else target.copy_(source)
+
+
+def _multiply_inputs(layer: Layer, gates: Tensor) -> None:
+    """gates [D, N, G*H] = x W_ih^T + b_ih."""
+    inputs = layer.x.view(-1, layer.x.shape[-1])
+    for d, weights in enumerate(_by_direction(layer, layer.weights)):
+        if weights.bias_ih is None:
+            torch.mm(inputs, weights.ih.t(), out=gates[d])
+        else:
+            torch.addmm(weights.bias_ih, inputs, weights.ih.t(), out=gates[d])
+
+
+class _GateGradients:
+    """The gradients of the gates, which backward's scan writes, and all that follows from them."""
+
+    def __init__(self, layer: Layer, rows: Rows) -> None:
+        self.layer, self.rows = layer, rows
+        new = layer.x.new_empty if rows.mask is None else layer.x.new_zeros
+        hidden, width = layer.hidden, layer.weights[0].shape[0]
+        self.gates = new((layer.directions, rows.count, width))  # of W_ih x + b_ih
+        # Those of W_hh h + b_hh are the same, but for the last gate of some cells.
+        self.last_gate: Tensor | None = None
+        self.same = width
+        if layer.cell.splits_gradient:
+            self.last_gate = new((layer.directions, rows.count, hidden))
+            self.same = width - hidden
+
+    def written(self, d_h_0: Tensor | None, d_c_0: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What the scan writes."""
+        return self.gates, self.last_gate, d_h_0, d_c_0
+
+    def set_products(self, gradients: Sequence[Tensor | None], output: Tensor) -> None:
+        """Sets the gradients of x and of all weights but W_hr."""
+        layer, rows = self.layer, self.rows
+        d_x, _, _, *rest = gradients
+        inputs = rows.zero_masked(layer.x.view(rows.count, -1))
+        states = output.view(rows.count, layer.directions, layer.proj)
+        grouped = zip(_by_direction(layer, layer.weights), _by_direction(layer, rest))
+        for d, (weights, wanted) in enumerate(grouped):
+            if d_x is not None:
+                flat = d_x.view_as(inputs)
+                if d == 0:
+                    torch.mm(self.gates[d], weights.ih, out=flat)
+                else:
+                    flat.addmm_(self.gates[d], weights.ih)
+            if wanted.ih is not None:
+                torch.mm(self.gates[d].t(), inputs, out=wanted.ih)
+            if wanted.hh is not None:
+                h_0 = None if layer.h_0 is None else layer.h_0[d]
+                self._multiply_before(d, states[:, d], h_0, wanted.hh)
+            self._sum_up(d, wanted)
+
+    def _sum_up(self, d: int, wanted: Weights) -> None:
+        """Sets the gradients of the biases."""
+        if wanted.bias_ih is not None:
+            torch.sum(self.gates[d], 0, out=wanted.bias_ih)
+        if wanted.bias_hh is not None:
+            torch.sum(self.gates[d, :, : self.same], 0, out=wanted.bias_hh[: self.same])
+            if self.last_gate is not None:
+                torch.sum(self.last_gate[d], 0, out=wanted.bias_hh[self.same :])
+
+    def _multiply_before(self, d: int, states: Tensor, h_0: Tensor | None, out: Tensor) -> None:
+        """out [G*H, P]: the gradients of W_hh h + b_hh times the states before each step."""
+        before = self.rows.states_before(states, h_0, d)
+        torch.mm(self.gates[d, :, : self.same].t(), before, out=out[: self.same])
+        if self.last_gate is not None:
+            torch.mm(self.last_gate[d].t(), before, out=out[self.same :])
+
+    def set_projected(self, gradients: Sequence[Tensor | None], saved: Saved, m: Tensor) -> None:
+        """Sets the gradients of W_hr, from every h_t that it made, and of h_0."""
+        layer, rows, d_h_n = self.layer, self.rows, saved.d_h_n
+        _, d_h_0, _, *rest = gradients
+        m = m.view(rows.count, layer.directions, layer.hidden)
+        grouped = zip(_by_direction(layer, layer.weights), _by_direction(layer, rest))
+        for d, (weights, wanted) in enumerate(grouped):
+            if wanted.hr is not None:
+                before = weights.hh.new_empty(weights.hh.shape[0], layer.hidden)
+                self._multiply_before(d, m[:, d], None, before)
+                torch.mm(weights.hh.t(), before, out=wanted.hr)
+                if saved.d_output is not None:
+                    steps = saved.d_output.view(rows.count, layer.directions, layer.proj)[:, d]
+                    wanted.hr.addmm_(rows.zero_masked(steps).t(), m[:, d])
+                if d_h_n is not None:
+                    wanted.hr.addmm_(d_h_n[d].t(), rows_at(m[:, d], rows.last(d), None))
+            if d_h_0 is not None:
+                first = rows_at(self.gates[d], rows.first(d), None) @ weights.hh
+                if rows.lengths is not None and d_h_n is not None:
+                    # Rows without steps hand it through.
+                    first += torch.where((rows.lengths == 0).unsqueeze(1), d_h_n[d], 0)
+                d_h_0[d] = first
+
+
+# Projections: h = W_hr m, where the scan runs over m.
+
+
+def _unprojected(layer: Layer) -> Layer:
+    """The recurrence over m."""
+    weights = []
+    for w in _by_direction(layer, layer.weights):
+        each = w._replace(hh=w.hh @ w.hr)
+        weights += [t for t in each[:4] if t is not None]
+    return layer._replace(h_0=None, weights=tuple(weights))
+
+
+def _add_initial(layer: Layer, gates: Tensor, rows: Rows) -> None:
+    """Adds W_hh h_0 to the gates of the steps that h_0 goes into."""
+    if layer.h_0 is None:
+        return
+    for d, weights in enumerate(_by_direction(layer, layer.weights)):
+        index = rows.first(d)
+        change = torch.where((index < rows.count).unsqueeze(1), layer.h_0[d] @ weights.hh.t(), 0)
+        gates[d].index_add_(0, index.clamp(max=rows.count - 1), change)
+
+
+def _scanned_output(layer: Layer, saved: Saved, rows: Rows) -> Tensor:
+    """m = o * tanh(c) of every step, again."""
+    gates, extra, hidden = saved.saved, saved.extra, layer.hidden
+    assert gates is not None
+    assert extra is not None
+    cells = extra.view(rows.count, layer.directions, hidden)
+    m = [gates[d, :, -hidden:] * cells[:, d].tanh() for d in range(layer.directions)]
+    every = rows.zero_masked(torch.cat(m, -1))
+    return every.to(gates.dtype).view(*layer.x.shape[:-1], -1)
+
+
+def _over_m(layer: Layer, saved: Saved, m: Tensor) -> Saved:
+    """What the scan over m is given: gradients of h times W_hr."""
+    d_output, d_h_n = saved.d_output, saved.d_h_n
+    projections = [w.hr for w in _by_direction(layer, layer.weights)]
+    if d_output is not None:
+        parts = d_output.unflatten(-1, (layer.directions, layer.proj)).unbind(-2)
+        d_output = torch.cat([part @ hr for part, hr in zip(parts, projections)], -1)
+    if d_h_n is not None:
+        d_h_n = torch.stack([d @ hr for d, hr in zip(d_h_n, projections)])
+    wanted = (False,) * (3 + len(layer.weights) - layer.directions)
+    return saved._replace(output=m, d_output=d_output, d_h_n=d_h_n, wanted=wanted)
+
+
+if _cuda is not None:
+    register("cuda", CudaBackend(_cuda))

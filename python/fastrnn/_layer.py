@@ -1,0 +1,171 @@
+"""The record of a layer call: what one layer runs on, in all its directions.
+
+A new option is a field of Layer here, a field of LayerCall in csrc/python/layer.h, and the code
+that uses it. Everything between the modules and the kernels hands the record on as it is: the
+operators' schemas are made from its fields, and csrc/python/layer.cc checks it, for every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._load import _cpu
+
+CELLS = _cpu.cells  # mode -> traits of the cell
+
+OPTIONS = 7  # the fields of Layer before its first tensor
+
+
+class Layer(NamedTuple):
+    """One layer in all its directions.
+
+    T steps, B batch rows, I input features, H hidden units, P features of h (H unless projected),
+    D directions, G gates. Rows may end at different steps: with batch_sizes, x is [N, I] without
+    padding, the rows of one step after the other, longest row first, as PackedSequence.data.
+    """
+
+    mode: str  # as torch.nn.RNNBase.mode
+    directions: int  # D; the second one runs from each row's last step to its first,
+    batch: int  # B; rows without any step exist only here and in the states
+    reverse: bool  # ... or a single one does
+    checkpoint_every: int  # steps of a segment that backward computes again; 0: keeps everything
+    keep: bool  # what backward reads
+    all_c: bool  # the cell state of every step
+    x: Tensor  # [T, B, I] or [N, I]
+    h_0: Tensor | None  # [D, B, P]; None: zeros
+    c_0: Tensor | None  # [D, B, H], of cells with a cell state; None: zeros
+    batch_sizes: Tensor | None  # int64 [T] on the CPU; or, if the backend takes it, a mask [T, B]
+    resets: Tensor | None  # bool, laid out as x: True where a segment of a row begins
+    # Direction by direction w_ih [G*H, I], w_hh [G*H, P], b_ih, b_hh [G*H] and w_hr [P, H], as in
+    # torch.nn.RNNBase; biases and w_hr may be absent.
+    weights: Sequence[Tensor]
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """What is not a tensor."""
+        return self[:OPTIONS]
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """The rest, the weights one by one."""
+        return *self[OPTIONS:-1], *self.weights
+
+    @classmethod
+    def of(cls, options: Sequence[Any], tensors: Sequence[Any]) -> Layer:
+        """The layer of such options and tensors."""
+        return cls._make((*options, *tensors[:5], tensors[5:]))
+
+    @property
+    def cell(self) -> Any:
+        """The traits of its cell."""
+        return CELLS[self.mode]
+
+    @property
+    def by_direction(self) -> list[Sequence[Tensor]]:
+        """The weights of each direction."""
+        each = len(self.weights) // self.directions
+        return [self.weights[i : i + each] for i in range(0, len(self.weights), each)]
+
+    @property
+    def has_projection(self) -> bool:
+        return len(self.weights) // self.directions % 2 == 1
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return (self.x if self.batch_sizes is None else self.batch_sizes).shape[0]
+
+    @property
+    def segments(self) -> int:
+        """S, of checkpoint_every steps; 1 where backward has nothing to compute again."""
+        every = self.checkpoint_every
+        if not every or not self.cell.saves_gates:
+            return 1
+        return max(1, (self.steps + every - 1) // every)
+
+    @property
+    def proj(self) -> int:
+        """P."""
+        return self.weights[1].shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.weights[1].shape[0] // int(self.cell.gates)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """In what states are carried from step to step, and kept for backward."""
+        return torch.float32 if self.x.dtype.itemsize == 2 else self.x.dtype
+
+    def check(self) -> None:
+        """Raises ValueError, naming the field, what was expected and what came."""
+        _cpu.check(self)
+
+    def make_results(self) -> Results:
+        """New, empty tensors for all that forward makes."""
+        steps, new, cell = self.x.shape[:-1], self.x.new_empty, self.cell
+        directions, batch, hidden, proj = self.directions, self.batch, self.hidden, self.proj
+        rows = steps[0] if len(steps) == 1 else steps[0] * steps[1]
+        segments = self.segments
+        keeps_steps = self.keep and segments == 1
+        extra = saved = None
+        if cell.has_extra and ((self.all_c and cell.has_cell_state) or keeps_steps):
+            extra = new((*steps, directions * hidden), dtype=self.state_dtype)
+        if self.keep and segments > 1:
+            features = proj + (hidden if cell.has_cell_state else 0)
+            saved = new((segments - 1, directions, batch, features), dtype=self.state_dtype)
+        elif keeps_steps and cell.saves_gates:
+            saved = new((directions, rows, cell.gates * hidden))
+        return Results(
+            new((*steps, directions * proj)),
+            new((directions, batch, proj)),
+            new((directions, batch, hidden)) if cell.has_cell_state else None,
+            extra,
+            saved,
+        )
+
+    def make_gradients(self, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """New, empty tensors for the gradients of x, h_0, c_0 and each weight; None: not wanted."""
+        new, directions, batch = self.x.new_empty, self.directions, self.batch
+        shapes = [self.x.shape, (directions, batch, self.proj), (directions, batch, self.hidden)]
+        shapes += [w.shape for w in self.weights]
+        return [new(shape) if want else None for shape, want in zip(shapes, wanted)]
+
+
+class Results(NamedTuple):
+    """What forward makes, None for what there is not."""
+
+    output: Tensor  # every h_t: laid out as x, with D * P features
+    h_n: Tensor  # [D, B, P], after each row's last step
+    c_n: Tensor | None  # [D, B, H]
+    # For each step D * H values beside h: every c_t, or a GRU's W_hn h + b_hn.
+    extra: Tensor | None
+    # For backward alone: the gates [D, N, G*H]; with checkpoint_every the states between the S
+    # segments, [S-1, D, B, P + H], or P without a cell state.
+    saved: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What backward is given beside the layer."""
+
+    output: Tensor
+    extra: Tensor | None
+    saved: Tensor | None
+    d_output: Tensor | None  # gradients; None: zero
+    d_h_n: Tensor | None
+    d_c_n: Tensor | None
+    d_extra: Tensor | None
+    wanted: Sequence[bool]  # which gradients, of x, h_0, c_0 and each weight
+
+    def check(self, layer: Layer) -> None:
+        """Checks the layer, and this against it, as Layer.check."""
+        _cpu.check_saved(layer, self)
+
+
+assert Layer._fields.index("x") == OPTIONS
+assert Layer._fields == _cpu.layer_fields, "the extension is of another version than the package"

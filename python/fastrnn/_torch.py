@@ -1,0 +1,110 @@
+"""What fastrnn uses of torch's private interface: a new torch can break this file and no other.
+
+Its last names are torch's own recurrent classes, as they were when fastrnn was imported: a program
+may have put ours in their place since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
+
+__all__ = [
+    "WATCHERS",
+    "Gru",
+    "GruCell",
+    "Lstm",
+    "LstmCell",
+    "Rnn",
+    "RnnCell",
+    "add_to_each",
+    "assert_async",
+    "below_autograd",
+    "bind_apply",
+    "has_forward_ad",
+    "is_intercepted",
+    "is_tracing",
+    "is_transforming",
+    "library_file",
+    "unwrap_dead_wrappers",
+    "unwrapped",
+]
+
+
+def has_forward_ad() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return forward_ad._current_level >= 0
+
+
+# Each says whether something is at work that wants to see every operation: a dispatch mode, a
+# trace, a transform of torch.func, the profiler, autocast.
+WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._get_tracing_state,
+    torch._C._are_functorch_transforms_active,
+    torch._C._autograd._profiler_enabled,
+    partial(torch.is_autocast_enabled, "cpu"),
+    has_forward_ad,
+)
+
+# Inside `with below_autograd():` operators run as if no tensor required a gradient.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def library_file() -> str:
+    """The file of torch's Python extension."""
+    return torch._C.__file__
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace is at work."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_intercepted() -> bool:
+    """Whether a dispatch mode, a trace or a transform has to see operations that change results."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def is_transforming() -> bool:
+    """Whether torch.func or forward-mode AD is at work, which no tensor shows by requires_grad."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor behind those of torch.func; under vmap it holds the values of all samples."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """An assertion that does not make the host wait for the device."""
+    torch._assert_async(condition, message)
+
+
+def add_to_each(sums: list[Tensor], values: list[Tensor]) -> None:
+    """sums[i] += values[i], on a GPU in one launch."""
+    torch._foreach_add_(sums, values)
+
+
+def bind_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply outside torch.func, which no argument may have outlived.
+
+    Without torch's look at the signature of forward, which takes as long as a small step.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+Lstm, Gru, Rnn = nn.LSTM, nn.GRU, nn.RNN
+LstmCell, GruCell, RnnCell = nn.LSTMCell, nn.GRUCell, nn.RNNCell
