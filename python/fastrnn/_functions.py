@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._backends import backend, has_kernel
-from ._layer import CELLS, OPTIONS, Layer, Results, Saved
+from ._layer import CELLS, Layer, Results, Saved
 from ._operators import Call, filled, inspect, library, scan_backward, scan_forward
 from ._ragged import gather, mask_from_batch_sizes, scatter
 from ._torch import (
@@ -28,26 +28,28 @@ def reference_layer(layer: Layer, mask: Tensor | None = None) -> tuple[Tensor, .
 
     mask [T, B] may stand in for batch_sizes; x is [T, B, I] then.
     """
-    x, h_0, c_0, sizes, resets = layer.tensors[:5]
+    # torch 2.6 cannot compile the properties of a NamedTuple.
+    mode, directions, batch, reverse, _, _, _, x, h_0, c_0, sizes, resets, weights = layer
+    each, proj = len(weights) // directions, weights[1].shape[1]
+    groups = [weights[i : i + each] for i in range(0, len(weights), each)]
     index = None
     if sizes is not None and sizes.dtype == torch.bool:
         mask = sizes
     elif sizes is not None:
-        mask = mask_from_batch_sizes(sizes, layer.batch, x.device)
+        mask = mask_from_batch_sizes(sizes, batch, x.device)
         index = mask.flatten().nonzero().squeeze(1)
         x = scatter(x, index, mask.numel()).view(*mask.shape, x.shape[-1])
         if resets is not None:
             resets = scatter(resets, index, mask.numel()).view(mask.shape)
     if h_0 is None:
-        h_0 = x.new_zeros(layer.directions, layer.batch, layer.proj)
+        h_0 = x.new_zeros(directions, batch, proj)
     states: tuple[Tensor, ...] = (h_0,)
-    if layer.cell.has_cell_state:
+    if CELLS[mode].has_cell_state:
         if c_0 is None:
-            c_0 = x.new_zeros(layer.directions, layer.batch, layer.hidden)
+            hidden = weights[1].shape[0] // CELLS[mode].gates
+            c_0 = x.new_zeros(directions, batch, hidden)
         states = (h_0, c_0)
-    output, final, cells = reference.layer(
-        layer.mode, x, states, layer.by_direction, mask, resets, layer.reverse
-    )
+    output, final, cells = reference.layer(mode, x, states, groups, mask, resets, reverse)
     sequences = [output] if cells is None else [output, cells]
     if index is not None:
         sequences = [gather(s.flatten(0, 1), index) for s in sequences]
@@ -373,8 +375,6 @@ FUSED = {
     for mode, function in FUNCTIONS.items()
 }
 
-_KEEP = Layer._fields.index("keep")
-
 
 def run_layer(
     layer: Layer, mask: Tensor | None = None
@@ -389,14 +389,13 @@ def run_layer(
     if kind is Call.PLAIN:
         results = tuple(backend("cpu").forward(layer))
     elif kind is Call.DIFFERENTIABLE:
-        options = (*layer[:_KEEP], True, *layer[_KEEP + 1 : OPTIONS])
-        results = FUSED[layer.mode](options, *layer.tensors)
+        results = FUSED[layer.mode](layer.keeping(True).options, *layer.tensors)
     else:
         results = _run_watched(layer, mask, compiling)
-    output, h_n = results[:2]
-    if not layer.cell.has_cell_state:
+    output, h_n, *rest = results
+    if not CELLS[layer.mode].has_cell_state:  # torch 2.6 cannot compile layer.cell
         return output, (h_n,), None
-    return output, (h_n, results[2]), results[3].to(output.dtype) if layer.all_c else None
+    return output, (h_n, rest[0]), rest[1].to(output.dtype) if layer.all_c else None
 
 
 def _run_watched(layer: Layer, mask: Tensor | None, compiling: bool) -> tuple[Any, ...]:
@@ -409,15 +408,15 @@ def _run_watched(layer: Layer, mask: Tensor | None, compiling: bool) -> tuple[An
     )
     if not (on_kernels and layer.x.is_cpu):
         _check_devices(layer)
-    if transforming:
-        layer = layer._replace(checkpoint_every=0)
     if not on_kernels:
         return reference_layer(layer, mask)
+    if transforming:
+        layer = layer._replace(checkpoint_every=0)
     if compiling or is_tracing():
         keep = compiling and torch.is_grad_enabled()  # the bare operator has a gradient too
-        return scan_forward(layer._replace(keep=keep))
+        return scan_forward(layer.keeping(keep))
     if transforming or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return FUNCTIONS[layer.mode].run(layer._replace(keep=True))
+        return FUNCTIONS[layer.mode].run(layer.keeping(True))
     with below_autograd():
         return scan_forward(layer)
 
@@ -440,7 +439,7 @@ def _scan_forward_autograd(*args: Any) -> tuple[Any, ...]:
         layer = layer._replace(batch=layer.x.shape[1])  # a trace knows only the number
     tensors = [t for t in layer.tensors if t is not None]
     if is_transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        results = Results._make(FUNCTIONS[layer.mode].run(layer._replace(keep=True)))
+        results = Results._make(FUNCTIONS[layer.mode].run(layer.keeping(True)))
         if layer.keep:
             return results
         empty = layer.x.new_empty(0)

@@ -59,6 +59,12 @@ class Layer(NamedTuple):
         """The layer of such options and tensors."""
         return cls._make((*options, *tensors[:5], tensors[5:]))
 
+    def keeping(self, keep: bool) -> Layer:
+        """The layer with another `keep`. torch.compile of torch 2.6 cannot follow _replace."""
+        fields: list[Any] = list(self)
+        fields[_KEEP] = keep
+        return Layer(*fields)
+
     @property
     def cell(self) -> Any:
         """The traits of its cell."""
@@ -135,6 +141,9 @@ class Layer(NamedTuple):
         shapes = [self.x.shape, (directions, batch, self.proj), (directions, batch, self.hidden)]
         shapes += [w.shape for w in self.weights]
         return [new(shape) if want else None for shape, want in zip(shapes, wanted)]
+
+
+_KEEP = Layer._fields.index("keep")
 
 
 class Results(NamedTuple):

@@ -115,7 +115,7 @@ def scan_forward(layer: Layer) -> Results:
     """The layer on its kernel. Results are None, or empty, where there is none."""
     if not torch.compiler.is_compiling() and inspect(layer):
         return backend("cpu").forward(layer)
-    return Results._make(_scan_forward(*layer))
+    return Results(*_scan_forward(*layer))
 
 
 def scan_backward(layer: Layer, saved: Saved) -> list[Tensor | None]:
