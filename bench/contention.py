@@ -8,7 +8,6 @@ programs with short work do: whoever keeps away from its core wastes half of tha
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from .cases import Case
 from .compare import BASE, Team, prepare, warn
 from .machine import Load, cores, describe
-from .results import DIRECTORY
+from .results import DIRECTORY, write
 from .table import align
 
 CELLS = ("LSTM", "GRU")
@@ -143,9 +142,7 @@ def main() -> None:
                 continue
             bar.set_postfix_str(name)
             rows.append(measure(team, kind, case, args.repetitions))
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine, "threads": args.threads, "rows": rows}
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write({"machine": machine, "threads": args.threads, "rows": rows}, args.json)
     print(f"{render(rows)}\n\nWritten to {args.json}")
     if any(row["busy"] for row in rows):
         warn("rows marked * had other neighbours than ours. Run this again alone.")

@@ -11,8 +11,8 @@ namespace fastrnn {
 
 namespace {
 
-// A layer's fields, of its options and its tensors. The last one, the weights, is a new reference.
-LayerFields fields_of(py::handle options, const py::tuple& tensors) {
+// The layer of such options and tensors.
+LayerCall layer_of(py::handle options, const py::tuple& tensors) {
   constexpr size_t kOptions = static_cast<size_t>(LayerField::kX);
   constexpr size_t kSingle = static_cast<size_t>(LayerField::kWeights) - kOptions;
   if (!PyTuple_Check(options.ptr()) || PyTuple_GET_SIZE(options.ptr()) != kOptions) {
@@ -26,8 +26,9 @@ LayerFields fields_of(py::handle options, const py::tuple& tensors) {
   LayerFields fields;
   for (size_t i = 0; i < kOptions; ++i) fields[i] = PyTuple_GET_ITEM(options.ptr(), i);
   for (size_t i = 0; i < kSingle; ++i) fields[kOptions + i] = PyTuple_GET_ITEM(tensors.ptr(), i);
-  fields.back() = PyTuple_GetSlice(tensors.ptr(), kSingle, tensors.size());
-  return fields;
+  const py::tuple weights = tensors[py::slice(kSingle, tensors.size(), 1)];
+  fields.back() = weights;
+  return read_layer(fields);
 }
 
 // The places of what is not differentiated among the Function's arguments: the options are the
@@ -43,9 +44,7 @@ bool is_constant(size_t argument) {
 }  // namespace
 
 py::tuple record(py::handle ctx, py::handle options, const py::args& tensors) {
-  const LayerFields fields = fields_of(options, tensors);
-  const py::object weights = py::reinterpret_steal<py::object>(fields.back().ptr());
-  const LayerCall layer = read_layer(fields);
+  const LayerCall layer = layer_of(options, tensors);
   const Results results = forward(layer);
 
   static const Method set_materialize_grads("set_materialize_grads");
@@ -89,8 +88,7 @@ py::object replay(py::handle ctx, const py::args& gradients) {
 
   const py::tuple tensors = saved[py::slice(kSaved, saved.size(), 1)];
   const py::object given_options = options(ctx);
-  const LayerFields fields = fields_of(given_options, tensors);
-  const py::object weights = py::reinterpret_steal<py::object>(fields.back().ptr());
+  const LayerCall layer = layer_of(given_options, tensors);
   SavedFields given;
   given.fill(py::none());
   for (size_t i = 0; i < kSaved; ++i) given[i] = saved[i];
@@ -99,7 +97,6 @@ py::object replay(py::handle ctx, const py::args& gradients) {
   for (size_t i = 0; i < needed.size(); ++i) {
     if (!is_constant(i)) wanted.push_back(PyTuple_GET_ITEM(needed.ptr(), i) == Py_True);
   }
-  const LayerCall layer = read_layer(fields);
   const std::vector<py::object> found = backward(layer, read_saved(layer, given, wanted));
   py::tuple result(needed.size());
   size_t next = 0;

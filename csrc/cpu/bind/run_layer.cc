@@ -10,17 +10,18 @@ namespace fastrnn {
 namespace {
 
 Made make(const LayerCall& layer, const Shape& shape, Element element) {
-  Made made{make_tensor(layer.x, shape, element)};
-  made.data = view(made.object).data;
+  Made made{make_tensor(layer.x, shape, element), {}};
+  made.tensor = view(made.object);
   return made;
 }
 
 // The part of each direction, of a buffer that holds one after the other.
-void set_parts(void* (&target)[kMaxDirections], const Made& made, const LayerCall& layer,
+template <class Pointer, class Byte>
+void set_parts(Pointer (&target)[kMaxDirections], Byte* whole, const LayerCall& layer,
                int64_t count) {
-  if (made.data == nullptr) return;
+  if (whole == nullptr) return;
   for (int d = 0; d < layer.directions; ++d) {
-    target[d] = static_cast<char*>(made.data) + d * count * size_of(layer.shape.dtype);
+    target[d] = whole + d * count * size_of(layer.shape.dtype);
   }
 }
 
@@ -91,16 +92,16 @@ Results forward(const LayerCall& layer) {
   }
   if (layer.keeps_boundaries()) {
     results.saved = make(layer, layer.boundaries(), layer.state_element());
-    args.boundaries = results.saved.data;
+    args.boundaries = results.saved.tensor.data;
   } else if (layer.keeps_gates()) {
     results.saved = make(layer, layer.gates());
-    set_parts(args.gates, results.saved, layer,
+    set_parts(args.gates, static_cast<char*>(results.saved.tensor.data), layer,
               layer.rows * layer.traits().gates * layer.shape.hidden);
   }
-  args.output = results.output.data;
-  args.h_n = results.h_n.data;
-  args.c_n = results.c_n.data;
-  args.extra = results.extra.data;
+  args.output = results.output.tensor.data;
+  args.h_n = results.h_n.tensor.data;
+  args.c_n = results.c_n.tensor.data;
+  args.extra = results.extra.tensor.data;
   run_forward(args, layer);
   return results;
 }
@@ -117,11 +118,8 @@ void set_given(BackwardArgs& args, const LayerCall& layer, const SavedCall& give
   } else {
     if (traits.has_extra) args.extra = contiguous(given.extra);
     if (traits.saves_gates) {
-      const char* const saved = static_cast<const char*>(contiguous(given.saved));
-      const int64_t size = layer.rows * traits.gates * layer.shape.hidden;
-      for (int d = 0; d < layer.directions; ++d) {
-        args.gates[d] = saved + d * size * size_of(layer.shape.dtype);
-      }
+      set_parts(args.gates, static_cast<const char*>(contiguous(given.saved)), layer,
+                layer.rows * traits.gates * layer.shape.hidden);
     }
   }
   args.d_output = contiguous(given.d_output);
@@ -142,7 +140,7 @@ class Gradients {
     const Made made = make_if(is_wanted || is_needed, layer_, shape);
     all_.push_back(is_wanted ? made.object : py::none());
     if (is_needed && !is_wanted) unwanted_.push_back(made.object);
-    return made.data;
+    return made.tensor.data;
   }
   // The gradients of both biases: each comes with the other.
   void add_biases(const Shape& shape, void*& d_bias_ih, void*& d_bias_hh) {

@@ -23,10 +23,10 @@ class Contiguous {
   std::vector<py::object> copies_;
 };
 
-// A new tensor and its memory.
+// A new tensor, or none.
 struct Made {
   py::object object = py::none();
-  void* data = nullptr;
+  Tensor tensor;
 };
 Made make(const LayerCall& layer, const Shape& shape);
 Made make_if(bool is_wanted, const LayerCall& layer, const Shape& shape);

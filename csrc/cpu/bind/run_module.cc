@@ -127,12 +127,11 @@ std::array<py::object, 3> infer(const Model& model, Tensor x, const Tensor& h_0,
     set_layer(args, layer, contiguous);
     const Made input = output;  // what x views, if it is not the model's own input
     output = make(layer, layer.steps(shape.directions * shape.proj));
-    args.output = output.data;
-    args.h_n = part_of(view(h_n.object), k, model.layers, shape.dtype).data;
-    if (c_n.data != nullptr)
-      args.c_n = part_of(view(c_n.object), k, model.layers, shape.dtype).data;
+    args.output = output.tensor.data;
+    args.h_n = part_of(h_n.tensor, k, model.layers, shape.dtype).data;
+    args.c_n = part_of(c_n.tensor, k, model.layers, shape.dtype).data;
     run_forward(args, layer);
-    x = view(output.object);
+    x = output.tensor;
   }
   return {output.object, h_n.object, c_n.object};
 }
