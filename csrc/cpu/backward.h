@@ -208,7 +208,7 @@ class BackwardScan {
     return chunk_gradients_.recurrent.factors(direction, steps_.offset(t) - chunk.begin);
   }
 
-  // Calls finish(row, count, column, sums) for every vector of columns of h of every tile of rows
+  // Calls finish(row, count, column, sums) for every block of columns of h of every tile of rows
   // [begin, end); sums[r * units + u] is W_hh^T times the gate gradients `d_gates(row)`, or zero
   // without any. Before that, fetch(row, count, column) may prefetch what finish will read.
   template <class DGates, class Fetch, class Finish>
@@ -228,11 +228,19 @@ class BackwardScan {
         } else {
           for (int j = 0; j < count * columns.units; ++j) sums[j] = V(T(0));
         }
-        for (int u = 0; u < columns.units; ++u) {
-          const int64_t column = columns.column(block, u);
-          if (column < args_.proj) finish(row, count, column, sums + u);
-        }
+        finish(row, count, columns.column(block, 0), sums);
       });
+    }
+  }
+
+  // Calls body(r, u, column, lanes) for the vectors of a block of columns of h.
+  template <class Body>
+  void for_each_vector(int count, int64_t column, Body body) const {
+    for (int r = 0; r < count; ++r) {
+      for (int u = 0; u < hh_.columns.units; ++u) {
+        const int64_t own = column + u * V::lanes;
+        if (own < args_.proj) body(r, u, own, min_of(args_.proj - own, V::lanes));
+      }
     }
   }
 
@@ -264,25 +272,24 @@ class BackwardScan {
 
   // Completes the gradient of a projected h_t.
   void finish_projected(const BackwardStep<S>& step, const BackwardTile<S>& tile) const {
-    const int64_t left = min_of(args_.proj - tile.column, V::lanes);
-    for (int r = 0; r < tile.count; ++r) {
-      const int64_t row = tile.row + r;
-      V dh = tile.sums[r * tile.stride];
+    const ChunkRows<S>& rows = chunk_gradients_.projected;
+    for_each_vector(tile.count, tile.column, [&](int r, int u, int64_t column, int64_t left) {
+      const int64_t row = tile.row + r, local = step.chunk_row(steps_, row);
+      V dh = tile.sums[r * tile.vectors + u];
       if (args_.d_output != nullptr) {
         const int64_t feature = steps_.feature_offset(tile.direction, step.t, row, args_.proj);
-        dh = dh + V::load(at<S>(args_.d_output, feature + tile.column), left);
+        dh = dh + V::load(at<S>(args_.d_output, feature + column), left);
       }
       if (!step.has_after && args_.d_h_n != nullptr) {
         const int64_t state = steps_.state_offset(tile.direction, row, args_.proj);
-        dh = dh + V::load(at<S>(args_.d_h_n, state + tile.column), left);
+        dh = dh + V::load(at<S>(args_.d_h_n, state + column), left);
       }
-      const ChunkRows<S>& rows = chunk_gradients_.projected;
-      const int64_t local = step.chunk_row(steps_, row);
       if (left < V::lanes) dh = first_lanes(dh, left);
-      dh.store(rows.values(tile.direction, local) + tile.column);
-      if constexpr (ChunkRows<S>::kNarrows)
-        dh.store(rows.factors(tile.direction, local) + tile.column);
-    }
+      dh.store(rows.values(tile.direction, local) + column);
+      if constexpr (ChunkRows<S>::kNarrows) {
+        dh.store(rows.factors(tile.direction, local) + column);
+      }
+    });
   }
 
   // The units' gradients, W_hr^T times that of the projected h_t, and the cell on them.
@@ -297,10 +304,7 @@ class BackwardScan {
         const TileRows<F> d_projected(
             count, [&](int r) { return chunk_gradients_.projected.factors(direction, local + r); });
         hr_.multiply(direction, block, d_projected.rows, count, i, sums);
-        for (int u = 0; u < columns.units; ++u) {
-          cell_.run(step,
-                    {direction, row, count, columns.column(block, u), sums + u, columns.units});
-        }
+        cell_.run(step, {direction, row, count, columns.column(block, 0), sums, columns.units});
       };
       for_each_tile(max_of(begin, part.rows.begin), min_of(end, part.rows.end),
                     max_rows(columns.units), run_tile);
@@ -315,17 +319,16 @@ class BackwardScan {
     if (args_.d_h_0 != nullptr) {
       const auto fetch = [](int64_t, int, int64_t) {};
       const auto finish = [&](int64_t row, int count, int64_t column, const V* sums) {
-        const int64_t left = min_of(args_.proj - column, V::lanes);
-        for (int r = 0; r < count; ++r) {
-          const int64_t state = steps_.state_offset(direction, row + r, args_.proj) + column;
-          V dh = sums[r * hh_.columns.units];
+        for_each_vector(count, column, [&](int r, int u, int64_t own, int64_t left) {
+          const int64_t state = steps_.state_offset(direction, row + r, args_.proj) + own;
+          V dh = sums[r * hh_.columns.units + u];
           if (!had_steps) {
             dh = args_.d_h_n == nullptr ? V(T(0)) : V::load(at<S>(args_.d_h_n, state), left);
           } else if constexpr (Cell::has_direct_path) {
             dh = dh + V::load(cell_.carry_h() + state, left);
           }
           dh.store(static_cast<S*>(args_.d_h_0) + state, left);
-        }
+        });
       };
       for_each_column(direction, part, had_steps, d_gates, begin, end, fetch, finish);
     }

@@ -22,7 +22,7 @@ struct BackwardStep {
   }
 };
 
-// One vector of columns of some rows; sums[r * stride] is what reaches them by a product.
+// A block of columns of some rows, and what reaches them by a product: sums[r * vectors + v].
 template <class S>
 struct BackwardTile {
   int direction;
@@ -30,7 +30,7 @@ struct BackwardTile {
   int count;
   int64_t column;
   const Vec<Compute<S>>* sums;
-  int stride;
+  int vectors;
 };
 
 template <class Cell, class S>
@@ -58,11 +58,10 @@ class BackwardCell {
   const T* carry_c() const { return carry_c_; }
 
   void run(const BackwardStep<S>& step, const BackwardTile<S>& tile) const {
-    if (args_.hidden - tile.column >= V::lanes) {
-      run_rows<true>(step, tile);
-    } else if (args_.hidden > tile.column) {
-      run_rows<false>(step, tile);
-    }
+    const int64_t left = args_.hidden - tile.column;
+    const int full = static_cast<int>(min_of(tile.vectors, left / V::lanes));
+    run_rows<true>(step, tile, 0, full);
+    if (full < tile.vectors && left > full * V::lanes) run_rows<false>(step, tile, full, full + 1);
   }
 
  private:
@@ -73,100 +72,156 @@ class BackwardCell {
   T* carry_h_;
   T* carry_c_;
 
+  // Where the first row of a tile lies, and how far the rows are from each other. Null: nothing
+  // there. Copies of what members say: these would be read again after every store.
+  struct Rows {
+    const S *gates, *output, *output_before, *h_0, *c_0, *d_output, *d_h_n, *d_c_n;
+    const T *extra, *extra_before, *d_extra;
+    T *carry_h, *carry_c, *d_input, *d_recurrent;
+    F *d_input_factors, *d_recurrent_factors, *hidden;
+    int64_t gate_stride, feature_stride, extra_stride, state_stride, chunk_stride, units;
+  };
+
+  [[gnu::always_inline]] Rows rows_of(const BackwardStep<S>& step,
+                                      const BackwardTile<S>& tile) const {
+    const auto& saved = step.saved;
+    const int direction = tile.direction;
+    const int64_t n = steps_.offset(step.t) + tile.row;
+    const int64_t local = step.chunk_row(steps_, tile.row), column = tile.column;
+    const int64_t feature =
+        steps_.feature_offset(direction, step.t, tile.row, args_.hidden) + column;
+    const int64_t state = steps_.state_offset(direction, tile.row, args_.hidden) + column;
+    Rows rows{};
+    if constexpr (Cell::saves_gates) rows.gates = saved.gate_row(n) + column;
+    rows.output = at<S>(args_.output, feature);
+    if constexpr (Cell::has_extra) rows.extra = saved.extra_row(n) + column;
+    if (step.has_before) {
+      const int64_t n_before = steps_.offset(step.before) + tile.row;
+      rows.output_before =
+          at<S>(args_.output,
+                steps_.feature_offset(direction, step.before, tile.row, args_.hidden) + column);
+      if constexpr (Cell::has_extra) rows.extra_before = saved.extra_row(n_before) + column;
+    } else {
+      rows.h_0 = at<S>(args_.h_0, state);
+      rows.c_0 = at<S>(args_.c_0, state);
+    }
+    if (!projects_) {
+      rows.d_output = at<S>(args_.d_output, feature);
+      if (!step.has_after) rows.d_h_n = at<S>(args_.d_h_n, state);
+    }
+    if (!step.has_after) rows.d_c_n = at<S>(args_.d_c_n, state);
+    rows.d_extra = at<T>(args_.d_extra, feature);
+    rows.carry_h = carry_h_ + state;
+    rows.carry_c = carry_c_ + state;
+    rows.d_input = chunk_gradients_.input.values(direction, local) + column;
+    rows.d_input_factors = chunk_gradients_.input.factors(direction, local) + column;
+    rows.d_recurrent = chunk_gradients_.recurrent.values(direction, local) + column;
+    rows.d_recurrent_factors = chunk_gradients_.recurrent.factors(direction, local) + column;
+    if (projects_) rows.hidden = chunk_gradients_.hidden(direction, local) + column;
+    rows.gate_stride = saved.gate_stride;
+    rows.feature_stride = args_.directions * args_.hidden;
+    rows.extra_stride = saved.extra_stride;
+    rows.state_stride = args_.hidden;
+    rows.chunk_stride = chunk_gradients_.stride;
+    rows.units = args_.hidden;
+    return rows;
+  }
+
   // What the cell's backward takes for one vector of units of one row.
   struct CellInputs {
     V gate[G], h_prev, h, extra_prev, extra, dh, d_extra;
   };
 
-  // Full: no lane lies beyond H.
+  // Vectors [begin, end) of the tile. Full: no lane lies beyond H.
   template <bool Full>
-  void run_rows(const BackwardStep<S>& step, const BackwardTile<S>& tile) const {
-    const int64_t left = args_.hidden - tile.column;
-    const auto store = [left](auto* p, V v) {
-      if constexpr (Full) return v.store(p);
-      return v.store(p, left);
-    };
+  void run_rows(const BackwardStep<S>& step, const BackwardTile<S>& tile, int begin,
+                int end) const {
+    const Rows rows = rows_of(step, tile);
+    const bool has_after = step.has_after, has_before = step.has_before;
     for (int r = 0; r < tile.count; ++r) {
-      const int64_t row = tile.row + r;
-      const bool reset = steps_.resets_before(tile.direction, step.t, row);
-      CellInputs in;
-      load_inputs<Full>(step, tile, r, reset, in);
-      V dx[G], dr[G];
-      const V direct = Cell::backward(in.gate, in.h_prev, in.h, in.extra_prev, in.extra, in.dh,
-                                      in.d_extra, dx, dr);
-
-      const int64_t local = step.chunk_row(steps_, row);
-      const int64_t state = steps_.state_offset(tile.direction, row, args_.hidden) + tile.column;
-      if constexpr (Cell::has_cell_state) {
-        if (projects_) {
-          Cell::hidden(in.gate, in.extra)
-              .store(chunk_gradients_.hidden(tile.direction, local) + tile.column);
+      const bool reset = steps_.resets_before(tile.direction, step.t, tile.row + r);
+      for (int v = begin; v < end; ++v) {
+        const int64_t column = v * V::lanes, left = args_.hidden - tile.column - column;
+        CellInputs in;
+        in.dh = tile.sums[r * tile.vectors + v];
+        load_inputs<Full>(rows, r, column, left, reset, has_after, has_before, in);
+        V dx[G], dr[G];
+        const V direct = Cell::backward(in.gate, in.h_prev, in.h, in.extra_prev, in.extra, in.dh,
+                                        in.d_extra, dx, dr);
+        if constexpr (Cell::has_cell_state) {
+          if (rows.hidden != nullptr) {
+            Cell::hidden(in.gate, in.extra).store(rows.hidden + r * rows.chunk_stride + column);
+          }
         }
+        store_outputs<Full>(rows, r, column, left, reset, direct, in.d_extra, dx, dr);
       }
-      const auto store_gates = [&](const ChunkRows<S>& rows, const V(&d_gates)[G]) {
-        T* values = rows.values(tile.direction, local) + tile.column;
-        F* factors = rows.factors(tile.direction, local) + tile.column;
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) {
-          store(values + g * args_.hidden, d_gates[g]);
-          if constexpr (ChunkRows<S>::kNarrows) store(factors + g * args_.hidden, d_gates[g]);
-        }
-      };
-      store_gates(chunk_gradients_.input, dx);
-      if constexpr (Cell::splits_gradient) store_gates(chunk_gradients_.recurrent, dr);
-      if constexpr (Cell::has_direct_path) store(carry_h_ + state, reset ? V(T(0)) : direct);
-      if constexpr (Cell::has_cell_state) store(carry_c_ + state, reset ? V(T(0)) : in.d_extra);
     }
   }
 
   // Of the tile's r-th row. Reset: nothing of the step before goes into this one.
   template <bool Full>
-  [[gnu::always_inline]] void load_inputs(const BackwardStep<S>& step, const BackwardTile<S>& tile,
-                                          int r, bool reset, CellInputs& in) const {
-    const int64_t left = args_.hidden - tile.column;
+  [[gnu::always_inline]] static void load_inputs(const Rows& rows, int r, int64_t column,
+                                                 int64_t left, bool reset, bool has_after,
+                                                 bool has_before, CellInputs& in) {
     const auto load = [left](const auto* p) {
       if constexpr (Full) return V::load(p);
       return V::load(p, left);
     };
-    const auto load_or_zero = [&load](const auto* p) { return p == nullptr ? V(T(0)) : load(p); };
-
-    const int64_t row = tile.row + r, n = steps_.offset(step.t) + row;
-    const int64_t state = steps_.state_offset(tile.direction, row, args_.hidden) + tile.column;
-    const int64_t feature =
-        steps_.feature_offset(tile.direction, step.t, row, args_.hidden) + tile.column;
-    const int64_t n_before = step.has_before ? steps_.offset(step.before) + row : 0;
+    const auto load_or_zero = [&load](const auto* p, int64_t i) {
+      return p == nullptr ? V(T(0)) : load(p + i);
+    };
+    const int64_t feature = r * rows.feature_stride + column;
+    const int64_t state = r * rows.state_stride + column;
+    const int64_t extra = r * rows.extra_stride + column;
 
     in.h_prev = in.h = in.extra_prev = in.extra = in.d_extra = V(T(0));
     if constexpr (Cell::saves_gates) {
-      const S* gates = step.saved.gate_row(n) + tile.column;
+      const S* gates = rows.gates + r * rows.gate_stride + column;
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) in.gate[g] = load(gates + g * args_.hidden);
+      for (int g = 0; g < G; ++g) in.gate[g] = load(gates + g * rows.units);
     } else {
-      in.h = load(at<S>(args_.output, feature));
+      in.h = load(rows.output + feature);
     }
-    if constexpr (Cell::has_extra) in.extra = load(step.saved.extra_row(n) + tile.column);
+    if constexpr (Cell::has_extra) in.extra = load(rows.extra + extra);
     if (Cell::has_direct_path && !reset) {
-      const int64_t before =
-          (n_before * args_.directions + tile.direction) * args_.hidden + tile.column;
-      in.h_prev = step.has_before ? load(at<S>(args_.output, before))
-                                  : load_or_zero(at<S>(args_.h_0, state));
+      in.h_prev = has_before ? load(rows.output_before + feature) : load_or_zero(rows.h_0, state);
     }
     if constexpr (Cell::has_cell_state) {
       if (!reset) {
-        in.extra_prev = step.has_before ? load(step.saved.extra_row(n_before) + tile.column)
-                                        : load_or_zero(at<S>(args_.c_0, state));
+        in.extra_prev =
+            has_before ? load(rows.extra_before + extra) : load_or_zero(rows.c_0, state);
       }
-      in.d_extra =
-          step.has_after ? load(carry_c_ + state) : load_or_zero(at<S>(args_.d_c_n, state));
-      if (args_.d_extra != nullptr) in.d_extra = in.d_extra + load(at<T>(args_.d_extra, feature));
+      in.d_extra = has_after ? load(rows.carry_c + state) : load_or_zero(rows.d_c_n, state);
+      if (rows.d_extra != nullptr) in.d_extra = in.d_extra + load(rows.d_extra + feature);
     }
+    if (rows.d_output != nullptr) in.dh = in.dh + load(rows.d_output + feature);
+    if (rows.d_h_n != nullptr) in.dh = in.dh + load(rows.d_h_n + state);
+    if (Cell::has_direct_path && has_after) in.dh = in.dh + load(rows.carry_h + state);
+  }
 
-    in.dh = tile.sums[r * tile.stride];
-    if (!projects_) {
-      if (args_.d_output != nullptr) in.dh = in.dh + load(at<S>(args_.d_output, feature));
-      if (!step.has_after) in.dh = in.dh + load_or_zero(at<S>(args_.d_h_n, state));
+  template <bool Full>
+  [[gnu::always_inline]] static void store_outputs(const Rows& rows, int r, int64_t column,
+                                                   int64_t left, bool reset, V direct, V d_cell,
+                                                   const V (&dx)[G], const V (&dr)[G]) {
+    const auto store = [left](auto* p, V v) {
+      if constexpr (Full) return v.store(p);
+      return v.store(p, left);
+    };
+    const int64_t state = r * rows.state_stride + column;
+    const auto store_gates = [&](T* values, F* factors, const V(&d_gates)[G]) {
+      const int64_t first = r * rows.chunk_stride + column;
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        store(values + first + g * rows.units, d_gates[g]);
+        if constexpr (ChunkRows<S>::kNarrows) store(factors + first + g * rows.units, d_gates[g]);
+      }
+    };
+    store_gates(rows.d_input, rows.d_input_factors, dx);
+    if constexpr (Cell::splits_gradient) {
+      store_gates(rows.d_recurrent, rows.d_recurrent_factors, dr);
     }
-    if (Cell::has_direct_path && step.has_after) in.dh = in.dh + load(carry_h_ + state);
+    if constexpr (Cell::has_direct_path) store(rows.carry_h + state, reset ? V(T(0)) : direct);
+    if constexpr (Cell::has_cell_state) store(rows.carry_c + state, reset ? V(T(0)) : d_cell);
   }
 };
 

@@ -17,6 +17,7 @@ class ForwardScan {
   using F = Factor<S>;
   using V = Vec<T>;
   static constexpr int G = Cell::gates;
+  static constexpr int kCellRows = 16;  // at least two blocks of few rows, see blocks_at_once
 
  public:
   ForwardScan(const ForwardArgs& args, const Steps& steps, Workspace& workspace)
@@ -201,7 +202,7 @@ class ForwardScan {
   // The first `end` rows of a step. Few rows take several blocks at once, so that their cells, one
   // chain of dependent operations each, run side by side, too.
   void run_rows(int direction, const Part& part, const ForwardStep<S>& step, int64_t end) const {
-    const int vectors = hh_.columns.vectors;
+    const int vectors = hh_.columns.vectors, height = max_rows(vectors);
     const F* h = states_.h(step.i);
     const bool is_zero = step.t == steps_.first(direction) && args_.h_0 == nullptr;
     end = min_of(end, part.rows.end);
@@ -213,32 +214,38 @@ class ForwardScan {
       for (int64_t b = first; b < last; ++b) {
         hh_.load_bias(args_.bias_hh[direction], b, biases + (b - first) * vectors);
       }
+      // The cell takes the rows of several tiles at once: its constants are loaded once, and its
+      // chains of dependent operations overlap.
+      V sums[kCellRows * kMaxVectors];
+      int64_t begin = part.rows.begin;
+      int gathered = 0;
+      const auto run_gathered = [&] {
+        for (int64_t b = first; b < last; ++b) {
+          const int64_t i = b - first;
+          cell_.run(step, {direction, begin, gathered, hh_.columns.column(b, 0),
+                           sums + i * gathered * vectors, biases + i * vectors,
+                           input_.at(direction, part, b, step.i % input_.steps_ahead, begin)});
+        }
+        begin += gathered;
+        gathered = 0;
+      };
       const auto run_tile = [&](int64_t row, int count, int64_t index) {
-        V sums[kMaxRows * kMaxVectors];
+        V* tile_sums = sums + gathered * vectors;
         if (is_zero) {
-          for (int j = 0; j < (last - first) * count * vectors; ++j) sums[j] = V(T(0));
+          for (int j = 0; j < (last - first) * count * vectors; ++j) tile_sums[j] = V(T(0));
         } else {
           const TileRows<F> h_prev(count,
                                    [&](int r) { return h + states_.offset(direction, row + r); });
-          hh_.multiply_blocks(direction, first, last, h_prev.rows, count, index, sums);
+          for (int64_t b = first; b < last; ++b) {
+            cell_.prefetch_results(step, direction, row, count, hh_.columns.column(b, 0));
+          }
+          hh_.multiply_blocks(direction, first, last, h_prev.rows, count, index, tile_sums);
         }
-        for (int64_t b = first; b < last; ++b) {
-          run_units(direction, step, row, count, b, sums + (b - first) * count * vectors,
-                    biases + (b - first) * vectors);
-        }
+        gathered += count;
+        if (gathered + height > kCellRows) run_gathered();
       };
-      for_each_tile(part.rows.begin, end, max_rows(vectors), run_tile);
-    }
-  }
-
-  // The cell on a block of units of some rows.
-  void run_units(int direction, const ForwardStep<S>& step, int64_t row, int count, int64_t block,
-                 const V* sums, const V* biases) const {
-    const int64_t slot = step.i % input_.steps_ahead;
-    for (int u = 0; u < hh_.columns.units; ++u) {
-      const int64_t unit = hh_.columns.column(block, u);
-      cell_.run(step, {direction, row, count, unit, sums + u * G, biases + u * G,
-                       input_.at(direction, block, slot, row) + u * G * V::lanes});
+      for_each_tile(part.rows.begin, end, height, run_tile);
+      if (gathered > 0) run_gathered();
     }
   }
 

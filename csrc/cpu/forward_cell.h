@@ -15,16 +15,16 @@ struct ForwardStep {
   const Saved<S, Compute<S>>& saved;
 };
 
-// One vector of units of some rows.
+// A block of units of some rows.
 template <class S>
 struct ForwardTile {
   int direction;
   int64_t row;
   int count;
   int64_t unit;
-  const Vec<Compute<S>>* sums;  // W_hh h_{t-1}: [count][vectors of the block]
-  const Vec<Compute<S>>* bias;  // b_hh: [G]
-  const Compute<S>* projected;  // W_ih x_t + b_ih: [count][width of the block]
+  const Vec<Compute<S>>* sums;  // W_hh h_{t-1}: [count][units][G]
+  const Vec<Compute<S>>* bias;  // b_hh: [units][G]
+  const Compute<S>* projected;  // W_ih x_t + b_ih: [count][units][G][lanes]
 };
 
 template <class Cell, class S>
@@ -42,14 +42,33 @@ class ForwardCell {
         steps_(steps),
         states_(states),
         projects_(args.weight_hr[0] != nullptr),
-        sums_stride_(columns.vectors),
-        projected_stride_(columns.width) {}
+        units_(columns.units) {}
 
   void run(const ForwardStep<S>& step, const ForwardTile<S>& tile) const {
-    if (args_.hidden - tile.unit >= V::lanes) {
-      run_rows<true>(step, tile);
-    } else if (args_.hidden > tile.unit) {
-      run_rows<false>(step, tile);
+    const int64_t left = args_.hidden - tile.unit;
+    const int full = static_cast<int>(min_of(units_, left / V::lanes));
+    run_rows<true>(step, tile, 0, full);
+    if (full < units_ && left > full * V::lanes) run_rows<false>(step, tile, full, full + 1);
+  }
+
+  // Results go to memory that nobody has touched for long. Asked for before the product, their
+  // cache lines are there when the cell stores to them.
+  void prefetch_results(const ForwardStep<S>& step, int direction, int64_t row, int count,
+                        int64_t unit) const {
+    const int64_t bytes = min_of(units_ * V::lanes, args_.hidden - unit) * sizeof(S);
+    for (int r = 0; r < count; ++r) {
+      const int64_t n = steps_.offset(step.t) + row + r;
+      if (!projects_ && args_.output != nullptr) {
+        const int64_t feature = steps_.feature_offset(direction, step.t, row + r, args_.hidden);
+        prefetch(at<S>(args_.output, feature + unit), bytes);
+      }
+      if (Cell::saves_gates && step.saved.gates != nullptr) {
+        S* gates = step.saved.gate_row(n) + unit;
+        for (int g = 0; g < G; ++g) prefetch(gates + g * args_.hidden, bytes);
+      }
+      if (Cell::has_extra && step.saved.extra != nullptr) {
+        prefetch(step.saved.extra_row(n) + unit, bytes);
+      }
     }
   }
 
@@ -58,8 +77,7 @@ class ForwardCell {
   const Steps& steps_;
   const States<Cell, S>& states_;
   const bool projects_;
-  const int sums_stride_;
-  const int64_t projected_stride_;
+  const int units_;  // vectors of units in a block
 
   // Where the first row of a tile lies, and how far the rows are from each other. Null: no such
   // result. Copies of what members say: these would be read again after every store.
@@ -72,7 +90,8 @@ class ForwardCell {
     S* output;
     S* gates;
     T* extra;
-    int64_t state_stride, output_stride, extra_stride, projected_stride;
+    int64_t state_stride, output_stride, extra_stride;
+    int units;
   };
 
   [[gnu::always_inline]] Rows rows_of(const ForwardStep<S>& step,
@@ -93,7 +112,7 @@ class ForwardCell {
             states_.stride,
             args_.directions * args_.hidden,
             saved.extra_stride,
-            projected_stride_};
+            kMaxVectors / G == 1 ? 1 : units_};
   }
 
   // What the cell's forward takes and leaves: see ../cells/registry.h.
@@ -101,42 +120,46 @@ class ForwardCell {
     V gate[G], recurrent[G], h_prev, extra, h;
   };
 
-  // Full: no lane lies beyond H.
+  // Vectors [begin, end) of the block's units. Full: no lane lies beyond H.
   template <bool Full>
-  void run_rows(const ForwardStep<S>& step, const ForwardTile<S>& tile) const {
+  void run_rows(const ForwardStep<S>& step, const ForwardTile<S>& tile, int begin, int end) const {
     const Rows rows = rows_of(step, tile);
-    const int64_t left = args_.hidden - tile.unit;
     for (int r = 0; r < tile.count; ++r) {
-      CellValues cell;
-      load(tile, rows, r, cell);
-      cell.h = Cell::forward(cell.gate, cell.recurrent, cell.h_prev, cell.extra);
-      if constexpr (!Full) cell.h = first_lanes(cell.h, left);
-      store<Full>(step, tile, rows, r, left, cell);
+      const bool reset = steps_.resets_after(tile.direction, step.t, tile.row + r);
+      for (int u = begin; u < end; ++u) {
+        const int64_t left = args_.hidden - tile.unit - u * V::lanes;
+        CellValues cell;
+        load(tile, rows, r, u, cell);
+        cell.h = Cell::forward(cell.gate, cell.recurrent, cell.h_prev, cell.extra);
+        if constexpr (!Full) cell.h = first_lanes(cell.h, left);
+        store<Full>(rows, r, u, left, reset, cell);
+      }
     }
   }
 
-  // Of the tile's r-th row.
-  [[gnu::always_inline]] void load(const ForwardTile<S>& tile, const Rows& rows, int r,
+  // Of the u-th vector of units of the tile's r-th row.
+  [[gnu::always_inline]] void load(const ForwardTile<S>& tile, const Rows& rows, int r, int u,
                                    CellValues& cell) const {
+    const int64_t first = (r * rows.units + u) * G, state = r * rows.state_stride + u * V::lanes;
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      cell.gate[g] = V::load(tile.projected + r * rows.projected_stride + g * V::lanes);
-      cell.recurrent[g] = tile.sums[r * sums_stride_ + g] + tile.bias[g];
+      cell.gate[g] = V::load(tile.projected + (first + g) * V::lanes);
+      cell.recurrent[g] = tile.sums[first + g] + tile.bias[u * G + g];
     }
     cell.h_prev = cell.extra = V(T(0));
     if constexpr (States<Cell, S>::kKeepsDirect) {
-      cell.h_prev = V::load(rows.direct + r * rows.state_stride);
+      cell.h_prev = V::load(rows.direct + state);
     } else if constexpr (Cell::has_direct_path) {
-      cell.h_prev = V::load(rows.h_prev + r * rows.state_stride);
+      cell.h_prev = V::load(rows.h_prev + state);
     }
-    if constexpr (Cell::has_cell_state) cell.extra = V::load(rows.cell + r * rows.state_stride);
+    if constexpr (Cell::has_cell_state) cell.extra = V::load(rows.cell + state);
   }
 
+  // Reset: nothing goes on to the next step, which begins a new segment.
   template <bool Full>
-  [[gnu::always_inline]] void store(const ForwardStep<S>& step, const ForwardTile<S>& tile,
-                                    const Rows& rows, int r, int64_t left,
+  [[gnu::always_inline]] void store(const Rows& rows, int r, int u, int64_t left, bool reset,
                                     const CellValues& cell) const {
-    const int64_t state = r * rows.state_stride;
+    const int64_t unit = u * V::lanes, state = r * rows.state_stride + unit;
     const auto store_lanes = [left](auto* p, V v) {
       if constexpr (Full) return v.store(p);
       return v.store(p, left);
@@ -145,21 +168,21 @@ class ForwardCell {
       if (rows.gates != nullptr) {
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
-          store_lanes(rows.gates + (r * G + g) * args_.hidden, cell.gate[g]);
+          store_lanes(rows.gates + (r * G + g) * args_.hidden + unit, cell.gate[g]);
         }
       }
     }
     if constexpr (Cell::has_extra) {
-      if (rows.extra != nullptr) store_lanes(rows.extra + r * rows.extra_stride, cell.extra);
+      if (rows.extra != nullptr) {
+        store_lanes(rows.extra + r * rows.extra_stride + unit, cell.extra);
+      }
     }
-    // Nothing goes on to a step that begins a new segment.
-    const bool reset = steps_.resets_after(tile.direction, step.t, tile.row + r);
     if (projects_) {
       cell.h.store(rows.unprojected + state);
     } else {
       const V next = reset ? V(T(0)) : cell.h;
       if (rows.output != nullptr) {
-        store_lanes(rows.output + r * rows.output_stride, cell.h);
+        store_lanes(rows.output + r * rows.output_stride + unit, cell.h);
       }
       next.store(rows.h_next + state);
       if constexpr (States<Cell, S>::kKeepsDirect) next.store(rows.direct + state);

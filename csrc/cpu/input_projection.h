@@ -35,10 +35,16 @@ class InputProjection {
 
   void pack(int direction, Range blocks) const { weight_.pack(direction, blocks); }
 
-  // Of one row for one block, in the order of the tile's columns; slot counts the steps of a run.
-  T* at(int direction, int64_t block, int64_t slot, int64_t row) const {
-    const int64_t step = (direction * weight_.columns.blocks + block) * steps_ahead + slot;
-    return projected_ + (step * args_.batch + row) * weight_.columns.width;
+  // Of one row of a part for one block, in the order of the tile's columns; slot counts the steps
+  // of a run. The rows of a part lie together: where those of two threads alternate, what one
+  // prefetches is what the other writes.
+  T* at(int direction, const Part& part, int64_t block, int64_t slot, int64_t row) const {
+    const int64_t parts_before = direction * args_.batch + part.rows.begin;
+    const int64_t tiles_before = block * steps_ahead + slot;
+    const int64_t rows_before = parts_before * weight_.columns.blocks * steps_ahead +
+                                tiles_before * (part.rows.end - part.rows.begin) + row -
+                                part.rows.begin;
+    return projected_ + rows_before * weight_.columns.width;
   }
 
   // `count` steps from t on; phase(body) calls body with the parts, see PhaseRunner::step_phases.
@@ -112,7 +118,7 @@ class InputProjection {
       } else {
         rows[gathered] = x;
       }
-      targets[gathered] = at(direction, block, slot, row);
+      targets[gathered] = at(direction, part, block, slot, row);
       if (++gathered == height) multiply_gathered();
     });
     if (gathered > 0) multiply_gathered();

@@ -40,18 +40,14 @@ struct ExpConstants<double> {
 };
 
 template <class T>
-inline Vec<T> clamp(Vec<T> x, T low, T high) {
-  using Raw = typename Vec<T>::Raw;
-  const Raw l = Vec<T>(low).raw, h = Vec<T>(high).raw;
-  Raw v = x.raw;  // NaN compares false and stays
-  v = v < l ? l : v;
-  return v > h ? h : v;
+[[gnu::always_inline]] inline Vec<T> clamp(Vec<T> x, T low, T high) {
+  return min(Vec<T>(high), max(Vec<T>(low), x));
 }
 
 // x = n ln(2) + r with |r| <= ln(2)/2. Gives scale = 2^n and fraction = e^r - 1, so that both e^x
 // and e^x - 1 follow without cancellation. x must lie in [min, max].
 template <class T>
-inline void split_exp(Vec<T> x, Vec<T>& scale, Vec<T>& fraction) {
+[[gnu::always_inline]] inline void split_exp(Vec<T> x, Vec<T>& scale, Vec<T>& fraction) {
   using V = Vec<T>;
   using C = ExpConstants<T>;
   const V shifted = x * V(C::log2_e) + V(C::round);
@@ -69,20 +65,20 @@ inline void split_exp(Vec<T> x, Vec<T>& scale, Vec<T>& fraction) {
 }
 
 template <class T>
-inline Vec<T> exp(Vec<T> x) {
+[[gnu::always_inline]] inline Vec<T> exp(Vec<T> x) {
   Vec<T> scale, fraction;
   split_exp(clamp(x, ExpConstants<T>::min, ExpConstants<T>::max), scale, fraction);
   return scale * fraction + scale;
 }
 
 template <class T>
-inline Vec<T> sigmoid(Vec<T> x) {
+[[gnu::always_inline]] inline Vec<T> sigmoid(Vec<T> x) {
   return Vec<T>(T(1)) / (Vec<T>(T(1)) + exp(-x));
 }
 
 // tanh(x) = (e^2x - 1) / (e^2x + 1)
 template <class T>
-inline Vec<T> tanh(Vec<T> x) {
+[[gnu::always_inline]] inline Vec<T> tanh(Vec<T> x) {
   using V = Vec<T>;
   constexpr T one = ExpConstants<T>::tanh_is_one;
   x = clamp(x, -one, one);
@@ -93,13 +89,13 @@ inline Vec<T> tanh(Vec<T> x) {
 }
 
 template <class T>
-inline Vec<T> relu(Vec<T> x) {
+[[gnu::always_inline]] inline Vec<T> relu(Vec<T> x) {
   using Raw = typename Vec<T>::Raw;
   return x.raw < Raw{} ? Raw{} : x.raw;  // NaN stays
 }
 
 template <class T>
-inline Vec<T> relu_derivative(Vec<T> h) {
+[[gnu::always_inline]] inline Vec<T> relu_derivative(Vec<T> h) {
   using Raw = typename Vec<T>::Raw;
   const Raw zero = {}, one = Vec<T>(T(1)).raw;
   return h.raw <= zero ? zero : one;

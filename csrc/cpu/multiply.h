@@ -16,10 +16,11 @@ namespace fastrnn::FASTRNN_VARIANT {
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = 8;
 
-// The tallest tile that leaves registers for NV vectors and one broadcast.
+// The tallest tile whose sums leave registers for a row or a column of factors and one more.
 constexpr int max_rows(int vectors) {
-  const int rows = (FASTRNN_REGISTERS - vectors - 1) / vectors;
-  return rows < kMaxRows ? rows : kMaxRows;
+  int rows = kMaxRows;
+  while (rows * vectors + (rows < vectors ? rows : vectors) + 1 > FASTRNN_REGISTERS) --rows;
+  return rows;
 }
 
 // The factors of type F that one multiply-add takes: those of `size` successive k, which lie side
@@ -65,14 +66,27 @@ template <class F, int NV, int MR, class Left>
   constexpr int line = Group::V::lanes * Group::size;
   for (int64_t k = 0; k < depth; k += Group::size, packed += stride, next += line) {
     __builtin_prefetch(next, 0, 2);
-    decltype(Group::load(packed)) w[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) w[v] = Group::load(packed + v * line);
+    // The shorter side of the tile waits in registers for the other.
+    if constexpr (MR < NV) {
+      decltype(Group::broadcast(left(0, k))) a[MR];
 #pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) {
-      const auto a = Group::broadcast(left(r, k));
+      for (int r = 0; r < MR; ++r) a[r] = Group::broadcast(left(r, k));
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = Group::multiply_add(acc[r][v], a, w[v]);
+      for (int v = 0; v < NV; ++v) {
+        const auto w = Group::load(packed + v * line);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) acc[r][v] = Group::multiply_add(acc[r][v], a[r], w);
+      }
+    } else {
+      decltype(Group::load(packed)) w[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) w[v] = Group::load(packed + v * line);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        const auto a = Group::broadcast(left(r, k));
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = Group::multiply_add(acc[r][v], a, w[v]);
+      }
     }
   }
 }
