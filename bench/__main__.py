@@ -5,6 +5,7 @@ continued with --resume. Each library runs in a process of its own.
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from .compare import BASE, describe_with, run, warn, warnings
 from .machine import cores
 from .peers import PEERS
 from .results import LATEST, Result, load, save
+from .variants import VARIANTS
 
 # level: (seconds, rounds at least) per row
 EFFORT = {"quick": (0.0, 3), "default": (1.5, 5), "full": (3.0, 7)}
@@ -49,6 +51,12 @@ def parse_args() -> argparse.Namespace:
         "or 'LSTM.*training 100, 32, 128'",
     )
     parser.add_argument("--threads", type=int, default=cores(), help="default: %(default)s")
+    parser.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        help="hold every library to this instruction set; ONNX Runtime, which cannot be, is left "
+        "out. Default: each takes the best that it knows",
+    )
     parser.add_argument("--seconds", type=float, help="per row, without preparation")
     parser.add_argument(
         "--json",
@@ -66,6 +74,13 @@ def parse_args() -> argparse.Namespace:
     if not 1 <= args.threads <= cores():
         parser.error(f"--threads is {args.threads}, expected 1 to {cores()}, the cores here")
     return args
+
+
+def hold(peers: list[str], variant: str) -> list[str]:
+    """Those that can be held to the variant, as every library loaded from now on is."""
+    for name, value in VARIANTS[variant].items():
+        os.environ[name] = value
+    return [peer for peer in peers if PEERS[peer].has_variants]
 
 
 def installed(peers: list[str]) -> list[str]:
@@ -105,6 +120,8 @@ def main() -> None:
     seconds, least = EFFORT[args.level]
     seconds = seconds if args.seconds is None else args.seconds
     peers = installed(args.peers)
+    if args.variant is not None:
+        peers = hold(peers, args.variant)
     earlier = None
     if args.resume and args.json.exists():
         earlier = left_by(args.json, args.threads, peers)

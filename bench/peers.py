@@ -23,6 +23,7 @@ class Peer:
     packages: ClassVar[tuple[str, ...]]
     training: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
+    has_variants: ClassVar[bool] = True  # whether it can be held to one of VARIANTS
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -145,6 +146,7 @@ class FastRNN(TorchNN):
 class ONNXRuntime(Peer):
     title = "ONNX Runtime"
     packages = ("onnxruntime", "onnx")
+    has_variants = False
 
     @staticmethod
     def options(threads: int) -> Any:

@@ -12,9 +12,24 @@ import fastrnn
 
 pytest.importorskip("bench", reason="the benchmarks are not part of this tree")
 
-from bench import calls, cases, compare, floor, heatmap, machine, onnx_model, results, table
+from bench import (
+    __main__ as main,
+)
+from bench import (
+    calls,
+    cases,
+    compare,
+    floor,
+    heatmap,
+    machine,
+    onnx_model,
+    results,
+    table,
+    tiles,
+)
 from bench.cases import Case
 from bench.peers import JAX, PEERS, ONNXRuntime, OpenVINO, check
+from bench.variants import VARIANTS
 from bench.worker import Worker, WorkerError
 
 SMALL = Case("GRU", "training", 3, 2, 4)
@@ -71,6 +86,45 @@ def result() -> results.Result:
         "load": {"busy_rows": 1, "rate_spread": 1.1, "waiting": 0.0},
         "rows": rows,
     }
+
+
+# Instruction sets
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_libraries_are_held_to_a_variant(variant, monkeypatch):
+    for name in VARIANTS[variant]:
+        monkeypatch.setenv(name, "")  # taken back after the test
+    peers = main.hold(list(PEERS), variant)
+    assert "onnxruntime" not in peers
+    assert {"fastrnn", "torch"} <= set(peers)
+    if variant not in fastrnn.cpu_variants():
+        pytest.skip("this processor does not have it")
+    worker = Worker(held, 1)
+    try:
+        assert worker.call("variant") == variant
+        expected = {"avx2": "AVX2", "avx512": "AVX512"}[variant]
+        assert worker.call("capability") == expected
+    finally:
+        worker.close()
+
+
+class held:
+    """What a worker's libraries say of themselves."""
+
+    def __init__(self, threads: int) -> None:
+        pass
+
+    def variant(self) -> str:
+        return fastrnn.cpu_variant()
+
+    def capability(self) -> str:
+        return torch.backends.cpu.get_cpu_capability()
+
+
+def test_tiles_are_near_the_rate():
+    fraction = tiles.Tiles(1).fraction(2, 64, False)
+    assert 0.05 < fraction < 1.3
 
 
 # Ratios

@@ -541,6 +541,10 @@ def check_rate(args: tuple[Any, ...], result: Any) -> None:
     assert result > 0
 
 
+def tile_args(r: Random) -> list[Any]:
+    return [r.randint(1, 4), r.randint(1, 300), r.random() < 0.5]
+
+
 def backward_args(r: Random) -> list[Any]:
     fields = right_layer(r)
     return [fields, right_saved(r, fields)]
@@ -593,6 +597,7 @@ TARGETS: dict[str, tuple[Callable[..., Any], Any, Any, int]] = {
     "run_module": (run_module, right_module, check_run_module, 20),
     "set_torch": (_cpu.set_torch, set_torch_args, check_none, 2),
     "multiply_add_rate": (_cpu.multiply_add_rate, lambda r: [1], check_rate, 3),
+    "tile_rate": (_cpu.tile_rate, tile_args, check_rate, 3),
     "exchange": (_cpu.exchange, no_args, lambda *_: None, 0.5),
     "cpu_variant": (_cpu.cpu_variant, no_args, lambda *_: None, 0.5),
     "cpu_variants": (_cpu.cpu_variants, no_args, lambda *_: None, 0.5),

@@ -259,6 +259,19 @@ def test_results_do_not_depend_on_threads(cell, batch, ragged):
         assert_same_bits(run(model, x, **options), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 40])
+def test_many_threads(cell, batch):
+    """More than report to one counter, and more than most machines have cores."""
+    model = make(fastrnn, cell, 7, 300)
+    x = inputs(model, 6, batch, hx=False)[0]
+    torch.set_num_threads(1)
+    expected = run(model, x)
+    for threads in (9, 16):
+        torch.set_num_threads(threads)
+        for _ in range(5):
+            assert_same_bits(run(model, x), expected)
+
+
 def helpers() -> int:
     """Threads of this process that stand in for those of torch's pool."""
     names = (task.joinpath("comm") for task in Path("/proc/self/task").iterdir())

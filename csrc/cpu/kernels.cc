@@ -3,6 +3,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "multiply_add.h"
+#include "tile_rate.h"
 #include "variant.h"
 
 #define FASTRNN_STRING_(x) #x
@@ -49,6 +50,6 @@ void backward(const BackwardArgs& args, int threads) {
 extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT);
 const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT){
     FASTRNN_STRING(FASTRNN_VARIANT), FASTRNN_VARIANT::forward, FASTRNN_VARIANT::backward,
-    FASTRNN_VARIANT::multiply_add};
+    FASTRNN_VARIANT::multiply_add, FASTRNN_VARIANT::run_tile};
 
 }  // namespace fastrnn

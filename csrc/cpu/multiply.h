@@ -16,10 +16,19 @@ namespace fastrnn::FASTRNN_VARIANT {
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = 8;
 
-// The tallest tile whose sums leave registers for a row or a column of factors and one more.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kHasMultiplyAdd = true;
+#else
+constexpr bool kHasMultiplyAdd = false;  // a product needs a register of its own
+#endif
+
+// The tallest tile whose sums leave registers for a row or a column of factors and for one more.
 constexpr int max_rows(int vectors) {
+  const auto registers = [vectors](int rows) {
+    return rows * vectors + (rows < vectors ? rows : vectors) + (kHasMultiplyAdd ? 1 : 2);
+  };
   int rows = kMaxRows;
-  while (rows * vectors + (rows < vectors ? rows : vectors) + 1 > FASTRNN_REGISTERS) --rows;
+  while (registers(rows) > FASTRNN_REGISTERS) --rows;
   return rows;
 }
 

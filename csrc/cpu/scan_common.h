@@ -82,7 +82,7 @@ class PhaseRunner {
   void run(int count, const Body& body) {
     for (int i; (i = phases_.next_part(member_, count)) >= 0;) {
       body(i);
-      phases_.done(member_, count);
+      phases_.done(member_, i, count);
     }
   }
 };
@@ -138,6 +138,7 @@ void run_scan(const Args& args, const Work& work, int threads, Workspace& worksp
   }
   const auto body = [](void* pointer, int rank) {
     Context& c = *static_cast<Context*>(pointer);
+    if (rank >= c.plan.threads) return;
     const int team = c.plan.threads / c.plan.groups;
     for (int i = 0; i < c.args.directions; ++i) {
       const int direction = (rank / team + i) % c.args.directions;
@@ -145,7 +146,9 @@ void run_scan(const Args& args, const Work& work, int threads, Workspace& worksp
       c.scan.run(direction, runner);
     }
   };
-  run_team(plan.threads, body, &context);
+  // A team of all threads, though some have nothing to do: OpenMP ends those that a smaller team
+  // leaves out, and the next operation of torch would have to start them again.
+  run_team(plan.threads == 1 ? 1 : threads, body, &context);
 }
 
 }  // namespace fastrnn::FASTRNN_VARIANT

@@ -3,12 +3,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 
 namespace fastrnn {
 
 namespace {
 
-constexpr double kBarrierCycles = 1500;
+constexpr double kBarrierCycles = 1500;  // of two threads; half of it more for each doubling
 // What a parallel region has to save, some 10 us: starting one costs less, but a core that another
 // process holds may cost milliseconds.
 constexpr double kRegionCycles = 40000;
@@ -45,19 +46,24 @@ ThreadPlan plan_threads(const Work& work, int threads) {
   double best_cycles = step_cycles(work, work.rows, work.blocks) * work.directions;
   const auto consider = [&](int size, Split split) {
     if (size < 1 || size * groups == 1) return;
-    const double cycles = split == Split::kRows
-                              ? step_cycles(work, (work.rows + size - 1) / size, work.blocks)
-                              : step_cycles(work, work.rows, (work.blocks + size - 1) / size) +
-                                    (size > 1 ? kBarrierCycles : 0);
+    const int rounds = std::bit_width(static_cast<unsigned>(size - 1));
+    const double barrier = size > 1 ? kBarrierCycles * (1 + rounds) / 2 : 0;
+    const double cycles =
+        split == Split::kRows
+            ? step_cycles(work, (work.rows + size - 1) / size, work.blocks)
+            : step_cycles(work, work.rows, (work.blocks + size - 1) / size) + barrier;
     if (cycles * passes + region < best_cycles) {
       best = {size * groups, groups, split};
       best_cycles = cycles * passes + region;
     }
   };
+  const int most_rows = static_cast<int>(std::min<int64_t>(team, work.rows));
+  const int most_blocks = static_cast<int>(std::min<int64_t>(team, work.blocks));
+  // More threads than feed each other cost more than they do: a smaller team may be the faster one.
   if (!work.uneven || work.blocks < team) {
-    consider(static_cast<int>(std::min<int64_t>(team, work.rows)), Split::kRows);
+    for (int size = most_rows; size >= 1; size /= 2) consider(size, Split::kRows);
   }
-  consider(static_cast<int>(std::min<int64_t>(team, work.blocks)), Split::kUnits);
+  for (int size = most_blocks; size >= 1; size /= 2) consider(size, Split::kUnits);
   return best;
 }
 

@@ -259,7 +259,7 @@ Helpers& get_helpers() {
 
 void Phases::set_parts(PartState* parts, int count) {
   parts_ = parts;
-  for (int i = 0; i < count; ++i) new (&parts[i]) PartState{0};
+  for (int i = 0; i < count; ++i) new (&parts[i]) PartState{0, 0};
 }
 
 bool Phases::begin_part(int part, uint32_t phase) {
@@ -321,9 +321,18 @@ int Phases::next_part(Member& member, int count) {
   return -1;
 }
 
-void Phases::done(const Member& member, int count) {
-  const uint32_t before = done_.fetch_add(1, std::memory_order_seq_cst);
-  if (before + 1 == member.done_before + count && sleepers_.load(std::memory_order_seq_cst) > 0) {
+void Phases::done(const Member& member, int part, int count) {
+  int size = 1;
+  if (count > kGroup) {
+    const int first = part / kGroup * kGroup;
+    size = std::min(kGroup, count - first);
+    std::atomic<int>& in_group = parts_[first].done;
+    if (in_group.fetch_add(1, std::memory_order_acq_rel) + 1 < size) return;
+    in_group.store(0, std::memory_order_relaxed);  // the next phase begins after what follows
+  }
+  const uint32_t before = done_.fetch_add(size, std::memory_order_seq_cst);
+  if (before + size == member.done_before + count &&
+      sleepers_.load(std::memory_order_seq_cst) > 0) {
     wake(done_);
   }
 }

@@ -25,9 +25,11 @@ struct Member {
 // parts of others only after some microseconds; from then on at once, until the others are back.
 class Phases {
  public:
-  // The phase after the latest one in which somebody began a part.
-  struct alignas(64) PartState {
-    std::atomic<uint32_t> next_phase;
+  struct PartState {
+    // The phase after the latest one in which somebody began this part.
+    alignas(64) std::atomic<uint32_t> next_phase;
+    // Parts of a group that are done in this phase, in the state of the group's first part.
+    alignas(64) std::atomic<int> done;
   };
 
   // Once, before any member begins: memory for as many parts as a phase has at most.
@@ -39,12 +41,16 @@ class Phases {
   // The same in the last phase, where -1 means only that all parts have begun: that they are done
   // is known when run_team returns.
   int next_part_of_last(const Member& member, int count);
-  void done(const Member& member, int count);
+  void done(const Member& member, int part, int count);
 
  private:
   bool begin_part(int part, uint32_t phase);
   int begin_own(const Member& member, int count);
   int begin_any(const Member& member, int count);
+
+  // Many threads that report to one counter wait for its cache line, one after the other: so they
+  // report in groups, and only the last of each group goes on to the counter of all.
+  static constexpr int kGroup = 8;
 
   PartState* parts_ = nullptr;
   alignas(64) std::atomic<uint32_t> done_{0};  // parts of all phases

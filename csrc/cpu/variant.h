@@ -10,6 +10,7 @@ struct CpuVariant {
   void (*forward)(const ForwardArgs& args, int threads);
   void (*backward)(const BackwardArgs& args, int threads);
   int64_t (*multiply_add)(int64_t rounds);  // see multiply_add.h
+  int64_t (*run_tile)(int vectors, int64_t depth, bool transposed, int64_t rounds);  // tile_rate.h
 };
 
 // Best first; those that this CPU cannot run are left out.

@@ -32,7 +32,11 @@ def cpu_variants() -> list[str]:
 
 def multiply_add_rate(threads: int, /) -> float:
     """Floating-point operations per second in float32 of threads that do nothing but multiply-adds
-    on registers: the processor's limit, the best of several short bursts."""
+    on registers: the limit of the variant in use, the best of several short bursts."""
+
+def tile_rate(vectors: int, depth: int, transposed: bool, /) -> float:
+    """The same of one thread that does nothing but the tallest register tile of 1 to 4 vectors, on
+    sums of `depth` products; transposed: the tile of weight gradients."""
 
 def set_torch(
     tensor_type: type,

@@ -39,6 +39,18 @@ double checked_rate(int threads) {
   return multiply_add_rate(threads);
 }
 
+double checked_tile_rate(int vectors, int64_t depth, bool transposed) {
+  if (vectors < 1 || vectors > 4) {
+    throw py::value_error("vectors: expected 1 to 4, got " + std::to_string(vectors));
+  }
+  constexpr int64_t kMostDepth = 1 << 16;
+  if (depth < 1 || depth > kMostDepth) {
+    throw py::value_error("depth: expected 1 to " + std::to_string(kMostDepth) + ", got " +
+                          std::to_string(depth));
+  }
+  return tile_rate(vectors, depth, transposed);
+}
+
 }  // namespace
 }  // namespace fastrnn
 
@@ -73,6 +85,7 @@ PYBIND11_MODULE(_cpu, m) {
     return names;
   });
   m.def("multiply_add_rate", &checked_rate);
+  m.def("tile_rate", &checked_tile_rate);
   m.def("run_module", &run_module);
   m.def("check", [](py::handle layer) { read_layer(layer); });
   m.def("check_saved",
