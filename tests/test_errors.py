@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -147,9 +148,12 @@ BAD_MASKS = [
     ("lengths", torch.tensor([5]), ["2", "1"]),
     ("lengths", torch.tensor([[5, 2]]), ["2", r"\[1, 2\]|\(1, 2\)"]),
     ("lengths", torch.tensor(5), ["2", r"\[\]|\(\)|0-D"]),
-    ("lengths", torch.tensor([5.0, 2.0]), ["int64", "float32"]),
-    ("lengths", torch.tensor([True, True]), ["int64", "bool"]),
-    ("lengths", [5.0, 2.5], ["int(64)?", r"float|5\.0|2\.5"]),
+    ("lengths", torch.tensor([5.0, 2.0]), ["integers", "float32"]),
+    ("lengths", torch.tensor([True, True]), ["integers", "bool"]),
+    ("lengths", [5.0, 2.5], ["integers", r"float|5\.0|2\.5"]),
+    ("lengths", [5, True], ["integers", "bool"]),
+    ("lengths", numpy.array([5.0, 2.0]), ["integers", "float64"]),
+    ("lengths", numpy.array([5, 6], "int32"), ["6", "5"]),
     ("lengths", 5, ["2", "int|5"]),
     ("lengths", [5, -1], ["-1", "5"]),
     ("lengths", torch.tensor([-7, 5]), ["-7", "5"]),
@@ -159,8 +163,9 @@ BAD_MASKS = [
     ("mask", torch.ones(5).bool(), [r"[\[(]5, 2[\])]", r"\[5\]|\(5,\)"]),
     ("mask", torch.ones(5, 2, 1).bool(), [r"[\[(]5, 2[\])]", r"[\[(]5, 2, 1[\])]"]),
     ("mask", torch.ones(5, 3).bool(), [r"[\[(]5, 2[\])]", r"[\[(]5, 3[\])]"]),
-    ("mask", torch.ones(5, 2), ["bool", "float32"]),
-    ("mask", torch.ones(5, 2).long(), ["bool", "int64"]),
+    ("mask", torch.ones(5, 2), ["bool", "float32", "write mask != 0"]),
+    ("mask", numpy.ones((5, 2)), ["bool", "float64", "write mask != 0"]),
+    ("mask", torch.ones(5, 3).int(), [r"[\[(]5, 2[\])]", r"[\[(]5, 3[\])]"]),
     ("mask", [[True] * 2] * 5, ["[tT]ensor", "list"]),
 ]
 

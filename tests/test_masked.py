@@ -1,5 +1,6 @@
 """Masked steps: rows run alone, padding that never matters, final states, packed sequences."""
 
+import numpy
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -116,9 +117,29 @@ def test_forms_of_lengths(cell, dtype, bidirectional, batch_first):
     mask = mask.T if batch_first else mask
     expected = run(model, x, hx, mask=mask)
     strided = torch.tensor(lengths).repeat_interleave(2)[::2]
-    for form in (lengths, torch.tensor(lengths), strided):
+    integers = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint64)
+    forms = [lengths, tuple(lengths), torch.tensor(lengths), strided]
+    forms += [torch.tensor(lengths, dtype=integer) for integer in integers]
+    forms += [numpy.array(lengths), numpy.array(lengths, "uint16"), [*numpy.array(lengths)]]
+    forms += [[*torch.tensor(lengths)]]
+    for form in forms:
         assert_same_bits(run(model, x, hx, lengths=form), expected)
-    assert_same_bits(run(model, x, hx, mask=mask.contiguous()), expected)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_forms_of_masks(cell, batch_first):
+    """Bool or integers, of which any but zero marks; a tensor or an array. Resets too."""
+    model = make(fastrnn, cell, 3, 5, 2, batch_first=batch_first, bidirectional=True)
+    x, hx = inputs(model, 6, 4)
+    marks = make_mask("holes", 6, 4)
+    marks = marks.T if batch_first else marks
+    for option in ("mask", "reset"):
+        expected = run(model, x, hx, **{option: marks})
+        numbers = marks.int() * torch.randint(1, 9, marks.shape, dtype=torch.int32)
+        forms = [marks.contiguous(), marks.long(), marks.byte(), numbers, -numbers]
+        forms += [f.cpu().numpy() for f in forms[:3]]
+        for form in forms:
+            assert_same_bits(run(model, x, hx, **{option: form}), expected)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -208,7 +208,7 @@ def test_wrong_reset(packed):
     if packed:
         x = pack_padded_sequence(x, [T] * B)
     for wrong in (torch.zeros(T, B), torch.zeros(B, T).bool(), [True] * T, torch.zeros(T).bool()):
-        with pytest.raises(ValueError, match="reset: expected a bool tensor of shape"):
+        with pytest.raises(ValueError, match="reset: expected a bool or integer tensor of shape"):
             model(x, reset=wrong)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
@@ -157,9 +158,9 @@ class _RNNBase(RNNBase):
         self,
         input: Tensor | PackedSequence,
         states: States | None,
-        lengths: Tensor | Sequence[int] | None,
-        mask: Tensor | None,
-        reset: Tensor | PackedSequence | None,
+        lengths: Tensor | np.ndarray | Sequence[int] | None,
+        mask: Tensor | np.ndarray | None,
+        reset: Tensor | np.ndarray | PackedSequence | None,
         all_states: bool,
     ) -> tuple[Any, States, tuple[Any, ...]]:
         """forward of every module: output, final states, and the states of each layer's steps."""
@@ -349,9 +350,9 @@ class LSTM(_RNNBase):
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
         *,
-        lengths: Tensor | Sequence[int] | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | PackedSequence | None = None,
+        lengths: Tensor | np.ndarray | Sequence[int] | None = None,
+        mask: Tensor | np.ndarray | None = None,
+        reset: Tensor | np.ndarray | PackedSequence | None = None,
         return_states: bool = False,
     ) -> Any:
         """Runs all layers over all steps.
@@ -360,16 +361,17 @@ class LSTM(_RNNBase):
             input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
             hx: (h_0, c_0), [L * D, B, P] and [L * D, B, H], without B if unbatched. None means
                 zeros.
-            lengths: int64 [B] or a list: the number of valid steps of each row, which come first.
-                In any order, 0 allowed.
-            mask: bool, laid out as the input without its features; True where a step is valid,
-                in any pattern. A masked step leaves the state as it is and outputs zeros, and
-                what stands there in the input never matters. Not together with lengths.
-            reset: bool, laid out as mask (a PackedSequence or its data, for a PackedSequence); True
-                where a step begins a new segment of its row, such as an episode or a document.
-                Nothing goes from one segment to another: the forward direction enters a segment,
-                and the reverse direction the segment before it, with a zero state. On a masked
-                step it counts for the row's next valid one.
+            lengths: B integers, a tensor, an array or a list: the number of valid steps of each
+                row, which come first. In any order, 0 allowed.
+            mask: bool or integers, a tensor or an array, laid out as the input without its
+                features; True, or not zero as in a tokenizer's attention_mask, where a step is
+                valid, in any pattern. A masked step leaves the state as it is and outputs zeros,
+                and what stands there in the input never matters. Not together with lengths.
+            reset: as mask (a PackedSequence or its data, for a PackedSequence); True where a step
+                begins a new segment of its row, such as an episode or a document. Nothing goes
+                from one segment to another: the forward direction enters a segment, and the reverse
+                direction the segment before it, with a zero state. On a masked step it counts for
+                the row's next valid one.
             return_states: whether to return c too.
 
         Returns:
@@ -401,9 +403,9 @@ class _OneState(_RNNBase):
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
         *,
-        lengths: Tensor | Sequence[int] | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | PackedSequence | None = None,
+        lengths: Tensor | np.ndarray | Sequence[int] | None = None,
+        mask: Tensor | np.ndarray | None = None,
+        reset: Tensor | np.ndarray | PackedSequence | None = None,
         return_states: bool = False,
     ) -> Any:
         """Runs all layers over all steps.
@@ -411,16 +413,17 @@ class _OneState(_RNNBase):
         Args:
             input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
             hx: h_0 [L * D, B, H], without B if unbatched. None means zeros.
-            lengths: int64 [B] or a list: the number of valid steps of each row, which come first.
-                In any order, 0 allowed.
-            mask: bool, laid out as the input without its features; True where a step is valid,
-                in any pattern. A masked step leaves the state as it is and outputs zeros, and
-                what stands there in the input never matters. Not together with lengths.
-            reset: bool, laid out as mask (a PackedSequence or its data, for a PackedSequence); True
-                where a step begins a new segment of its row, such as an episode or a document.
-                Nothing goes from one segment to another: the forward direction enters a segment,
-                and the reverse direction the segment before it, with a zero state. On a masked
-                step it counts for the row's next valid one.
+            lengths: B integers, a tensor, an array or a list: the number of valid steps of each
+                row, which come first. In any order, 0 allowed.
+            mask: bool or integers, a tensor or an array, laid out as the input without its
+                features; True, or not zero as in a tokenizer's attention_mask, where a step is
+                valid, in any pattern. A masked step leaves the state as it is and outputs zeros,
+                and what stands there in the input never matters. Not together with lengths.
+            reset: as mask (a PackedSequence or its data, for a PackedSequence); True where a step
+                begins a new segment of its row, such as an episode or a document. Nothing goes
+                from one segment to another: the forward direction enters a segment, and the reverse
+                direction the segment before it, with a zero state. On a masked step it counts for
+                the row's next valid one.
             return_states: whether to return h too.
 
         Returns:

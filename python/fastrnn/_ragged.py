@@ -8,14 +8,19 @@ CPU kernel ever sees a masked step; those on CUDA take the mask, see Backend.tak
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ._backends import backend_of
 from ._torch import assert_async, is_intercepted, unwrapped
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+_INTEGERS += (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class Ragged(NamedTuple):
@@ -140,29 +145,30 @@ def scatter(x: Tensor, index: Tensor, rows: int) -> Tensor:
 
 
 def check_steps(name: str, steps: Any, shape: Sequence[int]) -> Tensor:
-    """A bool tensor laid out as the input's first dimensions; ValueError for any other."""
+    """Marks laid out as the input's first dimensions, as a bool tensor; ValueError for any others.
+
+    They may be bool or integers, of torch or NumPy; what is not zero is marked.
+    """
+    if isinstance(steps, np.ndarray):
+        steps = torch.as_tensor(steps)
     if not isinstance(steps, Tensor):
         got = type(steps).__name__
-    elif steps.dtype != torch.bool or steps.shape != tuple(shape):
+    elif steps.dtype not in (torch.bool, *_INTEGERS):
+        # Of a float mask nobody knows whether it is one of 0 and 1, or one to be added, of -inf.
+        got = f"{steps.dtype} {list(steps.shape)}; write {name} != 0 if zero means no"
+    elif steps.shape != tuple(shape):
         got = f"{steps.dtype} {list(steps.shape)}"
     else:
-        return steps
-    raise ValueError(f"{name}: expected a bool tensor of shape {list(shape)}, got {got}")
+        return steps if steps.dtype == torch.bool else steps != 0
+    raise ValueError(f"{name}: expected a bool or integer tensor of shape {list(shape)}, got {got}")
 
 
-def check_lengths(
-    lengths: Tensor | Sequence[int], batch: int, steps: int, device: torch.device
-) -> Tensor:
-    """lengths as an int64 tensor [B] on `device`; ValueError unless B integers in [0, T]."""
-    if not isinstance(lengths, Tensor):
-        if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
-            raise _wrong_lengths(batch, steps, type(lengths).__name__)
-        wrong = [n for n in lengths if not isinstance(n, int) or isinstance(n, bool)]
-        if wrong:
-            raise _wrong_lengths(batch, steps, f"{wrong[0]!r} ({type(wrong[0]).__name__})")
-        lengths = torch.tensor(list(lengths), dtype=torch.int64)
-    if lengths.dtype != torch.int64 or lengths.shape != (batch,):
-        raise _wrong_lengths(batch, steps, f"{lengths.dtype} {list(lengths.shape)}")
+def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -> Tensor:
+    """lengths as an int64 tensor [B] on `device`; ValueError unless B integers in [0, T].
+
+    A tensor or array of any integer type, or a sequence of integers of any kind.
+    """
+    lengths = as_lengths(lengths, batch, steps)
     compiling = torch.compiler.is_compiling()
     values = lengths if compiling else unwrapped(lengths)
     if compiling or lengths.is_cuda:  # to look at them, the host would have to wait
@@ -176,6 +182,22 @@ def check_lengths(
     return lengths.to(device) if backend is None else backend.upload(lengths, device)
 
 
+def as_lengths(lengths: Any, batch: int, steps: int) -> Tensor:
+    """The first half of check_lengths, which looks at no value: an int64 tensor [B]."""
+    if isinstance(lengths, np.ndarray):
+        lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
+            raise _wrong_lengths(batch, steps, type(lengths).__name__)
+        wrong = [n for n in lengths if isinstance(n, bool) or not hasattr(n, "__index__")]
+        if wrong:
+            raise _wrong_lengths(batch, steps, f"{wrong[0]!r} ({type(wrong[0]).__name__})")
+        lengths = torch.tensor([operator.index(n) for n in lengths], dtype=torch.int64)
+    if lengths.dtype not in _INTEGERS or lengths.shape != (batch,):
+        raise _wrong_lengths(batch, steps, f"{lengths.dtype} {list(lengths.shape)}")
+    return lengths.to(torch.int64)
+
+
 def _wrong_lengths(batch: int, steps: int, got: str) -> ValueError:
     # Built only to be raised: sizes in a text are constants to torch.compile.
-    return ValueError(f"lengths: expected {batch} integers (int64) in [0, {steps}], got {got}")
+    return ValueError(f"lengths: expected {batch} integers in [0, {steps}], got {got}")
