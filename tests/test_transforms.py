@@ -1,7 +1,10 @@
 """torch.func and autograd beyond one backward, against torch.nn or the reference implementation."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
@@ -214,3 +217,57 @@ def test_backward_in_eval_and_retain_graph(model, mask):
     same(torch.autograd.grad(total, x), expected)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(total, x)
+
+
+# -- The vmap that is older than torch.func's ------------------------------------------------------
+
+BATCHED = {
+    "plain": {},
+    "bidirectional": {"bidirectional": True},
+    "checkpoint": {"checkpoint_every": 2},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", BATCHED.values(), ids=BATCHED)
+def test_batched_gradients(cell, options, masked):
+    """torch.autograd.grad(is_grads_batched=True), and its own gradient."""
+    model = make(fastrnn, cell, 3, 4, 2, dtype=torch.float64, **options)
+    x, hx = inputs(model, 5, 3)
+    leaves = [t.requires_grad_() for t in (x, *unpack(hx))]
+    wanted = [*leaves, *model.parameters()]
+    call = {"lengths": [5, 0, 2]} if masked else {}
+    output, last = model(x, hx, **call)
+    outputs = [output, *unpack(last)]
+    along = [torch.randn(6, *t.shape, dtype=t.dtype) for t in outputs]
+
+    def second(grads):
+        return torch.autograd.grad(grads[0].sin().sum(), leaves, retain_graph=True)
+
+    grad = partial(torch.autograd.grad, outputs, wanted, retain_graph=True)
+    plain = grad(along, is_grads_batched=True)
+    actual = grad(along, is_grads_batched=True, create_graph=True)
+    each = [grad([v[i] for v in along], create_graph=True) for i in range(6)]
+    expected = [torch.stack(g) for g in zip(*each)]
+    for got in (plain, actual):
+        assert_close(dict(enumerate(got)), dict(enumerate(expected)), 1e-12)
+    assert_close(dict(enumerate(second(actual))), dict(enumerate(second(expected))), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_vectorized_jacobian_and_hessian(name):
+    """torch.autograd.functional, as of the original classes."""
+    results = []
+    x = torch.randn(*([4] if "Cell" not in name else []), 2, 3, dtype=torch.float64)
+    for library in (fastrnn, nn):
+        torch.manual_seed(0)
+        model = getattr(library, name)(3, 4, dtype=torch.float64)
+
+        def output(x, model=model):
+            result = model(x)
+            return (result if isinstance(result, torch.Tensor) else result[0]).sin()
+
+        jacobian = torch.autograd.functional.jacobian(output, x, vectorize=True)
+        hessian = torch.autograd.functional.hessian(lambda x: output(x).sum(), x, vectorize=True)
+        results.append({"jacobian": jacobian, "hessian": hessian})
+    assert_close(*results)

@@ -16,7 +16,9 @@ from ._ragged import gather, mask_from_batch_sizes, scatter
 from ._torch import (
     below_autograd,
     bind_apply,
+    by_sample,
     has_forward_ad,
+    is_batched,
     is_tracing,
     is_transforming,
     unwrap_dead_wrappers,
@@ -164,12 +166,10 @@ class LayerFunction(torch.autograd.Function):
         grads = grads[:4] if gives_cells else (*grads[: 2 + has_cells], None, None)
         needed = ctx.needs_input_grad[1:]
         wanted = *needed[:3], *needed[5:]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transforming():
-            # As a Function of its own, so that backward can be differentiated again.
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() or compiling or is_transforming() or is_batched(grads):
             given = output, extra, saved, *grads[:4]
-            gradients = LayerBackward.apply(  # type: ignore[no-untyped-call]
-                ctx.options, wanted, *given, *tensors
-            )
+            gradients = LayerBackward.run(ctx.options, wanted, *given, *tensors)
         else:
             layer = Layer.of(ctx.options, tensors)
             given = Saved._make((output, extra, saved, *grads[:4], wanted))
@@ -260,6 +260,19 @@ class LayerBackward(torch.autograd.Function):
     Its arguments are layer.options, which gradients are wanted, output, extra and saved, four
     incoming gradients, and layer.tensors.
     """
+
+    @classmethod
+    def run(
+        cls, options: tuple[Any, ...], wanted: Sequence[bool], *tensors: Any
+    ) -> Sequence[Tensor | None]:
+        """The gradients, so that they can be differentiated again."""
+
+        def function(*tensors: Any) -> tuple[Tensor | None, ...]:
+            return cls.apply(options, wanted, *tensors)  # type: ignore[no-untyped-call]
+
+        if not torch.compiler.is_compiling() and is_batched(tensors):
+            return by_sample(function, tensors)
+        return function(*tensors)
 
     @staticmethod
     def forward(
@@ -357,16 +370,14 @@ class FusedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = backend("cpu").replay(ctx, *grads)
+        gradients = None if is_batched(grads) else backend("cpu").replay(ctx, *grads)
         if gradients is not None:
             return gradients
         *saved, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         needed = ctx.needs_input_grad
         wanted = *needed[1:4], *needed[6:]
         given = *filled(tensors[0], *saved), *grads, *(None,) * (4 - len(grads))
-        return _by_input(
-            LayerBackward.apply(ctx.options, wanted, *given, *tensors)  # type: ignore[no-untyped-call]
-        )
+        return _by_input(LayerBackward.run(ctx.options, wanted, *given, *tensors))
 
 
 # One per cell, for its name in the graph. The bound method spares a look at the signature.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._backends import backend_of
-from ._torch import assert_async, is_intercepted, unwrapped
+from ._torch import assert_async, is_batched, is_intercepted, unwrapped
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 _INTEGERS += (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -130,7 +130,7 @@ class _Scatter(torch.autograd.Function):
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of x; no row twice."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_batched([x]):
         return x.index_select(0, index)
     result: Tensor = _Gather.apply(x, index)  # type: ignore[no-untyped-call]
     return result
@@ -138,7 +138,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 def scatter(x: Tensor, index: Tensor, rows: int) -> Tensor:
     """`rows` rows of zeros, with the rows of x at index."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_batched([x]):
         return x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x)
     result: Tensor = _Scatter.apply(x, index, rows)  # type: ignore[no-untyped-call]
     return result

@@ -6,7 +6,7 @@ may have put ours in their place since.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,9 @@ __all__ = [
     "assert_async",
     "below_autograd",
     "bind_apply",
+    "by_sample",
     "has_forward_ad",
+    "is_batched",
     "is_intercepted",
     "is_tracing",
     "is_transforming",
@@ -86,6 +88,34 @@ def unwrapped(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def is_batched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True), with a vmap older than that of torch.func,
+    runs over one of the tensors."""
+    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
+def by_sample(
+    function: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """What that vmap makes of the function, sample by sample."""
+    level = max(1, torch._C._vmapmode_increment_nesting() - 1)
+    torch._C._vmapmode_decrement_nesting()
+    batched = [is_batched([t]) for t in tensors]
+    inner = [
+        torch._remove_batch_dim(t, level, 0, 0) if is_in else t
+        for t, is_in in zip(tensors, batched)
+    ]
+    count = next(len(t) for t, is_in in zip(inner, batched) if is_in and t is not None)
+    runs = [
+        function(*(t[i] if is_in and t is not None else t for t, is_in in zip(inner, batched)))
+        for i in range(count)
+    ]
+    return [
+        None if each[0] is None else torch._add_batch_dim(torch.stack(each), 0, level)
+        for each in zip(*runs)
+    ]
 
 
 def assert_async(condition: Tensor, message: str) -> None:
