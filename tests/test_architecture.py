@@ -118,8 +118,8 @@ def own_names(tree: ast.AST) -> Iterator[str]:
 
 # Of a NamedTuple, and of ctypes.
 STANDARD = {"_asdict", "_fields", "_fields_", "_make", "_replace"}
-# Set here, but torch's.
-TORCHS = {"_flat_weights"}
+# Set or defined here, but torch's.
+TORCHS = {"_flat_weights", "_flat_weight_refs", "_slow_forward"}
 
 
 def root(node: ast.expr) -> str:

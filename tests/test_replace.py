@@ -1,8 +1,10 @@
 """fastrnn.replace and restore: the class of a module changes, and nothing else does."""
 
+import contextlib
 import copy
 import io
 import pickle
+from abc import ABC, abstractmethod
 
 import pytest
 import torch
@@ -154,6 +156,10 @@ def test_left():
         "base": "not a class of torch.nn, whose own code may not work on ours",
     }
     assert f"subclass: {MyLSTM.__module__}.MyLSTM left: {subclass}" in str(report)
+    hints = {s.path: s.hint for s in report.left}
+    assert hints["subclass"] == "replace(model, subclasses=True) puts it on ours"
+    assert all(hints.values())
+    assert hints["overridden"] in str(report)
 
 
 def test_changed_since():
@@ -295,3 +301,168 @@ def test_state_dict_goes_both_ways():
             p.mul_(2)
     plain.load_state_dict(model.state_dict())
     assert_close(run(model, data()), run(plain, data()))
+
+
+# -- Modules that were built as ours ---------------------------------------------------------------
+
+BUILT = [
+    nn.Sequential(fastrnn.LSTM(3, 4, 2, bidirectional=True, proj_size=2), nn.Linear(4, 3)),
+    nn.Sequential(parametrizations.weight_norm(fastrnn.GRU(3, 4), "weight_hh_l0")),
+    nn.Sequential(fastrnn.RNN(3, 4, nonlinearity="relu", batch_first=True)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("model", BUILT, ids=["LSTM", "GRU", "RNN"])
+def test_restore_all(model):
+    """The same module with the same parameters, of torch.nn's class; replace takes it back."""
+    model = copy.deepcopy(model)
+    layer, parameters = model[0], list(model.parameters())
+    ours, x = type(layer), data()
+    before = run(layer, x)
+    assert not fastrnn.restore(model)  # only what replace did
+    (swap,) = fastrnn.restore(model, all=True)
+    assert model[0] is layer
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    theirs = swap.new
+    assert theirs in PAIRS
+    assert isinstance(layer, theirs)
+    assert not isinstance(layer, ours.__mro__[0])
+    assert not swap.reason
+    assert vars(theirs(3, 4)).keys() <= vars(layer).keys()
+    assert_close(run(layer, x), before)
+    fastrnn.replace(model)
+    assert isinstance(layer, swap.old)
+    assert_close(run(layer, x), before, 0)
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_restore_all_cells(name):
+    model = getattr(fastrnn, name)(3, 4)
+    fastrnn.restore(model, all=True)
+    assert type(model) is getattr(nn, name)
+
+
+def test_restore_all_says_what_is_lost():
+    model = nn.Sequential(fastrnn.LSTM(3, 4, checkpoint_every=2), fastrnn.GRU(4, 4))
+    report = fastrnn.restore(model, all=True)
+    assert str(report).splitlines() == [
+        "0: fastrnn.LSTM -> torch.nn.LSTM: without checkpoint_every=2, which torch.nn.LSTM has not",
+        "1: fastrnn.GRU -> torch.nn.GRU",
+    ]
+    assert vars(model[0]).keys() == vars(nn.LSTM(3, 4)).keys()
+
+
+class Ours(fastrnn.LSTM):
+    pass
+
+
+def test_restore_all_leaves_subclasses():
+    model = nn.Sequential(Ours(3, 4))
+    (swap,) = fastrnn.restore(model, all=True)
+    assert (type(model[0]), swap.new) == (Ours, None)
+    assert swap.reason == "a subclass of fastrnn.LSTM, whose own code may need ours"
+    assert swap.hint == "derive it from torch.nn.LSTM"
+
+
+# -- Subclasses ------------------------------------------------------------------------------------
+
+
+class Mixin(ABC):
+    @abstractmethod
+    def kind(self): ...
+
+
+class Abstract(Mixin, nn.RNNBase):
+    """As pytorch-forecasting's: the forward above calls that of the class below."""
+
+    def forward(self, x, hx=None):
+        output, last = super().forward(x, hx)
+        return output + 1, last
+
+
+class Concrete(Abstract, nn.GRU):
+    def kind(self):
+        return "GRU"
+
+
+class Explicit(nn.RNN):
+    def forward(self, x):
+        return super(Explicit, self).forward(x)[0]  # noqa: UP008
+
+
+class MyCell(nn.LSTMCell):
+    def forward(self, x, hx=None):
+        return super().forward(2 * x, hx)
+
+
+class Own(nn.LSTM):
+    def forward(self, x):
+        return x.cumsum(0), None
+
+
+TAKEN = {MyLSTM: fastrnn.LSTM, Concrete: fastrnn.GRU, Explicit: fastrnn.RNN}
+TAKEN |= {MyCell: fastrnn.LSTMCell}
+
+
+@pytest.mark.parametrize("cls", TAKEN, ids=lambda cls: cls.__name__)
+def test_subclasses(cls, monkeypatch):
+    """The class's own forward runs, and calls ours; no other module of the class changes."""
+    model, twin, other = (nn.Sequential(cls(3, 4)) for _ in range(3))
+    twin.load_state_dict(model.state_dict())
+    x = data()[0] if cls is MyCell else data()
+    (swap,) = fastrnn.replace(model, subclasses=True)
+    layer, ours = model[0], TAKEN[cls]
+    assert (swap.old, swap.new) == (cls, type(layer))
+    assert isinstance(layer, cls)
+    assert isinstance(layer, ours)
+    assert type(other[0]) is cls
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    assert str(swap) == f"0: {name} -> {name} on fastrnn.{ours.__name__}"
+    assert_close(run(layer, x), run(twin[0], x))
+    assert not fastrnn.replace(model, subclasses=True)  # once more: nothing
+
+    with monkeypatch.context() as context:
+        calls = []
+        context.setattr(ours, "forward", lambda self, *args: calls.append(args))
+        with contextlib.suppress(TypeError):
+            layer(x)
+        assert calls
+
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(copied[0]) is type(layer)
+        assert_close(run(copied[0], x), run(layer, x), 0)
+        fastrnn.restore(copied)
+        assert type(copied[0]) is cls
+    (back,) = fastrnn.restore(model)
+    assert (type(layer), back.new) == (cls, cls)
+    assert vars(layer).keys() == vars(twin[0]).keys()
+    assert_close(run(layer, x), run(twin[0], x), 0)
+
+
+def test_subclasses_with_a_forward_of_their_own():
+    model = nn.Sequential(Own(3, 4))
+    (swap,) = fastrnn.replace(model, subclasses=True)
+    assert (type(model[0]), swap.new) == (Own, None)
+    reason = "a subclass of torch.nn.LSTM with a forward of its own that does not call it"
+    assert (swap.reason, swap.hint) == (reason, "derive it from fastrnn.LSTM")
+
+
+def test_parametrized_subclass():
+    model = nn.Sequential(parametrizations.weight_norm(MyLSTM(3, 4), "weight_hh_l0"))
+    before = run(model[0], data())
+    fastrnn.replace(model, subclasses=True)
+    assert isinstance(model[0], fastrnn.LSTM)
+    assert_close(run(model[0], data()), before)
+    fastrnn.restore(model)
+    assert not isinstance(model[0], fastrnn.LSTM)
+    assert_close(run(model[0], data()), before, 0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit itself is
+def test_script_of_a_subclass():
+    """It has torch's forward, so TorchScript takes torch's class: of a subclass it fails."""
+    model = nn.Sequential(MyLSTM(3, 4))
+    expected = model(data())[0]
+    fastrnn.replace(model, subclasses=True)
+    torch.testing.assert_close(torch.jit.script(model)(data())[0], expected)

@@ -7,7 +7,9 @@ from ._cells import GRUCell, LSTMCell, RNNCell
 from ._cpu import cpu_variant, cpu_variants
 from ._functions import ElmanFunction, GRUFunction, LSTMFunction
 from ._modules import GRU, LSTM, RNN
-from ._replace import replace, restore
+from ._replace import hook_quantization, replace, restore
+
+hook_quantization()
 
 __version__ = _version("fastrnn")
 

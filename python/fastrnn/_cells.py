@@ -7,16 +7,25 @@ a dtype or device without a kernel, and bad input, so that the errors are torch'
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
 from ._backends import has_kernel
+from ._drop_in import DropIn
 from ._functions import run_layer
 from ._layer import CELLS, Layer
-from ._torch import GruCell, LstmCell, RnnCell, is_transforming
+from ._onnx import run_layer as run_onnx_layer
+from ._torch import (
+    GruCell,
+    LstmCell,
+    RnnCell,
+    is_exporting_to_onnx,
+    is_transforming,
+    tracing_state,
+)
 
 # Where the fused layer won against torch's cell (Zen 5, one and two threads, H = 64 to 512): from
 # so many rows, hidden units and B * G * H gate values.
@@ -24,17 +33,22 @@ _INFERENCE, _TRAINING = (4, 256, 4096), (32, 1, 32768)
 _ELMAN = {"tanh": ("RNN_TANH", torch.rnn_tanh_cell), "relu": ("RNN_RELU", torch.rnn_relu_cell)}
 
 
-class _CellBase(RNNCellBase):
+class _CellBase(DropIn, RNNCellBase):
     """What the cells share."""
 
     _gates: int  # G
+    _theirs: ClassVar[Any]
 
     def _is_small(self, input: Tensor) -> bool:
         """Whether a batched step is for torch's operator at once: all that a small step pays."""
-        if input.dim() != 2:
+        if not isinstance(input, Tensor) or input.dim() != 2:
             return False
-        if torch.compiler.is_compiling():  # which fuses the operator itself
-            return True
+        if torch.compiler.is_compiling() or tracing_state() is not None:
+            # A compiler fuses the operator itself; ONNX has nodes for layers only.
+            if is_exporting_to_onnx():
+                return False
+            if torch.compiler.is_compiling():
+                return True
         rows, hidden = input.size(0), self.hidden_size
         least_rows, least_hidden, least = _TRAINING if torch.is_grad_enabled() else _INFERENCE
         is_large = (
@@ -42,13 +56,23 @@ class _CellBase(RNNCellBase):
         )
         return not (is_large or is_transforming())  # torch's operators do not support all of these
 
+    def _run_otherwise(self, input: Any, hx: Any) -> Any:
+        """The call as one of torch's tools wants it; None if none of them is at work."""
+        arguments = (input,) if hx is None else (input, hx)
+        node = self._traced(arguments, {})
+        if node is not None or not self._is_torchs(*arguments):
+            return node
+        return self._theirs.forward(self, input, hx)
+
     def _step(
         self, mode: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, ...] | None:
         """The new states from the fused layer, T = 1; None where torch's operator has to run."""
         has_cell_state = CELLS[mode].has_cell_state
+        to_onnx = is_exporting_to_onnx()
         if (
-            not (is_transforming() if input.dim() == 1 else input.dim() == 2)
+            not isinstance(input, Tensor)
+            or not (is_transforming() or to_onnx if input.dim() == 1 else input.dim() == 2)
             or self._is_small(input)
             or not has_kernel(input)  # before autocast, which does not know every device
             or input.size(-1) != self.input_size
@@ -72,7 +96,8 @@ class _CellBase(RNNCellBase):
         x, *initial = (t.reshape(1, rows, t.size(-1)) for t in (input, *states))
         h_0, c_0 = (*initial, None, None)[:2]
         options = mode, 1, rows, False, 0, False, False
-        final = run_layer(Layer(*options, x, h_0, c_0, None, None, tuple(weights)))[1]
+        layer = Layer(*options, x, h_0, c_0, None, None, tuple(weights))
+        final = (run_onnx_layer(layer, None, self.hidden_size) if to_onnx else run_layer(layer))[1]
         return tuple(s.reshape(shape) for s in final)
 
 
@@ -90,6 +115,7 @@ class LSTMCell(_CellBase):
         dtype: of the parameters.
     """
 
+    _theirs = LstmCell
     _gates = 4
 
     def __init__(
@@ -126,6 +152,8 @@ class LSTMCell(_CellBase):
         ):
             weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
             return torch.lstm_cell(input, hx, *weights)
+        if (other := self._run_otherwise(input, hx)) is not None:
+            return other
         final = self._step("LSTM", input, hx)
         if final is None:
             return LstmCell.forward(self, input, hx)  # type: ignore[arg-type]
@@ -146,6 +174,7 @@ class GRUCell(_CellBase):
         dtype: of the parameters.
     """
 
+    _theirs = GruCell
     _gates = 3
 
     def __init__(
@@ -175,6 +204,8 @@ class GRUCell(_CellBase):
         if hx is not None and self._is_small(input) and hx.dim() == 2:
             weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
             return torch.gru_cell(input, hx, *weights)
+        if (other := self._run_otherwise(input, hx)) is not None:
+            return other
         final = self._step("GRU", input, hx)
         if final is None:
             return GruCell.forward(self, input, hx)  # type: ignore[arg-type]
@@ -196,6 +227,7 @@ class RNNCell(_CellBase):
         dtype: of the parameters.
     """
 
+    _theirs = RnnCell
     _gates = 1
     __constants__ = RnnCell.__constants__
     nonlinearity: str
@@ -232,6 +264,8 @@ class RNNCell(_CellBase):
         if hx is not None and self._is_small(input) and hx.dim() == 2:
             weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
             return operator(input, hx, *weights)
+        if (other := self._run_otherwise(input, hx)) is not None:
+            return other
         final = self._step(mode, input, hx)
         if final is None:
             return RnnCell.forward(self, input, hx)  # type: ignore[arg-type]

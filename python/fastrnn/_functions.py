@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from ._backends import backend, has_kernel
 from ._layer import CELLS, Layer, Results, Saved
-from ._operators import Call, filled, inspect, library, scan_backward, scan_forward
+from ._operators import Call, filled, inspect, library, scan_backward, scan_forward, with_batch
 from ._ragged import gather, mask_from_batch_sizes, scatter
 from ._torch import (
     below_autograd,
@@ -445,9 +445,7 @@ def _check_devices(layer: Layer) -> None:
 
 def _scan_forward_autograd(*args: Any) -> tuple[Any, ...]:
     """The gradient of the bare operator, as compiled graphs and exported programs call it."""
-    layer = Layer._make(args)
-    if layer.batch_sizes is None:
-        layer = layer._replace(batch=layer.x.shape[1])  # a trace knows only the number
+    layer = with_batch(Layer._make(args))
     tensors = [t for t in layer.tensors if t is not None]
     if is_transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         results = Results._make(FUNCTIONS[layer.mode].run(layer.keeping(True)))

@@ -5,6 +5,8 @@ Parameters, initialisation, checks and state_dict are torch.nn.RNNBase's own.
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +17,13 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ._backends import backend, takes_mask
+from ._drop_in import DropIn
 from ._functions import FUSED, run_layer
 from ._layer import CELLS, Layer
+from ._onnx import refuse
+from ._onnx import run_layer as run_onnx_layer
 from ._ragged import (
+    as_lengths,
     check_lengths,
     check_steps,
     from_mask,
@@ -26,7 +32,7 @@ from ._ragged import (
     scatter,
     segment_starts,
 )
-from ._torch import Lstm
+from ._torch import Gru, Lstm, Rnn, is_exporting_to_onnx, is_tracing, is_transforming
 
 States = tuple[Tensor, ...]  # (h,) or (h, c), each [L * D, B, H]
 
@@ -40,13 +46,14 @@ def _autocast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
 class _Rows(NamedTuple):
     """Where the rows of a batch begin, end and are reset."""
 
-    batch: int
+    batch: Any  # B, in a trace a tensor
     batch_sizes: Tensor | None = None  # or a mask, where the backend takes one
     resets: Tensor | None = None
     mask: Tensor | None = None  # bool [T, B], for the reference implementation
+    lengths: Tensor | None = None  # int64 [B], for ONNX
 
 
-class _RNNBase(RNNBase):
+class _RNNBase(DropIn, RNNBase):
     """What LSTM, GRU and RNN share. States are a tuple here, (h,) or (h, c)."""
 
     checkpoint_every: int | None = None  # also of modules that replace() turned
@@ -66,8 +73,53 @@ class _RNNBase(RNNBase):
             self.checkpoint_every = every
 
     def extra_repr(self) -> str:
+        own = self._without_twin()
+        return super().extra_repr() + (own and f", {own}")
+
+    def _without_twin(self) -> str:
         every = self.checkpoint_every
-        return super().extra_repr() + ("" if every is None else f", checkpoint_every={every}")
+        return "" if every is None else f"checkpoint_every={every}"
+
+    def drop_options(self) -> str:
+        options = self._without_twin()
+        vars(self).pop("checkpoint_every", None)
+        return options
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Of a layer that is no part of a model, torch's exporter to ONNX by a trace gives all
+        # arguments by position, the options too, and a bool as a tensor.
+        if is_exporting_to_onnx():
+            names = ("lengths", "mask", "reset", "return_states")
+            options = {name: value for name, value in zip(names, args[2:]) if value is not None}
+            if not options.get("return_states", False):
+                options.pop("return_states", None)
+            args, kwargs = args[:2], kwargs | options
+        return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _run_otherwise(self, input: Any, hx: Any, **options: Any) -> Any:
+        """The call as one of torch's tools wants it; None if none of them is at work."""
+        if torch.compiler.is_compiling():
+            return None
+        given = {
+            name: value
+            for name, value in options.items()
+            if value is not None and value is not False
+        }
+        arguments = (input,) if hx is None else (input, hx)
+        node = self._traced(arguments, given)
+        if node is not None:
+            return node
+        packed = isinstance(input, PackedSequence)
+        # torch's exporter to ONNX by a trace finds the lengths of what was packed.
+        to_onnx = packed and is_tracing() and is_exporting_to_onnx()
+        if to_onnx or self._is_torchs(() if packed else input, hx):
+            if given:
+                raise RuntimeError(
+                    f"{next(iter(given))}: expected none here, where torch's own forward runs, for "
+                    "Expanded Weights, objects that are no tensors, or ONNX of a PackedSequence"
+                )
+            return self._theirs.forward(self, input, hx)
+        return None
 
     def _run_directly(self, input: Any, hx: Any) -> Any:
         """forward without options on plain tensors; None where it is more than that, or may be
@@ -76,6 +128,27 @@ class _RNNBase(RNNBase):
             return None
         every = self.checkpoint_every or 0
         return backend("cpu").run_module(self.__dict__, input, hx, every, FUSED)
+
+    def _weights(self) -> list[Tensor]:
+        """The weights by their names, right whatever a user put in a parameter's place; or those of
+        the list _flat_weights, as far as it is newer than they are, as in torch."""
+        own = self._parameters
+        named = [
+            w if (w := own.get(name)) is not None else getattr(self, name)
+            for name in self._flat_weights_names
+        ]
+        if torch.compiler.is_compiling() or is_transforming():
+            return named
+        listed: list[Any] = self._flat_weights
+        if len(listed) == len(named) and all(map(operator.is_, listed, named)):
+            return named
+        refs: list[Any] = self._flat_weight_refs
+        if all(ref is not None and ref() is w for ref, w in zip(refs, named)):
+            return listed
+        if all(map(operator.is_, named, own.values())):
+            self._flat_weights = list(named)
+            self._flat_weight_refs = [weakref.ref(w) for w in named]
+        return named
 
     def _run(
         self,
@@ -89,12 +162,7 @@ class _RNNBase(RNNBase):
         Returns output, final states and, if asked for, the states of every step and layer: c_t of
         an LSTM, else h_t.
         """
-        # Read by name: the attribute is right whatever a user put in the parameter's place.
-        own = self._parameters
-        weights = [
-            w if (w := own.get(name)) is not None else getattr(self, name)
-            for name in self._flat_weights_names
-        ]
+        weights = self._weights()
         output_dtype = None
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -104,6 +172,10 @@ class _RNNBase(RNNBase):
             x, *weights = _autocast(dtype, x, *weights)
             states = None if states is None else _autocast(dtype, *states)
         directions = 2 if self.bidirectional else 1
+        if states is None and rows.batch_sizes is not None and is_tracing():
+            # The one argument by which the traced operator knows B.
+            states = self._zeros(x, rows.batch)
+        to_onnx = is_exporting_to_onnx()
         # Without gradients there is nothing to save.
         every = (self.checkpoint_every or 0) if torch.is_grad_enabled() else 0
         options = self.mode, directions, rows.batch, False, every, False, all_states
@@ -119,7 +191,10 @@ class _RNNBase(RNNBase):
                     h_0, c_0 = h_0[part], None if c_0 is None else c_0[part]
             own_weights = tuple(weights[k * each : (k + 1) * each])
             layer = Layer(*options, x, h_0, c_0, rows.batch_sizes, rows.resets, own_weights)
-            x, final, cells = run_layer(layer, rows.mask)
+            if to_onnx:
+                x, final, cells = run_onnx_layer(layer, rows.lengths, self.hidden_size)
+            else:
+                x, final, cells = run_layer(layer, rows.mask)
             finals.append(final)
             if all_states:
                 sequences.append(x if cells is None else cells)
@@ -130,6 +205,12 @@ class _RNNBase(RNNBase):
             x, *sequences = (t.to(output_dtype) for t in (x, *sequences))
             final = tuple(s.to(output_dtype) for s in final)
         return x, final, sequences
+
+    def _zeros(self, x: Tensor, batch: Any) -> States:
+        entries = self.num_layers * (2 if self.bidirectional else 1)
+        sizes = [self.proj_size or self.hidden_size]
+        sizes += [self.hidden_size] if CELLS[self.mode].has_cell_state else []
+        return tuple(x.new_zeros(entries, batch, size) for size in sizes)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # functional_call puts weights in place that _flat_weights never sees, of another dtype too.
@@ -170,6 +251,8 @@ class _RNNBase(RNNBase):
             if lengths is not None or mask is not None:
                 name = "mask" if lengths is None else "lengths"
                 raise ValueError(f"{name}: expected none with a PackedSequence, which has its own")
+            if is_exporting_to_onnx():
+                raise RuntimeError("a PackedSequence is nothing that ONNX knows; give lengths=")
             return self._forward_packed(input, states, reset, all_states)
 
         batch_dim = 0 if self.batch_first else 1
@@ -184,21 +267,19 @@ class _RNNBase(RNNBase):
             marks = check_steps(name, given, shape).to(input.device).reshape(input.shape[:-1])
             return marks.t() if self.batch_first else marks
 
-        resets = None if reset is None else by_step("reset", reset)
-        if lengths is not None:
-            ends = check_lengths(lengths, batch, steps, input.device)
-            mask = torch.arange(steps, device=input.device).unsqueeze(1) < ends
-        elif mask is not None:
-            mask = by_step("mask", mask)
-
-        if mask is None or is_per_sample(mask):
-            results = self._run_padded(input, states, _Rows(batch, None, resets, mask), all_states)
-        elif takes_mask(input) and not (self.checkpoint_every and CELLS[self.mode].saves_gates):
-            # Segments of steps are cut from packed rows, where no reset hides behind a masked step.
-            resets = None if resets is None else segment_starts(mask, resets)
-            results = self._run_padded(input, states, _Rows(batch, mask, resets), all_states)
+        if is_exporting_to_onnx():
+            refuse(self, mask=mask, reset=reset, return_states=all_states)
+            ends = None if lengths is None else as_lengths(lengths, batch, steps).to(input.device)
+            rows = _Rows(batch, lengths=ends)
+            results = self._run_padded(input, states, rows, all_states)
         else:
-            results = self._run_ragged(input, states, mask, resets, all_states)
+            resets = None if reset is None else by_step("reset", reset)
+            if lengths is not None:
+                ends = check_lengths(lengths, batch, steps, input.device)
+                mask = torch.arange(steps, device=input.device).unsqueeze(1) < ends
+            elif mask is not None:
+                mask = by_step("mask", mask)
+            results = self._run_batch(input, states, mask, resets, all_states)
         (output, *sequences), final = results
         if not is_batched:
             output, *sequences = (s.squeeze(batch_dim) for s in (output, *sequences))
@@ -225,6 +306,25 @@ class _RNNBase(RNNBase):
             states = tuple(s.unsqueeze(1) for s in states)
         self._check_states(input, states, None)
         return input, states
+
+    def _run_batch(
+        self,
+        input: Tensor,
+        states: States | None,
+        mask: Tensor | None,
+        resets: Tensor | None,
+        all_states: bool,
+    ) -> tuple[tuple[Tensor, ...], States]:
+        """As the masked steps allow, padded or packed. mask and resets are [T, B]."""
+        batch = input.shape[0 if self.batch_first else 1]
+        if mask is None or is_per_sample(mask):
+            rows = _Rows(batch, None, resets, mask)
+            return self._run_padded(input, states, rows, all_states)
+        if takes_mask(input) and not (self.checkpoint_every and CELLS[self.mode].saves_gates):
+            # Segments of steps are cut from packed rows, where no reset hides behind a masked step.
+            resets = None if resets is None else segment_starts(mask, resets)
+            return self._run_padded(input, states, _Rows(batch, mask, resets), all_states)
+        return self._run_ragged(input, states, mask, resets, all_states)
 
     def _run_padded(
         self, input: Tensor, states: States | None, rows: _Rows, all_states: bool
@@ -264,7 +364,7 @@ class _RNNBase(RNNBase):
         self,
         input: PackedSequence,
         states: States | None,
-        reset: Tensor | PackedSequence | None,
+        reset: Tensor | np.ndarray | PackedSequence | None,
         all_states: bool,
     ) -> tuple[PackedSequence, States, tuple[PackedSequence, ...]]:
         x, batch_sizes, sorted_indices, unsorted_indices = input
@@ -278,7 +378,9 @@ class _RNNBase(RNNBase):
         if reset is not None:
             marks = reset.data if isinstance(reset, PackedSequence) else reset
             resets = check_steps("reset", marks, x.shape[:1]).to(x.device)
-        rows = _Rows(int(batch_sizes[0]), batch_sizes, resets)
+        # In a trace a number would stay what it is for the input at hand.
+        batch = batch_sizes[0] if is_tracing() else int(batch_sizes[0])
+        rows = _Rows(batch, batch_sizes, resets)
         output, final, sequences = self._run(x, states, rows, all_states)
         if unsorted_indices is not None:
             final = tuple(s.index_select(1, unsorted_indices) for s in final)
@@ -322,6 +424,8 @@ class LSTM(_RNNBase):
         ValueError: if an argument is out of range. The texts are torch.nn's.
         TypeError: if a size is not an int, or dropout is not a number.
     """
+
+    _theirs = Lstm
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -390,6 +494,11 @@ class LSTM(_RNNBase):
             result = self._run_directly(input, hx)
             if result is not None:
                 return result
+        result = self._run_otherwise(
+            input, hx, lengths=lengths, mask=mask, reset=reset, return_states=return_states
+        )
+        if result is not None:
+            return result
         states = None if hx is None else (hx[0], hx[1], *hx[2:])
         output, (h_n, c_n), c = self._forward(input, states, lengths, mask, reset, return_states)
         return (output, (h_n, c_n), c) if return_states else (output, (h_n, c_n))
@@ -442,6 +551,11 @@ class _OneState(_RNNBase):
             result = self._run_directly(input, hx)
             if result is not None:
                 return result
+        result = self._run_otherwise(
+            input, hx, lengths=lengths, mask=mask, reset=reset, return_states=return_states
+        )
+        if result is not None:
+            return result
         states = None if hx is None else (hx,)
         output, (h_n,), h = self._forward(input, states, lengths, mask, reset, return_states)
         return (output, h_n, h) if return_states else (output, h_n)
@@ -481,6 +595,8 @@ class GRU(_OneState):
         TypeError: if a size is not an int, or dropout is not a number.
     """
 
+    _theirs = Gru
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -517,6 +633,8 @@ class RNN(_OneState):
         ValueError: if an argument is out of range, or proj_size is given. The texts are torch.nn's.
         TypeError: if a size is not an int, or dropout is not a number.
     """
+
+    _theirs = Rnn
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:

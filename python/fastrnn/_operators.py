@@ -46,9 +46,15 @@ library.define(f"scan_backward({_schema(Layer, Saved)}) -> Tensor[]")
 
 
 def _layer(args: tuple[Any, ...]) -> Layer:
-    layer = Layer._make(args[: len(Layer._fields)])
-    # A trace knows only the number that the batch had when it was made.
-    return layer._replace(batch=layer.x.shape[1]) if layer.batch_sizes is None else layer
+    return with_batch(Layer._make(args[: len(Layer._fields)]))
+
+
+def with_batch(layer: Layer) -> Layer:
+    """The layer with B of its tensors: a trace knows only the number that there was when it was
+    made. Of ragged rows the states tell, and without them the number has to do."""
+    if layer.batch_sizes is None:
+        return layer._replace(batch=layer.x.shape[1])
+    return layer if layer.h_0 is None else layer._replace(batch=layer.h_0.shape[1])
 
 
 def filled(x: Tensor, results: Iterable[Tensor | None]) -> list[Tensor]:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ._backends import backend_of
-from ._torch import assert_async, is_batched, is_intercepted, unwrapped
+from ._torch import assert_async, is_batched, is_intercepted, is_tracing, unwrapped
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
-_INTEGERS += (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
+_INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class Ragged(NamedTuple):
@@ -39,7 +39,7 @@ def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
     """
     steps, batch = mask.shape
     t, b = mask.nonzero(as_tuple=True)
-    if not torch.compiler.is_compiling() and len(t) == steps * batch:
+    if not (torch.compiler.is_compiling() or is_tracing()) and len(t) == steps * batch:
         return None
     counts = mask.sum(0)
     sorted_indices = torch.argsort(counts, descending=True, stable=True)
@@ -128,9 +128,15 @@ class _Scatter(torch.autograd.Function):
         return tangent.new_zeros(ctx.rows, *tangent.shape[1:]).index_copy(0, index, tangent)
 
 
+def _in_plain_torch(x: Tensor) -> bool:
+    """Whether torch's own operators are wanted: by a compiler, by a trace, which would keep the
+    sizes, and by the vmap that knows no autograd.Function."""
+    return torch.compiler.is_compiling() or is_tracing() or is_batched([x])
+
+
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of x; no row twice."""
-    if torch.compiler.is_compiling() or is_batched([x]):
+    if _in_plain_torch(x):
         return x.index_select(0, index)
     result: Tensor = _Gather.apply(x, index)  # type: ignore[no-untyped-call]
     return result
@@ -138,7 +144,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 def scatter(x: Tensor, index: Tensor, rows: int) -> Tensor:
     """`rows` rows of zeros, with the rows of x at index."""
-    if torch.compiler.is_compiling() or is_batched([x]):
+    if _in_plain_torch(x):
         return x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x)
     result: Tensor = _Scatter.apply(x, index, rows)  # type: ignore[no-untyped-call]
     return result

@@ -6,8 +6,10 @@ may have put ours in their place since.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,12 +32,18 @@ __all__ = [
     "by_sample",
     "has_forward_ad",
     "is_batched",
+    "is_expanded",
+    "is_exporting_to_onnx",
     "is_intercepted",
     "is_tracing",
     "is_transforming",
     "library_file",
+    "no_value",
+    "symbolic_node",
+    "tracing_state",
     "unwrap_dead_wrappers",
     "unwrapped",
+    "wrap_quantizers",
 ]
 
 
@@ -64,9 +72,12 @@ def library_file() -> str:
     return torch._C.__file__
 
 
+tracing_state = torch._C._get_tracing_state  # None, unless torch.jit.trace is at work
+
+
 def is_tracing() -> bool:
     """Whether torch.jit.trace is at work."""
-    return torch._C._get_tracing_state() is not None
+    return tracing_state() is not None
 
 
 def is_intercepted() -> bool:
@@ -90,9 +101,66 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def is_expanded(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether one of them is an Expanded Weight, which only torch's own operators know."""
+    module = sys.modules.get("torch.nn.utils._expanded_weights.expanded_weights_impl")
+    return module is not None and any(isinstance(t, module.ExpandedWeight) for t in tensors)
+
+
+def is_exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is at work, by either of its ways."""
+    onnx = sys.modules.get("torch.onnx")  # not to be imported for the question
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler.
+is_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def symbolic_node(
+    name: str,
+    inputs: Sequence[Tensor | None],
+    attributes: dict[str, Any],
+    shapes: Sequence[Sequence[Any]],
+) -> Sequence[Tensor]:
+    """A node of ONNX in an exported program. torch has it since 2.8."""
+    ops = getattr(torch.onnx, "ops", None)
+    if ops is None:
+        raise RuntimeError("torch.onnx.export(dynamo=True): needs torch 2.8; use dynamo=False")
+    dtypes = [inputs[0].dtype] * len(shapes)  # type: ignore[union-attr]
+    return ops.symbolic_multi_out(name, inputs, attributes, dtypes=dtypes, shapes=shapes)
+
+
+def no_value(graph: Any) -> Any:
+    """What stands for an input that is not given, in a graph of the exporter by a trace."""
+    value = graph.op("prim::Constant")
+    value.setType(torch._C.OptionalType.ofTensor())
+    return value
+
+
+def wrap_quantizers(wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Puts wrapper(f) in the place of what torch's quantizers run on a model, eager and by fx.
+
+    Their own functions call these by name, so that it does not matter who has imported what.
+    """
+    try:
+        quantize = import_module("torch.ao.quantization.quantize")
+        quantize_fx = import_module("torch.ao.quantization.quantize_fx")
+    except ImportError:  # a torch that has them no more
+        return
+    for module, names in (
+        (quantize, ("propagate_qconfig_", "_add_observer_", "convert")),
+        (quantize_fx, ("_prepare_fx", "_convert_fx")),
+    ):
+        for name in names:
+            setattr(module, name, wrapper(getattr(module, name)))
+    for name in ("propagate_qconfig_", "convert"):
+        setattr(torch.ao.quantization, name, getattr(quantize, name))
+
+
 def is_batched(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether torch.autograd.grad(is_grads_batched=True), with a vmap older than that of torch.func,
-    runs over one of the tensors."""
+    """Whether torch.autograd.grad(is_grads_batched=True) runs over one of the tensors, with a vmap
+    that is older than that of torch.func."""
     return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
@@ -104,7 +172,7 @@ def by_sample(
     torch._C._vmapmode_decrement_nesting()
     batched = [is_batched([t]) for t in tensors]
     inner = [
-        torch._remove_batch_dim(t, level, 0, 0) if is_in else t
+        torch._remove_batch_dim(t, level, 0, 0) if is_in and t is not None else t
         for t, is_in in zip(tensors, batched)
     ]
     count = next(len(t) for t, is_in in zip(inner, batched) if is_in and t is not None)

@@ -39,6 +39,7 @@ std::optional<Model> read_model(py::handle module) {
                                     PyUnicode_InternFromString("batch_first"),
                                     PyUnicode_InternFromString("_parameters"),
                                     PyUnicode_InternFromString("_flat_weights_names"),
+                                    PyUnicode_InternFromString("_flat_weights"),
                                     PyUnicode_InternFromString("dropout"),
                                     PyUnicode_InternFromString("training")};
   PyObject* values[std::size(names)];
@@ -46,8 +47,8 @@ std::optional<Model> read_model(py::handle module) {
     values[i] = find_item(module.ptr(), names[i]);
     if (values[i] == nullptr) return std::nullopt;
   }
-  const auto [mode, layers, bidirectional, batch_first, parameters, flat, dropout, training] =
-      values;
+  const auto [mode, layers, bidirectional, batch_first, parameters, flat, listed, dropout,
+              training] = values;
   const long count_of_layers = PyLong_Check(layers) ? PyLong_AsLong(layers) : 0;
   constexpr long kMostLayers = std::numeric_limits<int>::max();
   if (count_of_layers < 1 || count_of_layers > kMostLayers) {
@@ -65,10 +66,15 @@ std::optional<Model> read_model(py::handle module) {
     if (drops < 0) throw py::error_already_set();
     if (drops == 1) return std::nullopt;
   }
-  if (!PyDict_CheckExact(parameters) || !PyList_CheckExact(flat)) return std::nullopt;
+  if (!PyDict_CheckExact(parameters) || !PyList_CheckExact(flat) || !PyList_CheckExact(listed) ||
+      PyList_GET_SIZE(listed) != PyList_GET_SIZE(flat)) {
+    return std::nullopt;
+  }
   for (const py::handle name : py::handle(flat)) {
     PyObject* const weight = find_item(parameters, name.ptr());
-    if (weight == nullptr) return std::nullopt;
+    const auto i = static_cast<Py_ssize_t>(model.weights.size());
+    // Where the two differ, the module says which is newer.
+    if (weight == nullptr || weight != PyList_GET_ITEM(listed, i)) return std::nullopt;
     model.weights.push_back(py::reinterpret_borrow<py::object>(weight));
   }
   const int64_t entries = int64_t{model.layers} * model.directions;

@@ -1,0 +1,74 @@
+"""What layers and cells do where one of torch's tools knows torch.nn's classes by name.
+
+Such a tool meets the class of torch.nn that a module stands for, on the same parameters, or is
+shown a call that it can take as it takes torch.nn's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from ._torch import is_expanded
+
+
+class DropIn(nn.Module):
+    """A module that stands for one of torch.nn."""
+
+    _theirs: ClassVar[type[nn.Module]]  # the class it stands for
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script takes instead: torch.nn's twin, sharing all that this holds."""
+        cls: Any = type(self).__bases__[0] if parametrize.is_parametrized(self) else type(self)
+        own: Any = next(c for c in cls.__mro__ if "_theirs" in vars(c))
+        if cls.forward is not own.forward:
+            return self  # whose code is to be compiled as it stands
+        if lost := self._without_twin():
+            raise RuntimeError(
+                f"{lost}: torch.jit.script compiles torch.nn.{self._theirs.__name__}, which has no "
+                "such option"
+            )
+        twin = rebased(self, self._theirs)
+        module = twin.__new__(twin)
+        object.__setattr__(module, "__dict__", self.__dict__)
+        return module
+
+    def _without_twin(self) -> str:
+        """The options that torch.nn's class has not, as they are written; "" for none."""
+        return ""
+
+    def drop_options(self) -> str:
+        """Puts off these options, and says which there were."""
+        return ""
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy | None:
+        """The call as a node of a torch.fx graph, where one is being traced: this is a leaf of it,
+        as torch.nn's modules are."""
+        for given in (*args, *kwargs.values()):
+            for proxy in given if isinstance(given, (tuple, list)) else (given,):
+                tracer: Any = proxy.tracer if isinstance(proxy, fx.Proxy) else None
+                if tracer is not None and tracer.root is not self:
+                    path = tracer.path_of_module(self)
+                    return tracer.create_proxy("call_module", path, args, kwargs)
+        return None
+
+    def _is_torchs(self, *given: Any) -> bool:
+        """Whether torch's own forward runs the call: objects that only behave like tensors, and
+        Expanded Weights, know torch's operators and none of ours."""
+        for value in given:
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if not isinstance(item, Tensor) and hasattr(item, "__torch_function__"):
+                    return True
+        return is_expanded(self._parameters.values())
+
+
+def rebased(module: nn.Module, new: type[nn.Module]) -> type[nn.Module]:
+    """`new`, below what a parametrization has put over the module's class."""
+    if not parametrize.is_parametrized(module):
+        return new
+    # A parametrization makes each module a class of its own, which holds its properties.
+    old = type(module)
+    own = {k: v for k, v in vars(old).items() if k not in ("__dict__", "__weakref__")}
+    return type(old.__name__, (new,), own)
