@@ -14,9 +14,9 @@ from helpers import CELLS, TOLERANCE
 # What tests a CPU, a process, a program, the sources or the reference implementation, or puts its
 # tensors on the CPU.
 CPU_ONLY = ["architecture", "bench", "char_lm", "common_modules", "diagnostics", "distributed"]
-CPU_ONLY += ["docs", "examples", "exchange", "fuzz", "math", "packaging", "reference", "seq2seq"]
-CPU_ONLY += ["substitution", "surnames", "tagging", "threads", "tiles", "types", "variants"]
-CPU_ONLY += ["visualise"]
+CPU_ONLY += ["docs", "examples", "exchange", "fuzz", "math", "onnx", "packaging", "reference"]
+CPU_ONLY += ["seq2seq", "substitution", "surnames", "tagging", "threads", "tiles", "tools", "types"]
+CPU_ONLY += ["variants", "visualise"]
 if importlib.util.find_spec("hypothesis") is None:  # a GPU's machine may not have it
     CPU_ONLY += ["properties"]
 
