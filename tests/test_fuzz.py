@@ -163,8 +163,9 @@ def right_module(r: Random) -> list[Any]:
     hx: Any = None
     if r.random() < 0.7:
         hx = states if name == "LSTM" else states[0]
-    names = "mode num_layers bidirectional batch_first _parameters _flat_weights_names dropout"
-    values = {name: vars(module)[name] for name in (*names.split(), "training")}
+    names = "mode num_layers bidirectional batch_first dropout training"
+    names += " _parameters _flat_weights _flat_weights_names"
+    values = {name: vars(module)[name] for name in names.split()}
     return [values | {"_parameters": dict(module._parameters)}, x, hx, r.choice((0, 2))]
 
 
@@ -472,8 +473,11 @@ def layer_of(fields: tuple[Any, ...]) -> Layer:
 
 
 def of_operator(args: tuple[Any, ...]) -> Layer:
+    """The tensors say what the batch is, where they can."""
     layer = layer_of(args[:13])
-    return layer._replace(batch=layer.x.shape[1]) if layer.batch_sizes is None else layer
+    if layer.batch_sizes is None:
+        return layer._replace(batch=layer.x.shape[1])
+    return layer if layer.h_0 is None else layer._replace(batch=layer.h_0.shape[1])
 
 
 def check_scan_forward(args: tuple[Any, ...], results: Any) -> None:
