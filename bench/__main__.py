@@ -78,8 +78,7 @@ def parse_args() -> argparse.Namespace:
 
 def hold(peers: list[str], variant: str) -> list[str]:
     """Those that can be held to the variant, as every library loaded from now on is."""
-    for name, value in VARIANTS[variant].items():
-        os.environ[name] = value
+    os.environ.update(VARIANTS[variant])
     return [peer for peer in peers if PEERS[peer].has_variants]
 
 

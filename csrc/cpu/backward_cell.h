@@ -79,7 +79,7 @@ class BackwardCell {
     const T *extra, *extra_before, *d_extra;
     T *carry_h, *carry_c, *d_input, *d_recurrent;
     F *d_input_factors, *d_recurrent_factors, *hidden;
-    int64_t gate_stride, feature_stride, extra_stride, state_stride, chunk_stride, units;
+    int64_t gate_stride, feature_stride, extra_stride, chunk_stride, hidden_units;
   };
 
   [[gnu::always_inline]] Rows rows_of(const BackwardStep<S>& step,
@@ -121,9 +121,8 @@ class BackwardCell {
     rows.gate_stride = saved.gate_stride;
     rows.feature_stride = args_.directions * args_.hidden;
     rows.extra_stride = saved.extra_stride;
-    rows.state_stride = args_.hidden;
     rows.chunk_stride = chunk_gradients_.stride;
-    rows.units = args_.hidden;
+    rows.hidden_units = args_.hidden;
     return rows;
   }
 
@@ -171,14 +170,14 @@ class BackwardCell {
       return p == nullptr ? V(T(0)) : load(p + i);
     };
     const int64_t feature = r * rows.feature_stride + column;
-    const int64_t state = r * rows.state_stride + column;
+    const int64_t state = r * rows.hidden_units + column;
     const int64_t extra = r * rows.extra_stride + column;
 
     in.h_prev = in.h = in.extra_prev = in.extra = in.d_extra = V(T(0));
     if constexpr (Cell::saves_gates) {
       const S* gates = rows.gates + r * rows.gate_stride + column;
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) in.gate[g] = load(gates + g * rows.units);
+      for (int g = 0; g < G; ++g) in.gate[g] = load(gates + g * rows.hidden_units);
     } else {
       in.h = load(rows.output + feature);
     }
@@ -207,13 +206,14 @@ class BackwardCell {
       if constexpr (Full) return v.store(p);
       return v.store(p, left);
     };
-    const int64_t state = r * rows.state_stride + column;
+    const int64_t state = r * rows.hidden_units + column;
     const auto store_gates = [&](T* values, F* factors, const V(&d_gates)[G]) {
       const int64_t first = r * rows.chunk_stride + column;
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        store(values + first + g * rows.units, d_gates[g]);
-        if constexpr (ChunkRows<S>::kNarrows) store(factors + first + g * rows.units, d_gates[g]);
+        store(values + first + g * rows.hidden_units, d_gates[g]);
+        if constexpr (ChunkRows<S>::kNarrows)
+          store(factors + first + g * rows.hidden_units, d_gates[g]);
       }
     };
     store_gates(rows.d_input, rows.d_input_factors, dx);

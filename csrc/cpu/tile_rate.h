@@ -2,9 +2,10 @@
 // every layer.
 #pragma once
 
-#include <cstdlib>
+#include <cstring>
 
 #include "multiply.h"
+#include "workspace.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
@@ -14,12 +15,11 @@ inline int64_t run_tile(int vectors, int64_t depth, bool transposed, int64_t rou
   using V = Vec<float>;
   const int rows = max_rows(vectors);
   const int64_t width = vectors * V::lanes;
-  const auto take = [](int64_t count) {
-    constexpr size_t line = 64;
-    const size_t bytes = (count * sizeof(float) + line - 1) / line * line;
-    float* p = static_cast<float*>(std::aligned_alloc(line, bytes));
-    for (size_t i = 0; i < bytes / sizeof(float); ++i) p[i] = 0.0f;
-    return p;
+  Workspace workspace;
+  const auto take = [&workspace](int64_t count) {
+    float* const zeros = workspace.take<float>(count);
+    std::memset(zeros, 0, count * sizeof(float));
+    return zeros;
   };
   float *left = take(rows * depth), *packed = take(depth * width), *target = take(rows * width);
   if (transposed) {
@@ -32,7 +32,6 @@ inline int64_t run_tile(int vectors, int64_t depth, bool transposed, int64_t rou
     const auto run = tile_for<Multiply<float>>(vectors, rows);
     for (int64_t i = 0; i < rounds; ++i) run(row_of, packed, width, packed, depth, sums);
   }
-  for (float* p : {left, packed, target}) std::free(p);
   return 2 * rows * width * depth * rounds;
 }
 

@@ -6,12 +6,19 @@ shown a call that it can take as it takes torch.nn's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ._torch import is_expanded
+
+
+def _items(given: Iterable[Any]) -> Iterator[Any]:
+    """The arguments of a call, those in tuples and lists one by one."""
+    for value in given:
+        yield from value if isinstance(value, (tuple, list)) else (value,)
 
 
 class DropIn(nn.Module):
@@ -46,21 +53,19 @@ class DropIn(nn.Module):
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy | None:
         """The call as a node of a torch.fx graph, where one is being traced: this is a leaf of it,
         as torch.nn's modules are."""
-        for given in (*args, *kwargs.values()):
-            for proxy in given if isinstance(given, (tuple, list)) else (given,):
-                tracer: Any = proxy.tracer if isinstance(proxy, fx.Proxy) else None
-                if tracer is not None and tracer.root is not self:
-                    path = tracer.path_of_module(self)
-                    return tracer.create_proxy("call_module", path, args, kwargs)
+        for proxy in _items((*args, *kwargs.values())):
+            tracer: Any = proxy.tracer if isinstance(proxy, fx.Proxy) else None
+            if tracer is not None and tracer.root is not self:
+                path = tracer.path_of_module(self)
+                return tracer.create_proxy("call_module", path, args, kwargs)
         return None
 
     def _is_torchs(self, *given: Any) -> bool:
         """Whether torch's own forward runs the call: objects that only behave like tensors, and
         Expanded Weights, know torch's operators and none of ours."""
-        for value in given:
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                if not isinstance(item, Tensor) and hasattr(item, "__torch_function__"):
-                    return True
+        for item in _items(given):
+            if not isinstance(item, Tensor) and hasattr(item, "__torch_function__"):
+                return True
         return is_expanded(self._parameters.values())
 
 
