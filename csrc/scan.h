@@ -1,7 +1,9 @@
 // A scan runs one cell over T steps of one layer, in all its directions.
 //
 // Sizes: T steps, B batch rows, I input features, H hidden units, P features of h (H unless it is
-// projected), D directions, G gates of the cell, N steps of all rows.
+// projected), D directions, G gates of the cell, N steps of all rows. R gates have rows in W_hh:
+// all, unless a cell is more general (cells/general.h). It then has C states beside h, K saved
+// values, Z inputs and Q learned vectors per unit; for the built-in ones see cells/traits.h.
 //
 // Rows may end at different steps. They are then sorted by length, longest first, and stored
 // without padding, as in torch's PackedSequence: batch_sizes[t] rows are alive at step t and lie

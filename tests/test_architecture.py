@@ -116,10 +116,16 @@ def own_names(tree: ast.AST) -> Iterator[str]:
             yield node.attr
 
 
-# Of a NamedTuple, and of ctypes.
-STANDARD = {"_asdict", "_fields", "_fields_", "_make", "_replace"}
+# Of a NamedTuple, of ctypes, and of sys.
+STANDARD = {"_asdict", "_fields", "_fields_", "_getframe", "_make", "_replace"}
 # Set or defined here, but torch's.
-TORCHS = {"_flat_weights", "_flat_weight_refs", "_slow_forward"}
+TORCHS = {
+    "_all_weights",
+    "_flat_weights_names",
+    "_flat_weights",
+    "_flat_weight_refs",
+    "_slow_forward",
+}
 
 
 def root(node: ast.expr) -> str:

@@ -32,7 +32,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastrnn
 from fastrnn._functions import FUSED
-from fastrnn._layer import CELLS, Layer, Results
+from fastrnn._layer import BUILT_IN, CELLS, Layer, Results
 from fastrnn._load import _cpu, set_torch
 from fastrnn._torch import WATCHERS
 
@@ -73,7 +73,7 @@ def guarded(t: Tensor) -> Tensor:
 
 def right_layer(r: Random) -> list[Any]:
     """The fields of a Layer, the weights as a list."""
-    mode, D = r.choice(list(CELLS)), r.choice((1, 2))
+    mode, D = r.choice(BUILT_IN), r.choice((1, 2))
     T, B, I, H = (r.choice(sizes) for sizes in ((0, 1, 3, 9), (0, 1, 2, 5), (1, 3, 17), (1, 4, 33)))  # noqa: E741
     dtype = r.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16))
     is_guarded, is_ragged = r.random() < 0.5, r.random() < 0.4
@@ -105,6 +105,7 @@ def right_layer(r: Random) -> list[Any]:
         new(D, B, H) if has_cell_state and r.random() < 0.5 else None,
         sizes if is_ragged else None,
         torch.rand(steps) < 0.3 if r.random() < 0.3 else None,
+        None,
         weights,
     ]
 
@@ -117,8 +118,9 @@ def right_saved(r: Random, fields: list[Any]) -> list[Any]:
     d_extra = None if c_n is None or extra is None else torch.randn_like(extra)
     given = [None if t is None else torch.randn_like(t) for t in (output, h_n, c_n)]
     incoming = [None if r.random() < 0.4 else t for t in (*given, d_extra)]
-    wanted = [r.random() < 0.7 for _ in range(3 + len(layer.weights))]
+    wanted = [r.random() < 0.7 for _ in range(4 + len(layer.weights))]
     wanted[2] = wanted[2] and layer.cell.has_cell_state
+    wanted[3] = False  # of inputs, which no built-in cell has
     return [output, extra, saved, *incoming, wanted]
 
 
@@ -136,7 +138,7 @@ class Context:
 
 
 def flat(fields: list[Any]) -> list[Any]:
-    return [*fields[7:12], *fields[12]]
+    return [*fields[7:13], *fields[13]]
 
 
 def replayed(fields: list[Any], saved: list[Any]) -> list[Any]:
@@ -321,7 +323,7 @@ WRONG_SIZES: list[Callable[[Random, Tensor], Any]] = [  # of rows alive
     lambda r, t: t.repeat(2, 1),
 ]
 INTS = [-(1 << 63), -(1 << 31), -3, -1, 0, 1, 2, 3, 7, 1 << 31, 1 << 40, 1 << 62, (1 << 63) - 1]
-MODES = [*CELLS, "lstm", "", "LSTM\0", "\ud800", "x" * 10_000, b"GRU"]
+MODES = [*BUILT_IN, "lstm", "", "LSTM\0", "\ud800", "x" * 10_000, b"GRU"]
 ANYTHING: list[Callable[[], Any]] = [
     lambda: None,
     lambda: True,
@@ -474,7 +476,7 @@ def layer_of(fields: tuple[Any, ...]) -> Layer:
 
 def of_operator(args: tuple[Any, ...]) -> Layer:
     """The tensors say what the batch is, where they can."""
-    layer = layer_of(args[:13])
+    layer = layer_of(args[:14])
     if layer.batch_sizes is None:
         return layer._replace(batch=layer.x.shape[1])
     return layer if layer.h_0 is None else layer._replace(batch=layer.h_0.shape[1])
@@ -519,7 +521,7 @@ def check_inspect(args: tuple[Any, ...], result: Any) -> None:
 def check_record(args: tuple[Any, ...], results: Any) -> None:
     if any(type(t) is Lying for t in tensors_in(args)):
         return
-    layer = layer_of((*args[1], *args[2:7], args[7:]))
+    layer = layer_of((*args[1], *args[2:8], args[8:]))
     expected = layer.make_results()[: 2 + layer.cell.has_cell_state + bool(layer.all_c)]
     assert [t.shape for t in results] == [t.shape for t in expected if t is not None]
 

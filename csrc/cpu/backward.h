@@ -20,7 +20,8 @@ class BackwardScan {
   using F = Factor<S>;
   using V = Vec<T>;
   using SavedSteps = Saved<const S, const T>;
-  static constexpr int G = Cell::gates;
+  using C = General<Cell>;
+  static constexpr bool kHasProducts = C::recurrent > 0;  // of states, see ForwardScan
   // Rows of gate gradients in a chunk: a panel of as many rows, one register tile wide, fits into
   // L1.
   static constexpr int64_t kChunkRows = 128;
@@ -30,11 +31,11 @@ class BackwardScan {
       : args_(args),
         steps_(steps),
         projects_(args.weight_hr[0] != nullptr),
-        gate_columns_(G * args.hidden),
+        gate_columns_(C::recurrent * args.hidden),
         chunk_steps_(max_of(1, min_of(args.steps, kChunkRows / max_of(1, args.batch)))),
         // One step alone has none after it.
-        hh_(args.weight_hh, args.steps > 1 || args.d_h_0 != nullptr, gate_columns_, args.proj,
-            args.directions, steps.total(), workspace),
+        hh_(args.weight_hh, kHasProducts && (args.steps > 1 || args.d_h_0 != nullptr),
+            gate_columns_, args.proj, args.directions, steps.total(), workspace),
         hr_(args.weight_hr, projects_, args.proj, args.hidden, args.directions, steps.total(),
             workspace),
         chunk_gradients_(args, chunk_steps_ * args.batch, workspace),
@@ -50,10 +51,14 @@ class BackwardScan {
   }
 
   Work work() const {
-    return {args_.steps,        steps_.mean_rows(),
-            gate_columns_ * 4,  // every weight is used twice
-            hh_.columns.blocks, hh_.columns.units,           max_rows(hh_.columns.units),
-            args_.directions,   args_.batch_sizes != nullptr};
+    return {args_.steps,
+            steps_.mean_rows(),
+            C::gates * args_.hidden * 4,  // every weight is used twice
+            hh_.columns.blocks,
+            hh_.columns.units,
+            max_rows(hh_.columns.units),
+            args_.directions,
+            args_.batch_sizes != nullptr};
   }
 
   void run(int direction, PhaseRunner& runner) const {
@@ -77,7 +82,7 @@ class BackwardScan {
   const BackwardArgs& args_;
   const Steps& steps_;
   const bool projects_;
-  const int64_t gate_columns_;
+  const int64_t gate_columns_;  // of W_hh
   const int64_t chunk_steps_;
   const BackwardWeight<S> hh_, hr_;
   const ChunkGradients<Cell, S> chunk_gradients_;
@@ -102,8 +107,8 @@ class BackwardScan {
   // What forward saved of all steps.
   SavedSteps saved(int direction) const {
     return {static_cast<const S*>(args_.gates[direction]),
-            at<T>(args_.extra, direction * args_.hidden), gate_columns_,
-            args_.directions * args_.hidden, 0};
+            at<T>(args_.extra, direction * C::extras * args_.hidden), C::saves * args_.hidden,
+            args_.directions * C::extras * args_.hidden, 0};
   }
 
   Range hr_blocks(const Part& part) const { return part.blocks(hr_.columns.blocks); }
@@ -140,11 +145,12 @@ class BackwardScan {
     for (int64_t left = end - first; left > 0; left -= chunk_steps_) {
       const int64_t last = from - (min_of(chunk_steps_, left) - 1) * stride;
       const Chunk chunk = steps_.chunk(min_of(from, last), max_of(from, last));
-      runner.step_phases([&](const auto& phase) {
+      const auto run_chunk = [&](const auto& phase) {
         for (int64_t t = from; t != last - stride; t -= stride) {
           run_step(direction, chunk, t, saved, phase);
         }
-      });
+      };
+      runner.step_phases(run_chunk, false, kHasProducts);
       from = last - stride;
       // The gate gradients of the chunk are complete.
       if constexpr (ChunkRows<S>::kZips) {
@@ -169,7 +175,7 @@ class BackwardScan {
     const int64_t rows_after = min_of(rows, steps_.rows(next));
     const int64_t rows_before = min_of(rows, steps_.rows(before));
     const F* d_gates_after = nullptr;
-    if (rows_after > 0) {
+    if (kHasProducts && rows_after > 0) {
       const bool is_in_chunk = chunk.first <= next && next <= chunk.last;
       d_gates_after = is_in_chunk ? d_gates_of(direction, chunk, next)
                                   : carry_d_gates_ + direction * args_.batch * stride_;
@@ -221,7 +227,7 @@ class BackwardScan {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       for_each_tile(begin, end, max_rows(columns.units), [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
-        if (has_d_gates) {
+        if (kHasProducts && has_d_gates) {
           fetch(row, count, columns.column(block, 0));
           const TileRows<F> left(count, [&](int r) { return d_gates(row + r); });
           hh_.multiply(direction, block, left.rows, count, i, sums);
@@ -249,9 +255,9 @@ class BackwardScan {
     const auto fetch = [&](int64_t row, int count, int64_t unit) {
       const int64_t bytes = hh_.columns.width * sizeof(T);
       for (int r = 0; r < count; ++r) {
-        if constexpr (Cell::saves_gates) {
+        if constexpr (C::saves > 0) {
           const S* gates = step.saved.gate_row(steps_.offset(step.t) + row + r) + unit;
-          for (int g = 0; g < G; ++g) prefetch(gates + g * args_.hidden, bytes);
+          for (int k = 0; k < C::saves; ++k) prefetch(gates + k * args_.hidden, bytes);
         }
         if (args_.d_output != nullptr) {
           const int64_t feature = steps_.feature_offset(direction, step.t, row + r, args_.proj);
@@ -324,7 +330,7 @@ class BackwardScan {
           V dh = sums[r * hh_.columns.units + u];
           if (!had_steps) {
             dh = args_.d_h_n == nullptr ? V(T(0)) : V::load(at<S>(args_.d_h_n, state), left);
-          } else if constexpr (Cell::has_direct_path) {
+          } else if constexpr (C::has_direct_path) {
             dh = dh + V::load(cell_.carry_h() + state, left);
           }
           dh.store(static_cast<S*>(args_.d_h_0) + state, left);
@@ -332,7 +338,7 @@ class BackwardScan {
       };
       for_each_column(direction, part, had_steps, d_gates, begin, end, fetch, finish);
     }
-    if (Cell::has_cell_state && args_.d_c_0 != nullptr) {
+    if (C::states > 0 && args_.d_c_0 != nullptr) {
       write_initial_cell(direction, part, had_steps, begin, end);
     }
   }
@@ -341,8 +347,8 @@ class BackwardScan {
                           int64_t end) const {
     const Range units = unit_range(part);
     const int64_t count = units.end - units.begin, last = min_of(end, part.rows.end);
-    for (int64_t row = max_of(begin, part.rows.begin); row < last; ++row) {
-      const int64_t state = steps_.state_offset(direction, row, args_.hidden) + units.begin;
+    for (int64_t i = max_of(begin, part.rows.begin) * C::states; i < last * C::states; ++i) {
+      const int64_t state = (direction * args_.batch * C::states + i) * args_.hidden + units.begin;
       S* d_c_0 = static_cast<S*>(args_.d_c_0) + state;
       if (had_steps) {
         convert(cell_.carry_c() + state, d_c_0, count);
@@ -356,6 +362,7 @@ class BackwardScan {
 
   // The next chunk overwrites the gate gradients of step `last`, which it needs.
   void keep_d_gates(int direction, const Part& part, const Chunk& chunk, int64_t last) const {
+    if (!kHasProducts) return;
     const Range rows = share(steps_.rows(last), part.rank, part.size);
     F* target = carry_d_gates_ + direction * args_.batch * stride_;
     std::memcpy(target + rows.begin * stride_,

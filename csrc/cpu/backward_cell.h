@@ -38,7 +38,8 @@ class BackwardCell {
   using T = Compute<S>;
   using F = Factor<S>;
   using V = Vec<T>;
-  static constexpr int G = Cell::gates;
+  using C = General<Cell>;
+  static constexpr int G = C::gates, R = C::recurrent, Z = C::inputs, Q = C::parameters;
 
  public:
   BackwardCell(const BackwardArgs& args, const Steps& steps,
@@ -48,12 +49,12 @@ class BackwardCell {
         chunk_gradients_(chunk_gradients),
         projects_(args.weight_hr[0] != nullptr) {
     const size_t size = args.directions * args.batch * args.hidden;
-    carry_h_ = workspace.take<T>(Cell::has_direct_path ? size : 0);
-    carry_c_ = workspace.take<T>(Cell::has_cell_state ? size : 0);
+    carry_h_ = workspace.take<T>(C::has_direct_path ? size : 0);
+    carry_c_ = workspace.take<T>(C::states * size);
   }
 
-  // What a step hands to the one before it, [D, B, H]: the direct part of the gradient of h, of
-  // cells with a direct path, and the gradient of the cell state.
+  // What a step hands to the one before it: the direct part of the gradient of h, of cells with a
+  // direct path, [D, B, H], and the gradients of the other states, [D, B, C*H].
   const T* carry_h() const { return carry_h_; }
   const T* carry_c() const { return carry_c_; }
 
@@ -75,10 +76,12 @@ class BackwardCell {
   // Where the first row of a tile lies, and how far the rows are from each other. Null: nothing
   // there. Copies of what members say: these would be read again after every store.
   struct Rows {
-    const S *gates, *output, *output_before, *h_0, *c_0, *d_output, *d_h_n, *d_c_n;
+    const S *gates, *output, *output_before, *h_0, *c_0, *d_output, *d_h_n, *d_c_n, *inputs;
+    const S* parameters[room(Q)];
     const T *extra, *extra_before, *d_extra;
     T *carry_h, *carry_c, *d_input, *d_recurrent;
     F *d_input_factors, *d_recurrent_factors, *hidden;
+    S* d_inputs;
     int64_t gate_stride, feature_stride, extra_stride, chunk_stride, hidden_units;
   };
 
@@ -91,28 +94,41 @@ class BackwardCell {
     const int64_t feature =
         steps_.feature_offset(direction, step.t, tile.row, args_.hidden) + column;
     const int64_t state = steps_.state_offset(direction, tile.row, args_.hidden) + column;
+    // The same of the other states.
+    const int64_t width = C::states * args_.hidden;
+    const int64_t states = steps_.state_offset(direction, tile.row, width) + column;
     Rows rows{};
-    if constexpr (Cell::saves_gates) rows.gates = saved.gate_row(n) + column;
+    if constexpr (C::saves > 0) rows.gates = saved.gate_row(n) + column;
     rows.output = at<S>(args_.output, feature);
-    if constexpr (Cell::has_extra) rows.extra = saved.extra_row(n) + column;
+    if constexpr (C::extras > 0) rows.extra = saved.extra_row(n) + column;
     if (step.has_before) {
       const int64_t n_before = steps_.offset(step.before) + tile.row;
       rows.output_before =
           at<S>(args_.output,
                 steps_.feature_offset(direction, step.before, tile.row, args_.hidden) + column);
-      if constexpr (Cell::has_extra) rows.extra_before = saved.extra_row(n_before) + column;
+      if constexpr (C::extras > 0) rows.extra_before = saved.extra_row(n_before) + column;
     } else {
       rows.h_0 = at<S>(args_.h_0, state);
-      rows.c_0 = at<S>(args_.c_0, state);
+      rows.c_0 = at<S>(args_.c_0, states);
     }
     if (!projects_) {
       rows.d_output = at<S>(args_.d_output, feature);
       if (!step.has_after) rows.d_h_n = at<S>(args_.d_h_n, state);
     }
-    if (!step.has_after) rows.d_c_n = at<S>(args_.d_c_n, state);
-    rows.d_extra = at<T>(args_.d_extra, feature);
+    if (!step.has_after) rows.d_c_n = at<S>(args_.d_c_n, states);
+    rows.d_extra =
+        at<T>(args_.d_extra, steps_.feature_offset(direction, step.t, tile.row, width) + column);
     rows.carry_h = carry_h_ + state;
-    rows.carry_c = carry_c_ + state;
+    rows.carry_c = carry_c_ + states;
+    if constexpr (Z > 0) {
+      const int64_t inputs =
+          steps_.feature_offset(direction, step.t, tile.row, Z * args_.hidden) + column;
+      rows.inputs = static_cast<const S*>(args_.inputs) + inputs;
+      rows.d_inputs = at(static_cast<S*>(args_.d_inputs), inputs);
+    }
+    for (int q = 0; q < Q; ++q) {
+      rows.parameters[q] = static_cast<const S*>(args_.parameters[direction][q]) + column;
+    }
     rows.d_input = chunk_gradients_.input.values(direction, local) + column;
     rows.d_input_factors = chunk_gradients_.input.factors(direction, local) + column;
     rows.d_recurrent = chunk_gradients_.recurrent.values(direction, local) + column;
@@ -126,9 +142,14 @@ class BackwardCell {
     return rows;
   }
 
-  // What the cell's backward takes for one vector of units of one row.
+  // What the cell's backward takes and leaves for one vector of units of one row: see
+  // ../cells/general.h.
   struct CellInputs {
-    V gate[G], h_prev, h, extra_prev, extra, dh, d_extra;
+    V saved[room(C::saves)], inputs[room(Z)], parameters[room(Q)], h_prev, h;
+    V extra_prev[room(C::extras)], extra[room(C::extras)], dh;
+  };
+  struct CellGradients {
+    V extra[room(C::extras)], x[G], r[room(R)], inputs[room(Z)], parameters[room(Q)], direct;
   };
 
   // Vectors [begin, end) of the tile. Full: no lane lies beyond H.
@@ -142,17 +163,17 @@ class BackwardCell {
       for (int v = begin; v < end; ++v) {
         const int64_t column = v * V::lanes, left = args_.hidden - tile.column - column;
         CellInputs in;
+        CellGradients d;
         in.dh = tile.sums[r * tile.vectors + v];
-        load_inputs<Full>(rows, r, column, left, reset, has_after, has_before, in);
-        V dx[G], dr[G];
-        const V direct = Cell::backward(in.gate, in.h_prev, in.h, in.extra_prev, in.extra, in.dh,
-                                        in.d_extra, dx, dr);
-        if constexpr (Cell::has_cell_state) {
+        load_inputs<Full>(rows, r, column, left, reset, has_after, has_before, in, d);
+        d.direct = C::backward(in.saved, in.inputs, in.parameters, in.h_prev, in.h, in.extra_prev,
+                               in.extra, in.dh, d.extra, d.x, d.r, d.inputs, d.parameters);
+        if constexpr (C::projects) {
           if (rows.hidden != nullptr) {
-            Cell::hidden(in.gate, in.extra).store(rows.hidden + r * rows.chunk_stride + column);
+            C::hidden(in.saved, in.extra).store(rows.hidden + r * rows.chunk_stride + column);
           }
         }
-        store_outputs<Full>(rows, r, column, left, reset, direct, in.d_extra, dx, dr);
+        store_outputs<Full>(rows, r, column, left, reset, d);
       }
     }
   }
@@ -161,7 +182,8 @@ class BackwardCell {
   template <bool Full>
   [[gnu::always_inline]] static void load_inputs(const Rows& rows, int r, int64_t column,
                                                  int64_t left, bool reset, bool has_after,
-                                                 bool has_before, CellInputs& in) {
+                                                 bool has_before, CellInputs& in,
+                                                 CellGradients& d) {
     const auto load = [left](const auto* p) {
       if constexpr (Full) return V::load(p);
       return V::load(p, left);
@@ -173,55 +195,81 @@ class BackwardCell {
     const int64_t state = r * rows.hidden_units + column;
     const int64_t extra = r * rows.extra_stride + column;
 
-    in.h_prev = in.h = in.extra_prev = in.extra = in.d_extra = V(T(0));
-    if constexpr (Cell::saves_gates) {
+    in.h_prev = in.h = in.extra_prev[0] = in.extra[0] = d.extra[0] = V(T(0));
+    if constexpr (C::saves > 0) {
       const S* gates = rows.gates + r * rows.gate_stride + column;
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) in.gate[g] = load(gates + g * rows.hidden_units);
-    } else {
-      in.h = load(rows.output + feature);
+      for (int k = 0; k < C::saves; ++k) in.saved[k] = load(gates + k * rows.hidden_units);
     }
-    if constexpr (Cell::has_extra) in.extra = load(rows.extra + extra);
-    if (Cell::has_direct_path && !reset) {
+    if constexpr (C::reads_output) in.h = load(rows.output + feature);
+#pragma GCC unroll 4
+    for (int k = 0; k < C::extras; ++k)
+      in.extra[k] = load(rows.extra + extra + k * rows.hidden_units);
+    if (C::has_direct_path && !reset) {
       in.h_prev = has_before ? load(rows.output_before + feature) : load_or_zero(rows.h_0, state);
     }
-    if constexpr (Cell::has_cell_state) {
-      if (!reset) {
-        in.extra_prev =
-            has_before ? load(rows.extra_before + extra) : load_or_zero(rows.c_0, state);
+#pragma GCC unroll 4
+    for (int k = 0; k < C::states; ++k) {
+      const int64_t own = C::states * r * rows.hidden_units + k * rows.hidden_units + column;
+      if (reset) {
+        in.extra_prev[k] = V(T(0));
+      } else {
+        in.extra_prev[k] = has_before ? load(rows.extra_before + extra + k * rows.hidden_units)
+                                      : load_or_zero(rows.c_0, own);
       }
-      in.d_extra = has_after ? load(rows.carry_c + state) : load_or_zero(rows.d_c_n, state);
-      if (rows.d_extra != nullptr) in.d_extra = in.d_extra + load(rows.d_extra + feature);
+      d.extra[k] = has_after ? load(rows.carry_c + own) : load_or_zero(rows.d_c_n, own);
+      if (rows.d_extra != nullptr) {
+        const int64_t given = C::states * r * rows.feature_stride + k * rows.hidden_units + column;
+        d.extra[k] = d.extra[k] + load(rows.d_extra + given);
+      }
     }
+    for (int z = 0; z < Z; ++z) {
+      in.inputs[z] =
+          load(rows.inputs + Z * r * rows.feature_stride + z * rows.hidden_units + column);
+    }
+    for (int q = 0; q < Q; ++q) in.parameters[q] = load(rows.parameters[q] + column);
     if (rows.d_output != nullptr) in.dh = in.dh + load(rows.d_output + feature);
     if (rows.d_h_n != nullptr) in.dh = in.dh + load(rows.d_h_n + state);
-    if (Cell::has_direct_path && has_after) in.dh = in.dh + load(rows.carry_h + state);
+    if (C::has_direct_path && has_after) in.dh = in.dh + load(rows.carry_h + state);
   }
 
   template <bool Full>
   [[gnu::always_inline]] static void store_outputs(const Rows& rows, int r, int64_t column,
-                                                   int64_t left, bool reset, V direct, V d_cell,
-                                                   const V (&dx)[G], const V (&dr)[G]) {
+                                                   int64_t left, bool reset,
+                                                   const CellGradients& d) {
     const auto store = [left](auto* p, V v) {
       if constexpr (Full) return v.store(p);
       return v.store(p, left);
     };
     const int64_t state = r * rows.hidden_units + column;
-    const auto store_gates = [&](T* values, F* factors, const V(&d_gates)[G]) {
-      const int64_t first = r * rows.chunk_stride + column;
+    const int64_t first = r * rows.chunk_stride + column;
+    const auto store_gates = [&]<int N>(T* values, F* factors, const V(&d_gates)[N]) {
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
+      for (int g = 0; g < N; ++g) {
         store(values + first + g * rows.hidden_units, d_gates[g]);
         if constexpr (ChunkRows<S>::kNarrows)
           store(factors + first + g * rows.hidden_units, d_gates[g]);
       }
     };
-    store_gates(rows.d_input, rows.d_input_factors, dx);
-    if constexpr (Cell::splits_gradient) {
-      store_gates(rows.d_recurrent, rows.d_recurrent_factors, dr);
+    store_gates(rows.d_input, rows.d_input_factors, d.x);
+    if constexpr (C::splits_gradient && R > 0) {
+      store_gates(rows.d_recurrent, rows.d_recurrent_factors, d.r);
     }
-    if constexpr (Cell::has_direct_path) store(rows.carry_h + state, reset ? V(T(0)) : direct);
-    if constexpr (Cell::has_cell_state) store(rows.carry_c + state, reset ? V(T(0)) : d_cell);
+    // Beside the gates, as their sums are those of biases.
+    for (int q = 0; q < Q; ++q)
+      store(rows.d_input + first + (G + q) * rows.hidden_units, d.parameters[q]);
+    if (Z > 0 && rows.d_inputs != nullptr) {
+      for (int z = 0; z < Z; ++z) {
+        store(rows.d_inputs + Z * r * rows.feature_stride + z * rows.hidden_units + column,
+              d.inputs[z]);
+      }
+    }
+    if constexpr (C::has_direct_path) store(rows.carry_h + state, reset ? V(T(0)) : d.direct);
+#pragma GCC unroll 4
+    for (int k = 0; k < C::states; ++k) {
+      const int64_t own = C::states * r * rows.hidden_units + k * rows.hidden_units + column;
+      store(rows.carry_c + own, reset ? V(T(0)) : d.extra[k]);
+    }
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "../cells/general.h"
 #include "columns.h"
 #include "pack.h"
 
@@ -64,22 +65,23 @@ class ChunkRows {
 template <class Cell, class S>
 class ChunkGradients {
   using F = Factor<S>;
+  using C = General<Cell>;
 
  public:
   // `rows`: of a chunk, at most.
   ChunkGradients(const LayerArgs& args, int64_t rows, Workspace& workspace)
-      : stride(odd_lines<Compute<S>>(Cell::gates * args.hidden)),
+      : stride(odd_lines<Compute<S>>((C::gates + C::parameters) * args.hidden)),
         rows(rows),
         input(args.directions, rows, stride, workspace),
-        recurrent(Cell::splits_gradient ? ChunkRows<S>(args.directions, rows, stride, workspace)
-                                        : input),
+        recurrent(C::splits_gradient ? ChunkRows<S>(args.directions, rows, stride, workspace)
+                                     : input),
         projected(args.directions, args.weight_hr[0] == nullptr ? 0 : rows, stride, workspace),
         projects_(args.weight_hr[0] != nullptr),
         hidden_(workspace.take<F>(projects_ ? args.directions * rows * stride : 0)) {}
 
   const int64_t stride;  // between rows
   const int64_t rows;
-  const ChunkRows<S> input;      // of W_ih x + b_ih
+  const ChunkRows<S> input;      // of W_ih x + b_ih, and after them of the learned vectors
   const ChunkRows<S> recurrent;  // of W_hh h + b_hh, the same unless the cell splits them
   const ChunkRows<S> projected;  // of a projected h
 
@@ -90,7 +92,7 @@ class ChunkGradients {
 
   void zip(int direction, int64_t count, int rank, int size) const {
     input.zip(direction, count, rank, size);
-    if constexpr (Cell::splits_gradient) recurrent.zip(direction, count, rank, size);
+    if constexpr (C::splits_gradient) recurrent.zip(direction, count, rank, size);
     if (projects_) projected.zip(direction, count, rank, size);
   }
 

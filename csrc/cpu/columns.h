@@ -10,7 +10,7 @@ namespace fastrnn::FASTRNN_VARIANT {
 template <class T>
 int units_per_block(int64_t hidden, int gates) {
   const int64_t needed = (hidden + Vec<T>::lanes - 1) / Vec<T>::lanes;
-  int units = kMaxVectors / gates;
+  int units = kBlockVectors / gates;
   while (units > 1 && units / 2 >= needed) units /= 2;
   return units < 1 ? 1 : units;
 }
@@ -19,10 +19,11 @@ int units_per_block(int64_t hidden, int gates) {
 // each of the gates.
 template <class T>
 struct Columns {
-  explicit Columns(int64_t columns, int gate_count = 1)
+  // `widest`: the number of gates by which units are grouped, if another product has more of them.
+  explicit Columns(int64_t columns, int gate_count = 1, int widest = 0)
       : count(columns),
         gates(gate_count),
-        units(units_per_block<T>(columns, gate_count)),
+        units(units_per_block<T>(columns, widest > 0 ? widest : gate_count)),
         vectors(units * gate_count),
         width(vectors * Vec<T>::lanes),
         blocks((columns + units * Vec<T>::lanes - 1) / (units * Vec<T>::lanes)) {}

@@ -16,7 +16,10 @@ class ForwardScan {
   using T = Compute<S>;
   using F = Factor<S>;
   using V = Vec<T>;
-  static constexpr int G = Cell::gates;
+  using C = General<Cell>;
+  static constexpr int G = C::gates, R = C::recurrent;
+  static constexpr bool kHasProducts =
+      R > 0;                            // of states, so that a step needs all units of another
   static constexpr int kCellRows = 16;  // at least two blocks of few rows, see blocks_at_once
 
  public:
@@ -25,15 +28,18 @@ class ForwardScan {
         steps_(steps),
         projects_(args.weight_hr[0] != nullptr),
         input_(args, steps, G, workspace),
-        hh_(args.weight_hh, args.hidden, G, args.proj, args.directions, steps.total(), workspace),
-        hr_(args.weight_hr, args.proj, 1, args.hidden, args.directions, steps.total(), workspace),
+        hh_(args.weight_hh, Columns<T>(args.hidden, R, G), args.proj, args.directions,
+            steps.total(), workspace),
+        hr_(args.weight_hr, Columns<T>(args.proj), args.hidden, args.directions, steps.total(),
+            workspace),
         states_(args, workspace),
         cell_(args, steps, states_, hh_.columns) {}
 
   Work work() const {
-    const Columns<T>& columns = hh_.columns;
-    return {args_.steps,     steps_.mean_rows(),        args_.input + args_.proj, columns.blocks,
-            columns.vectors, max_rows(columns.vectors), args_.directions};
+    const Columns<T>& columns = input_.columns();
+    return {args_.steps,     steps_.mean_rows(), args_.input + (R > 0 ? args_.proj : 0),
+            columns.blocks,  columns.vectors,    max_rows(columns.vectors),
+            args_.directions};
   }
 
   void run(int direction, PhaseRunner& runner) const {
@@ -69,7 +75,7 @@ class ForwardScan {
       const bool reset = steps_.resets_before(direction, t, row);
       states_.set(direction, row, features,
                   reset ? nullptr : state_row(args_.h_0, direction, row, args_.proj), units,
-                  reset ? nullptr : state_row(args_.c_0, direction, row, args_.hidden));
+                  reset ? nullptr : state_row(args_.c_0, direction, row, C::states * args_.hidden));
       // Rows without any step keep their initial states.
       if (row >= steps_.rows(0) && args_.h_n != nullptr) {
         write_final(direction, part, row,
@@ -84,9 +90,11 @@ class ForwardScan {
     const Range units = unit_range(part);
     for (int64_t row = part.rows.begin; row < end; ++row) {
       const int64_t n_before = steps_.offset(t - steps_.stride(direction)) + row;
-      std::memcpy(saved.extra_row(n_before) + units.begin,
-                  states_.cell() + states_.offset(direction, row) + units.begin,
-                  (units.end - units.begin) * sizeof(T));
+      for (int k = 0; k < C::states; ++k) {
+        std::memcpy(saved.extra_row(n_before) + k * args_.hidden + units.begin,
+                    states_.cell(direction, row) + k * states_.stride + units.begin,
+                    (units.end - units.begin) * sizeof(T));
+      }
     }
   }
 
@@ -114,7 +122,7 @@ class ForwardScan {
         });
       }
     };
-    runner.step_phases(run_all, is_last);
+    runner.step_phases(run_all, is_last, kHasProducts || InputProjection<S>::kCopies);
   }
 
  private:
@@ -136,12 +144,12 @@ class ForwardScan {
   S* output_row(int direction, int64_t t, int64_t row, int64_t columns) const {
     return at(static_cast<S*>(args_.output), steps_.feature_offset(direction, t, row, columns));
   }
-  // Row `row` of the states that go into step t of [S-1, D, B, P + C], the first in time of a
+  // Row `row` of the states that go into step t of [S-1, D, B, P + C*H], the first in time of a
   // segment or, in the other direction, the last.
   template <class Element>
   Element* boundary_row(Element* base, int direction, int64_t t, int64_t row) const {
     const int64_t k = (steps_.runs_back(direction) ? t + 1 : t) / args_.checkpoint_every - 1;
-    const int64_t width = args_.proj + (Cell::has_cell_state ? args_.hidden : 0);
+    const int64_t width = args_.proj + C::states * args_.hidden;
     return base + ((k * args_.directions + direction) * args_.batch + row) * width;
   }
 
@@ -153,8 +161,8 @@ class ForwardScan {
   // What all steps leave for backward.
   Saved<S, T> saved(int direction) const {
     return {static_cast<S*>(args_.gates[direction]),
-            at(static_cast<T*>(args_.extra), direction * args_.hidden), G * args_.hidden,
-            args_.directions * args_.hidden, 0};
+            at(static_cast<T*>(args_.extra), direction * C::extras * args_.hidden),
+            C::saves * args_.hidden, args_.directions * C::extras * args_.hidden, 0};
   }
 
   // The part's own hidden units, blocks of features of a projected h, and features of h.
@@ -172,9 +180,10 @@ class ForwardScan {
     const Range features = feature_range(part), units = unit_range(part);
     convert(h, state_row(args_.h_n, direction, row, args_.proj) + features.begin,
             features.end - features.begin);
-    if constexpr (Cell::has_cell_state) {
-      convert(states_.cell() + states_.offset(direction, row) + units.begin,
-              state_row(args_.c_n, direction, row, args_.hidden) + units.begin,
+    for (int k = 0; k < C::states; ++k) {
+      convert(states_.cell(direction, row) + k * states_.stride + units.begin,
+              state_row(args_.c_n, direction, row, C::states * args_.hidden) + k * args_.hidden +
+                  units.begin,
               units.end - units.begin);
     }
   }
@@ -202,9 +211,9 @@ class ForwardScan {
   // The first `end` rows of a step. Few rows take several blocks at once, so that their cells, one
   // chain of dependent operations each, run side by side, too.
   void run_rows(int direction, const Part& part, const ForwardStep<S>& step, int64_t end) const {
-    const int vectors = hh_.columns.vectors, height = max_rows(vectors);
+    const int vectors = hh_.columns.vectors, height = max_rows(input_.columns().vectors);
     const F* h = states_.h(step.i);
-    const bool is_zero = step.t == steps_.first(direction) && args_.h_0 == nullptr;
+    const bool is_zero = R == 0 || (step.t == steps_.first(direction) && args_.h_0 == nullptr);
     end = min_of(end, part.rows.end);
     const int64_t group = hh_.blocks_at_once(end - part.rows.begin);
     const Range blocks = part.blocks(hh_.columns.blocks);

@@ -2,6 +2,7 @@
 // backward needs of the step.
 #pragma once
 
+#include "../cells/general.h"
 #include "math.h"
 #include "saved.h"
 #include "states.h"
@@ -22,8 +23,8 @@ struct ForwardTile {
   int64_t row;
   int count;
   int64_t unit;
-  const Vec<Compute<S>>* sums;  // W_hh h_{t-1}: [count][units][G]
-  const Vec<Compute<S>>* bias;  // b_hh: [units][G]
+  const Vec<Compute<S>>* sums;  // W_hh h_{t-1}: [count][units][R]
+  const Vec<Compute<S>>* bias;  // b_hh: [units][R]
   const Compute<S>* projected;  // W_ih x_t + b_ih: [count][units][G][lanes]
 };
 
@@ -32,7 +33,8 @@ class ForwardCell {
   using T = Compute<S>;
   using F = Factor<S>;
   using V = Vec<T>;
-  static constexpr int G = Cell::gates;
+  using C = General<Cell>;
+  static constexpr int G = C::gates, R = C::recurrent, Z = C::inputs, Q = C::parameters;
 
  public:
   // `columns`: of the products from which tiles are made.
@@ -62,12 +64,13 @@ class ForwardCell {
         const int64_t feature = steps_.feature_offset(direction, step.t, row + r, args_.hidden);
         prefetch(at<S>(args_.output, feature + unit), bytes);
       }
-      if (Cell::saves_gates && step.saved.gates != nullptr) {
+      if (C::saves > 0 && step.saved.gates != nullptr) {
         S* gates = step.saved.gate_row(n) + unit;
-        for (int g = 0; g < G; ++g) prefetch(gates + g * args_.hidden, bytes);
+        for (int k = 0; k < C::saves; ++k) prefetch(gates + k * args_.hidden, bytes);
       }
-      if (Cell::has_extra && step.saved.extra != nullptr) {
-        prefetch(step.saved.extra_row(n) + unit, bytes);
+      if (C::extras > 0 && step.saved.extra != nullptr) {
+        T* extra = step.saved.extra_row(n) + unit;
+        for (int k = 0; k < C::extras; ++k) prefetch(extra + k * args_.hidden, bytes);
       }
     }
   }
@@ -90,7 +93,9 @@ class ForwardCell {
     S* output;
     S* gates;
     T* extra;
-    int64_t state_stride, output_stride, extra_stride;
+    const S* inputs;
+    const S* parameters[room(Q)];
+    int64_t state_stride, output_stride, extra_stride, hidden;
     int units;
   };
 
@@ -101,23 +106,35 @@ class ForwardCell {
     const int64_t feature =
         steps_.feature_offset(tile.direction, step.t, tile.row, args_.hidden) + tile.unit;
     const auto& saved = step.saved;
-    return {states_.h(step.i) + state,
-            states_.h(step.i + 1) + state,
-            states_.direct() + state,
-            states_.cell() + state,
-            states_.unprojected() + state,
-            at(static_cast<S*>(args_.output), feature),
-            saved.gates == nullptr ? nullptr : saved.gate_row(n) + tile.unit,
-            saved.extra == nullptr ? nullptr : saved.extra_row(n) + tile.unit,
-            states_.stride,
-            args_.directions * args_.hidden,
-            saved.extra_stride,
-            kMaxVectors / G == 1 ? 1 : units_};
+    Rows rows{states_.h(step.i) + state,
+              states_.h(step.i + 1) + state,
+              states_.direct() + state,
+              states_.cell(tile.direction, tile.row) + tile.unit,
+              states_.unprojected() + state,
+              at(static_cast<S*>(args_.output), feature),
+              saved.gates == nullptr ? nullptr : saved.gate_row(n) + tile.unit,
+              saved.extra == nullptr ? nullptr : saved.extra_row(n) + tile.unit,
+              nullptr,
+              {},
+              states_.stride,
+              args_.directions * args_.hidden,
+              saved.extra_stride,
+              args_.hidden,
+              kBlockVectors / G <= 1 ? 1 : units_};
+    if constexpr (Z > 0) {
+      rows.inputs = static_cast<const S*>(args_.inputs) + tile.unit +
+                    steps_.feature_offset(tile.direction, step.t, tile.row, Z * args_.hidden);
+    }
+    for (int q = 0; q < Q; ++q) {
+      rows.parameters[q] = static_cast<const S*>(args_.parameters[tile.direction][q]) + tile.unit;
+    }
+    return rows;
   }
 
-  // What the cell's forward takes and leaves: see ../cells/registry.h.
+  // What the cell's forward takes and leaves: see ../cells/general.h.
   struct CellValues {
-    V gate[G], recurrent[G], h_prev, extra, h;
+    V x[G], recurrent[room(R)], inputs[room(Z)], parameters[room(Q)], h_prev;
+    V extra[room(C::extras)], saved[room(C::saves)], h;
   };
 
   // Vectors [begin, end) of the block's units. Full: no lane lies beyond H.
@@ -129,8 +146,9 @@ class ForwardCell {
       for (int u = begin; u < end; ++u) {
         const int64_t left = args_.hidden - tile.unit - u * V::lanes;
         CellValues cell;
-        load(tile, rows, r, u, cell);
-        cell.h = Cell::forward(cell.gate, cell.recurrent, cell.h_prev, cell.extra);
+        load<Full>(tile, rows, r, u, left, cell);
+        cell.h = C::forward(cell.x, cell.recurrent, cell.inputs, cell.parameters, cell.h_prev,
+                            cell.extra, cell.saved);
         if constexpr (!Full) cell.h = first_lanes(cell.h, left);
         store<Full>(rows, r, u, left, reset, cell);
       }
@@ -138,21 +156,38 @@ class ForwardCell {
   }
 
   // Of the u-th vector of units of the tile's r-th row.
+  template <bool Full>
   [[gnu::always_inline]] void load(const ForwardTile<S>& tile, const Rows& rows, int r, int u,
-                                   CellValues& cell) const {
-    const int64_t first = (r * rows.units + u) * G, state = r * rows.state_stride + u * V::lanes;
+                                   int64_t left, CellValues& cell) const {
+    const int64_t first = r * rows.units + u, unit = u * V::lanes;
+    const int64_t state = r * rows.state_stride + unit;
+    const auto load_lanes = [left](const S* p) {
+      if constexpr (Full) return V::load(p);
+      return V::load(p, left);
+    };
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      cell.gate[g] = V::load(tile.projected + (first + g) * V::lanes);
-      cell.recurrent[g] = tile.sums[first + g] + tile.bias[u * G + g];
+      cell.x[g] = V::load(tile.projected + (first * G + g) * V::lanes);
     }
-    cell.h_prev = cell.extra = V(T(0));
+#pragma GCC unroll 4
+    for (int g = 0; g < R; ++g) {
+      cell.recurrent[g] = tile.sums[first * R + g] + tile.bias[u * R + g];
+    }
+    for (int z = 0; z < Z; ++z) {
+      cell.inputs[z] =
+          load_lanes(rows.inputs + Z * r * rows.output_stride + z * rows.hidden + unit);
+    }
+    for (int q = 0; q < Q; ++q) cell.parameters[q] = load_lanes(rows.parameters[q] + unit);
+    cell.h_prev = cell.extra[0] = V(T(0));
     if constexpr (States<Cell, S>::kKeepsDirect) {
       cell.h_prev = V::load(rows.direct + state);
-    } else if constexpr (Cell::has_direct_path) {
+    } else if constexpr (C::has_direct_path) {
       cell.h_prev = V::load(rows.h_prev + state);
     }
-    if constexpr (Cell::has_cell_state) cell.extra = V::load(rows.cell + state);
+#pragma GCC unroll 4
+    for (int k = 0; k < C::states; ++k) {
+      cell.extra[k] = V::load(rows.cell + (r * C::states + k) * rows.state_stride + unit);
+    }
   }
 
   // Reset: nothing goes on to the next step, which begins a new segment.
@@ -164,17 +199,20 @@ class ForwardCell {
       if constexpr (Full) return v.store(p);
       return v.store(p, left);
     };
-    if constexpr (Cell::saves_gates) {
+    if constexpr (C::saves > 0) {
       if (rows.gates != nullptr) {
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) {
-          store_lanes(rows.gates + (r * G + g) * args_.hidden + unit, cell.gate[g]);
+        for (int k = 0; k < C::saves; ++k) {
+          store_lanes(rows.gates + (r * C::saves + k) * args_.hidden + unit, cell.saved[k]);
         }
       }
     }
-    if constexpr (Cell::has_extra) {
+    if constexpr (C::extras > 0) {
       if (rows.extra != nullptr) {
-        store_lanes(rows.extra + r * rows.extra_stride + unit, cell.extra);
+#pragma GCC unroll 4
+        for (int k = 0; k < C::extras; ++k) {
+          store_lanes(rows.extra + r * rows.extra_stride + k * args_.hidden + unit, cell.extra[k]);
+        }
       }
     }
     if (projects_) {
@@ -187,7 +225,11 @@ class ForwardCell {
       next.store(rows.h_next + state);
       if constexpr (States<Cell, S>::kKeepsDirect) next.store(rows.direct + state);
     }
-    if constexpr (Cell::has_cell_state) (reset ? V(T(0)) : cell.extra).store(rows.cell + state);
+#pragma GCC unroll 4
+    for (int k = 0; k < C::states; ++k) {
+      T* state_k = rows.cell + (r * C::states + k) * rows.state_stride + unit;
+      (reset ? V(T(0)) : cell.extra[k]).store(state_k);
+    }
   }
 };
 

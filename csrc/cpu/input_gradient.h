@@ -20,7 +20,7 @@ class InputGradient {
       : args_(args),
         steps_(steps),
         chunk_gradients_(chunk_gradients),
-        weight_(args.weight_ih, args.d_x != nullptr, Cell::gates * args.hidden, args.input,
+        weight_(args.weight_ih, args.d_x != nullptr, General<Cell>::gates * args.hidden, args.input,
                 args.directions, steps.total(), workspace) {}
 
   void pack(int direction, const Part& part) const {

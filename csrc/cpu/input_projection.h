@@ -15,23 +15,25 @@ class InputProjection {
   using V = Vec<T>;
   // Rows projected at once: enough to use the tallest tiles and to read W_ih rarely.
   static constexpr int64_t kProjectedRows = 256;
+
+ public:
   // x is copied into its factors where these have another type or whole pairs.
   static constexpr bool kCopies = !std::is_same_v<S, F> || FactorGroup<F>::size > 1;
 
- public:
   InputProjection(const LayerArgs& args, const Steps& steps, int gates, Workspace& workspace)
       : steps_ahead(max_of(1, min_of(args.steps, kProjectedRows / max_of(1, args.batch)))),
         args_(args),
         steps_(steps),
         copy_stride_(packed_depth<F>(args.input)),
-        weight_(args.weight_ih, args.hidden, gates, args.input, args.directions, steps.total(),
-                workspace) {
+        weight_(args.weight_ih, Columns<T>(args.hidden, gates), args.input, args.directions,
+                steps.total(), workspace) {
     const int64_t rows = args.directions * steps_ahead * args.batch;
     projected_ = workspace.take<T>(rows * weight_.columns.blocks * weight_.columns.width);
     copied_ = workspace.take<F>(kCopies ? rows * copy_stride_ : 0);
   }
 
   const int64_t steps_ahead;
+  const Columns<T>& columns() const { return weight_.columns; }
 
   void pack(int direction, Range blocks) const { weight_.pack(direction, blocks); }
 

@@ -49,7 +49,8 @@ void backward(const BackwardArgs& args, int threads) {
 
 extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT);
 const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT){
-    FASTRNN_STRING(FASTRNN_VARIANT), FASTRNN_VARIANT::forward, FASTRNN_VARIANT::backward,
-    FASTRNN_VARIANT::multiply_add, FASTRNN_VARIANT::run_tile};
+    FASTRNN_STRING(FASTRNN_VARIANT), FASTRNN_FLAGS,
+    FASTRNN_VARIANT::forward,        FASTRNN_VARIANT::backward,
+    FASTRNN_VARIANT::multiply_add,   FASTRNN_VARIANT::run_tile};
 
 }  // namespace fastrnn

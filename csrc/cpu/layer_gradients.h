@@ -14,6 +14,7 @@ class LayerGradients {
   using T = Compute<S>;
   using F = Factor<S>;
   using V = Vec<T>;
+  using C = General<Cell>;
   static constexpr int64_t kShortSum = 8;
 
  public:
@@ -23,16 +24,18 @@ class LayerGradients {
       : args_(args),
         steps_(steps),
         chunk_gradients_(chunk_gradients),
-        gate_columns_(Cell::gates * args.hidden),
+        gate_columns_(C::gates * args.hidden),
+        recurrent_columns_(C::recurrent * args.hidden),
+        sum_columns_(gate_columns_ + C::parameters * args.hidden),
         is_one_chunk_(is_one_chunk),
         max_parts_(max_parts),
         ih_(gate_columns_, args.input, args.directions, !is_one_chunk, workspace),
-        hh_(gate_columns_, args.proj, args.directions, !is_one_chunk, workspace),
+        hh_(recurrent_columns_, args.proj, args.directions, !is_one_chunk, workspace),
         hr_(args.weight_hr[0] == nullptr ? 0 : args.proj, args.hidden, args.directions,
             !is_one_chunk, workspace) {
     const int64_t biases = args.directions * chunk_gradients.stride;
     bias_ih_ = workspace.take<T>(biases);
-    bias_hh_ = Cell::splits_gradient ? workspace.take<T>(biases) : bias_ih_;
+    bias_hh_ = C::splits_gradient ? workspace.take<T>(biases) : bias_ih_;
     panels_ = workspace.take<F>(args.directions * max_parts * panel_size());
     sources_ = workspace.take<const S*>(args.directions * max_parts * chunk_gradients.rows);
   }
@@ -68,11 +71,11 @@ class LayerGradients {
             gradient.add(direction, block, rows, left, chunk_gradients_.stride, panel, chunk.rows);
           }
         });
-    if (args_.d_bias_ih[direction] == nullptr) return;
+    if (args_.d_bias_ih[direction] == nullptr && C::parameters == 0) return;
     const Range columns = bias_columns(part);
     add_bias(chunk_gradients_.input.values(direction, 0), chunk.rows, columns,
              bias_of(bias_ih_, direction));
-    if constexpr (Cell::splits_gradient) {
+    if constexpr (C::splits_gradient) {
       add_bias(chunk_gradients_.recurrent.values(direction, 0), chunk.rows, columns,
                bias_of(bias_hh_, direction));
     }
@@ -87,14 +90,21 @@ class LayerGradients {
           });
     }
     const Range columns = bias_columns(part);
-    const int64_t count = min_of(columns.end, gate_columns_) - columns.begin;
-    const auto write_bias = [&](T* bias, void* target) {
-      convert(bias_of(bias, direction) + columns.begin, static_cast<S*>(target) + columns.begin,
-              count);
+    // The part's own columns of the sums [first, first + count).
+    const auto write_sums = [&](T* sums, int64_t first, int64_t count, void* target) {
+      if (target == nullptr) return;
+      const int64_t begin = max_of(columns.begin, first);
+      const int64_t end = min_of(columns.end, first + count);
+      if (begin >= end) return;
+      convert(bias_of(sums, direction) + begin, static_cast<S*>(target) + begin - first,
+              end - begin);
     };
-    if (args_.d_bias_ih[direction] == nullptr) return;
-    write_bias(bias_ih_, args_.d_bias_ih[direction]);
-    write_bias(bias_hh_, args_.d_bias_hh[direction]);
+    write_sums(bias_ih_, 0, gate_columns_, args_.d_bias_ih[direction]);
+    write_sums(bias_hh_, 0, recurrent_columns_, args_.d_bias_hh[direction]);
+    for (int q = 0; q < C::parameters; ++q) {
+      write_sums(bias_ih_, gate_columns_ + q * args_.hidden, args_.hidden,
+                 args_.d_parameters[direction][q]);
+    }
   }
 
  private:
@@ -103,11 +113,12 @@ class LayerGradients {
   const BackwardArgs& args_;
   const Steps& steps_;
   const ChunkGradients<Cell, S>& chunk_gradients_;
-  const int64_t gate_columns_;
+  const int64_t gate_columns_, recurrent_columns_;
+  const int64_t sum_columns_;  // the gates', and those of the learned vectors
   const bool is_one_chunk_;
   const int max_parts_;
   const WeightGradient<F> ih_, hh_, hr_;
-  T* bias_ih_;  // [D, stride]
+  T* bias_ih_;  // [D, stride]; after them the learned vectors
   T* bias_hh_;
   F* panels_;          // of each direction and part, what one block is multiplied with
   const S** sources_;  // and where its rows lie
@@ -147,7 +158,7 @@ class LayerGradients {
       if (block < ih) {
         body(ih_, Weight::kInput, block, share(gate_columns_, sharer, sharers));
       } else if (block < ih + hh) {
-        body(hh_, Weight::kRecurrent, block - ih, share(gate_columns_, sharer, sharers));
+        body(hh_, Weight::kRecurrent, block - ih, share(recurrent_columns_, sharer, sharers));
       } else {
         body(hr_, Weight::kProjection, block - ih - hh, share(args_.proj, sharer, sharers));
       }
@@ -156,7 +167,7 @@ class LayerGradients {
 
   // The part's own columns of the bias gradients.
   Range bias_columns(const Part& part) const {
-    const Range vectors = share((gate_columns_ + V::lanes - 1) / V::lanes, part.rank, part.size);
+    const Range vectors = share((sum_columns_ + V::lanes - 1) / V::lanes, part.rank, part.size);
     return {vectors.begin * V::lanes, vectors.end * V::lanes};
   }
 

@@ -64,8 +64,9 @@ template <class T>
   std::memcpy(&scale.raw, &bits, sizeof(bits));
 }
 
+// e^x for x in [min, max], and beyond what it is there.
 template <class T>
-[[gnu::always_inline]] inline Vec<T> exp(Vec<T> x) {
+[[gnu::always_inline]] inline Vec<T> clamped_exp(Vec<T> x) {
   Vec<T> scale, fraction;
   split_exp(clamp(x, ExpConstants<T>::min, ExpConstants<T>::max), scale, fraction);
   return scale * fraction + scale;
@@ -73,7 +74,7 @@ template <class T>
 
 template <class T>
 [[gnu::always_inline]] inline Vec<T> sigmoid(Vec<T> x) {
-  return Vec<T>(T(1)) / (Vec<T>(T(1)) + exp(-x));
+  return Vec<T>(T(1)) / (Vec<T>(T(1)) + clamped_exp(-x));
 }
 
 // tanh(x) = (e^2x - 1) / (e^2x + 1)
@@ -86,6 +87,126 @@ template <class T>
   split_exp(x + x, scale, fraction);
   const V e = scale * fraction + (scale - V(T(1)));
   return e / (e + V(T(2)));
+}
+
+// What follows is for cells of the user's own; relu is for both.
+
+template <class T>
+[[gnu::always_inline]] inline Vec<T> exp(Vec<T> x) {
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  const V e = clamped_exp(x);
+  return where(x > V(C::max), V(T(__builtin_inf())), where(x < V(C::min), V(T(0)), e));
+}
+
+template <class T>
+[[gnu::always_inline]] inline Vec<T> expm1(Vec<T> x) {
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  V scale, fraction;
+  split_exp(clamp(x, C::min, C::max), scale, fraction);
+  const V e = scale * fraction + (scale - V(T(1)));
+  return where(x > V(C::max), V(T(__builtin_inf())), e);
+}
+
+// x = 2^n m with m in [sqrt(1/2), sqrt(2)), and log(m) = 2 atanh(s) with s = (m - 1) / (m + 1), of
+// which the series is summed up.
+template <class T>
+[[gnu::always_inline]] inline Vec<T> log(Vec<T> x) {
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  constexpr int terms = sizeof(T) == 4 ? 6 : 11;
+  constexpr T tiny = sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308);
+  constexpr T scale = sizeof(T) == 4 ? T(1 << 24) : T(int64_t{1} << 54);
+  constexpr int shift = sizeof(T) == 4 ? 24 : 54;
+  const auto small = x < V(tiny);  // a subnormal number
+  const V scaled = where(small, x * V(scale), x);
+  typename V::Int bits;
+  std::memcpy(&bits, &scaled.raw, sizeof(bits));
+  const typename V::Int exponent = (bits >> C::mantissa) - C::bias;
+  bits = bits - (exponent << C::mantissa);
+  V m;
+  std::memcpy(&m.raw, &bits, sizeof(bits));
+  const auto large = m > V(T(1.4142135623730951));
+  m = where(large, m * V(T(0.5)), m);
+  V n = typename V::Raw(__builtin_convertvector(exponent, typename V::Raw));
+  n = where(large, n + V(T(1)), n);
+  n = where(small, n - V(T(shift)), n);
+  const V f = m - V(T(1)), s = f / (f + V(T(2))), z = s * s;
+  V sum(T(0));
+#pragma GCC unroll 16
+  for (int i = terms; i > 0; --i) sum = (sum + V(T(2.0 / (2 * i + 1)))) * z;
+  // log(m) = f - s * (f - sum), which loses less than 2 s + s * sum
+  const V result = n * V(C::ln2_high) + (f - s * (f - sum) + n * V(C::ln2_low));
+  const V infinity = V(T(__builtin_inf()));
+  const V of_bad = where(x == V(T(0)), -infinity, V(T(__builtin_nan(""))));
+  return where(x > V(T(0)), where(x == infinity, infinity, result), of_bad);
+}
+
+// By log(u) with u = 1 + x, and what was lost in this sum.
+template <class T>
+[[gnu::always_inline]] inline Vec<T> log1p(Vec<T> x) {
+  using V = Vec<T>;
+  const V u = V(T(1)) + x, by_quotient = log(u) * x / (u - V(T(1)));
+  return where(u == V(T(1)), x, where(u == V(T(__builtin_inf())), u, by_quotient));
+}
+
+// A function of single numbers, lane by lane.
+template <class T, class F>
+[[gnu::always_inline]] inline Vec<T> by_lane(Vec<T> x, F function) {
+  T lane[Vec<T>::lanes];
+  x.store(lane);
+  for (T& value : lane) value = function(value);
+  return Vec<T>::load(lane);
+}
+
+template <class T>
+[[gnu::always_inline]] inline Vec<T> sqrt(Vec<T> x) {
+  return by_lane(x, [](T v) { return T(sizeof(T) == 4 ? __builtin_sqrtf(v) : __builtin_sqrt(v)); });
+}
+template <class T>
+[[gnu::always_inline]] inline Vec<T> rsqrt(Vec<T> x) {
+  return Vec<T>(T(1)) / sqrt(x);
+}
+template <class T>
+inline Vec<T> sin(Vec<T> x) {
+  return by_lane(x, [](T v) { return T(sizeof(T) == 4 ? __builtin_sinf(v) : __builtin_sin(v)); });
+}
+template <class T>
+inline Vec<T> cos(Vec<T> x) {
+  return by_lane(x, [](T v) { return T(sizeof(T) == 4 ? __builtin_cosf(v) : __builtin_cos(v)); });
+}
+template <class T>
+inline Vec<T> erf(Vec<T> x) {
+  return by_lane(x, [](T v) { return T(sizeof(T) == 4 ? __builtin_erff(v) : __builtin_erf(v)); });
+}
+template <class T>
+inline Vec<T> pow(Vec<T> x, Vec<T> exponent) {
+  T powers[Vec<T>::lanes];
+  exponent.store(powers);
+  const T power = powers[0];  // the exponent is a number
+  return by_lane(x, [power](T v) {
+    return T(sizeof(T) == 4 ? __builtin_powf(v, power) : __builtin_pow(v, power));
+  });
+}
+
+template <class T>
+[[gnu::always_inline]] inline Vec<T> abs(Vec<T> x) {
+  return where(x < Vec<T>(T(0)), -x, x + Vec<T>(T(0)));  // the sum makes zero of -0
+}
+template <class T>
+[[gnu::always_inline]] inline Vec<T> sign(Vec<T> x) {
+  using V = Vec<T>;
+  return where(x > V(T(0)), V(T(1)), where(x < V(T(0)), V(T(-1)), V(T(0))));
+}
+// NaN where either is NaN.
+template <class T>
+[[gnu::always_inline]] inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return where((a > b) | (a != a), a, b);
+}
+template <class T>
+[[gnu::always_inline]] inline Vec<T> minimum(Vec<T> a, Vec<T> b) {
+  return where((a < b) | (a != a), a, b);
 }
 
 template <class T>

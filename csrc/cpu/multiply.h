@@ -13,7 +13,11 @@
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-constexpr int kMaxVectors = 4;
+#if !defined(FASTRNN_GATES)
+#define FASTRNN_GATES 4  // the most that a cell of this build has
+#endif
+constexpr int kBlockVectors = 4;  // in a block of columns, unless a single unit's gates need more
+constexpr int kMaxVectors = FASTRNN_GATES > kBlockVectors ? FASTRNN_GATES : kBlockVectors;
 constexpr int kMaxRows = 8;
 
 #if defined(__FMA__) || defined(__aarch64__)

@@ -9,10 +9,11 @@ namespace fastrnn::FASTRNN_VARIANT {
 template <class Cell, class S>
 class Recomputation {
   using T = Compute<S>;
+  using C = General<Cell>;
 
  public:
   // Whether backward needs more of a step than its output.
-  static constexpr bool kIsNeeded = Cell::saves_gates || Cell::has_extra;
+  static constexpr bool kIsNeeded = C::saves > 0 || C::extras > 0;
 
   Recomputation(const BackwardArgs& args, const Steps& steps, Workspace& workspace)
       : args_(args),
@@ -21,8 +22,8 @@ class Recomputation {
         forward_(forward_args_, steps, workspace),
         rows_(args.steps == 0 ? 0 : segment(0).rows) {
     const int64_t rows = args.directions * rows_;
-    gates_ = workspace.take<S>(Cell::saves_gates ? rows * Cell::gates * args.hidden : 0);
-    extra_ = workspace.take<T>(Cell::has_extra ? args.directions * extra_rows() * args.hidden : 0);
+    gates_ = workspace.take<S>(rows * C::saves * args.hidden);
+    extra_ = workspace.take<T>(args.directions * extra_rows() * C::extras * args.hidden);
   }
 
   int64_t segments() const {
@@ -42,7 +43,7 @@ class Recomputation {
     const Saved<S, T> saved = buffers(direction, segment);
     runner.phase([&](const Part& part) {
       forward_.start_states(direction, part, t, args_.boundaries);
-      if constexpr (Cell::has_cell_state) forward_.copy_cell(direction, part, t, saved);
+      if constexpr (C::states > 0) forward_.copy_cell(direction, part, t, saved);
     });
     forward_.run_steps(direction, runner, t, segment.last - segment.first + 1, saved, false);
     return {saved.gates, saved.extra, saved.gate_stride, saved.extra_stride, saved.begin};
@@ -54,8 +55,8 @@ class Recomputation {
   const ForwardArgs forward_args_;
   const ForwardScan<Cell, S> forward_;
   const int64_t rows_;  // of the largest segment: no step has more rows than one before it
-  S* gates_;            // [D, rows, G*H]
-  T* extra_;            // [D, rows + B, H]
+  S* gates_;            // [D, rows, K*H]
+  T* extra_;            // [D, rows + B, E*H]
 
   static ForwardArgs make_forward_args(const BackwardArgs& args) {
     ForwardArgs forward{};
@@ -65,9 +66,9 @@ class Recomputation {
 
   // The step before the first one, in the order of the direction, has room too: backward reads its
   // c_t there.
-  int64_t extra_rows() const { return rows_ + (Cell::has_cell_state ? args_.batch : 0); }
+  int64_t extra_rows() const { return rows_ + (C::states > 0 ? args_.batch : 0); }
   Saved<S, T> buffers(int direction, const Chunk& segment) const {
-    const int64_t gate_stride = Cell::gates * args_.hidden, extra_stride = args_.hidden;
+    const int64_t gate_stride = C::saves * args_.hidden, extra_stride = C::extras * args_.hidden;
     T* extra = extra_ + direction * extra_rows() * extra_stride;
     if (!steps_.runs_back(direction)) extra += (extra_rows() - rows_) * extra_stride;
     return {gates_ + direction * rows_ * gate_stride, extra, gate_stride, extra_stride,

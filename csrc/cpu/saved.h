@@ -8,10 +8,10 @@ namespace fastrnn::FASTRNN_VARIANT {
 // Row n of the layer is row n - begin of these buffers.
 template <class Gate, class Extra>
 struct Saved {
-  Gate* gates;   // [rows, gate_stride]: the activated gates; null: not saved
+  Gate* gates;   // [rows, gate_stride]: the activated gates, or what else; null: not saved
   Extra* extra;  // [rows, extra_stride]: this direction's columns of `extra`; null: not saved
-  int64_t gate_stride;   // G*H
-  int64_t extra_stride;  // H times the directions that share the buffer
+  int64_t gate_stride;   // K*H
+  int64_t extra_stride;  // E*H times the directions that share the buffer
   int64_t begin;
 
   Gate* gate_row(int64_t n) const { return gates + (n - begin) * gate_stride; }

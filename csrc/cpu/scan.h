@@ -17,25 +17,27 @@ struct LayerArgs : ScanShape {
 
   const void* x;                          // [N, I]
   const void* weight_ih[kMaxDirections];  // [G*H, I]
-  const void* weight_hh[kMaxDirections];  // [G*H, P]
+  const void* weight_hh[kMaxDirections];  // [R*H, P]
   const void* bias_ih[kMaxDirections];    // [G*H] or null
-  const void* bias_hh[kMaxDirections];    // the same
+  const void* bias_hh[kMaxDirections];    // [R*H], if there is bias_ih
   const void* weight_hr[kMaxDirections];  // [P, H] projects h; null: P = H. Not with a direct path.
   const void* h_0;                        // [D, B, P] or null for zeros
-  const void* c_0;                        // [D, B, H] or null; only cells with a cell state
+  const void* c_0;                        // [D, B, C*H] or null; only cells with such states
+  const void* inputs;                     // [N, D*Z*H], only of cells with inputs
+  const void* const* parameters[kMaxDirections];  // Q of [H]
 };
 
 struct ForwardArgs : LayerArgs {
   void* output;  // [N, D*P]: every h_t
   void* h_n;     // [D, B, P]: h after each row's last step. Must not alias h_0.
-  void* c_n;     // [D, B, H]; only cells with a cell state
+  void* c_n;     // [D, B, C*H]; only cells with such states
 
   // What backward needs, or null if there will be no backward.
-  void* gates[kMaxDirections];  // [N, G*H]: the activated gates; only cells that save them
-  void* extra;                  // [N, D*H]: LSTM: c_t; GRU: W_hn h + b_hn; only cells that have it
-  // With checkpoint_every in place of `gates`: [S-1, D, B, P + C], the states (h, c) that a
-  // direction carries across each boundary between two of the S segments; C = H with a cell state,
-  // else 0. Boundary k lies between steps (k + 1) * checkpoint_every - 1 and the next.
+  void* gates[kMaxDirections];  // [N, K*H]: the activated gates, or what else a cell saves
+  void* extra;  // [N, D*E*H]: states beside h, as c_t; GRU: W_hn h + b_hn; only cells that have it
+  // With checkpoint_every in place of `gates`: [S-1, D, B, P + C*H], the states that a direction
+  // carries across each boundary between two of the S segments. Boundary k lies between steps (k +
+  // 1) * checkpoint_every - 1 and the next.
   void* boundaries;
 };
 
@@ -50,18 +52,20 @@ struct BackwardArgs : LayerArgs {
   // Incoming gradients; null means zero.
   const void* d_output;  // [N, D*P]
   const void* d_h_n;     // [D, B, P]
-  const void* d_c_n;     // [D, B, H]
-  const void* d_extra;   // [N, D*H]; only cells whose extra is the cell state
+  const void* d_c_n;     // [D, B, C*H]
+  const void* d_extra;   // [N, D*C*H]; only cells whose extra are states
 
   // Outgoing gradients; null if not wanted.
   void* d_x;                          // [D, N, I]: the part of each direction, to be added up
   void* d_h_0;                        // [D, B, P]
-  void* d_c_0;                        // [D, B, H]
+  void* d_c_0;                        // [D, B, C*H]
+  void* d_inputs;                     // [N, D*Z*H]
   void* d_weight_ih[kMaxDirections];  // [G*H, I]
-  void* d_weight_hh[kMaxDirections];  // [G*H, P]
+  void* d_weight_hh[kMaxDirections];  // [R*H, P]
   void* d_weight_hr[kMaxDirections];  // [P, H]
   void* d_bias_ih[kMaxDirections];    // [G*H]; both or none
-  void* d_bias_hh[kMaxDirections];    // [G*H]
+  void* d_bias_hh[kMaxDirections];    // [R*H]
+  void* const* d_parameters[kMaxDirections];  // Q of [H] or null
 };
 
 }  // namespace fastrnn

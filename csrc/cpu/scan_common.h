@@ -66,9 +66,12 @@ class PhaseRunner {
   // The phases of some steps: run(phase) goes through the steps and calls phase(body) for what must
   // be done by all parts before the next body begins. Where rows are split, no part needs another:
   // each goes through all steps in a single phase.
+  // The same where units are split and no part reads what another wrote.
   template <class Run>
-  void step_phases(const Run& run, bool is_last = false) {
-    if (parts_.splits_units) return run([&](const auto& body) { phase(body); });
+  void step_phases(const Run& run, bool is_last = false, bool need_each_other = true) {
+    if (parts_.splits_units && need_each_other) {
+      return run([&](const auto& body) { phase(body); });
+    }
     const auto all_steps = [&](const Part& part) { run([&](const auto& body) { body(part); }); };
     is_last ? last_phase(all_steps) : phase(all_steps);
   }

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "../cells/general.h"
 #include "columns.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
@@ -12,10 +13,11 @@ template <class Cell, class S>
 class States {
   using T = Compute<S>;
   using F = Factor<S>;
+  static constexpr int C = General<Cell>::states;
 
  public:
   // Where h is rounded to be a factor, the direct path has an h of its own, unrounded.
-  static constexpr bool kKeepsDirect = Cell::has_direct_path && !std::is_same_v<F, T>;
+  static constexpr bool kKeepsDirect = General<Cell>::has_direct_path && !std::is_same_v<F, T>;
 
   States(const LayerArgs& args, Workspace& workspace)
       : stride(odd_lines<T>(max_of(args.hidden, args.proj))),
@@ -25,7 +27,7 @@ class States {
     const int64_t size = args.directions * args.batch * stride;
     for (F*& h : h_) h = workspace.take<F>(size);
     direct_ = workspace.take<T>(kKeepsDirect ? size : 0);
-    cell_ = workspace.take<T>(Cell::has_cell_state ? size : 0);
+    cell_ = workspace.take<T>(C * size);
     unprojected_ = workspace.take<F>(args.weight_hr[0] != nullptr ? size : 0);
   }
 
@@ -36,10 +38,11 @@ class States {
 
   F* h(int64_t i) const { return h_[i % 2]; }  // the i-th step reads h(i) and writes h(i + 1)
   T* direct() const { return direct_; }        // h of the direct path, if kKeepsDirect
-  T* cell() const { return cell_; }
+  // The C states of a row beside h, `stride` apart.
+  T* cell(int direction, int64_t row) const { return cell_ + C * offset(direction, row); }
   F* unprojected() const { return unprojected_; }  // of the current step: h before its projection
 
-  // Copies some columns of a row, as the i-th step reads them, to those of h [P] and c [H].
+  // Copies some columns of a row, as the i-th step reads them, to those of h [P] and c [C*H].
   void get(int direction, int64_t row, int64_t i, Range features, T* h, Range units, T* c) const {
     const int64_t begin = offset(direction, row);
     const auto copy = [begin](const auto* from, Range own, T* to) {
@@ -50,10 +53,13 @@ class States {
     } else {
       copy(this->h(i), features, h);
     }
-    if constexpr (Cell::has_cell_state) copy(cell_, units, c);
+    for (int k = 0; k < C; ++k) {
+      convert(cell(direction, row) + k * stride + units.begin, c + k * hidden_ + units.begin,
+              units.end - units.begin);
+    }
   }
 
-  // Sets some columns of a row to those of h [P] and c [H]; null for zeros. Both buffers of h are
+  // Sets some columns of a row to those of h [P] and c [C*H]; null for zeros. Both buffers of h are
   // set: in one direction rows begin at different steps.
   template <class Element>
   void set(int direction, int64_t row, Range features, const Element* h, Range units,
@@ -61,14 +67,17 @@ class States {
     const int64_t begin = offset(direction, row);
     for (F* buffer : h_) fill(buffer + begin, features, proj_, h);
     if constexpr (kKeepsDirect) fill(direct_ + begin, features, proj_, h);
-    if constexpr (Cell::has_cell_state) fill(cell_ + begin, units, hidden_, c);
+    for (int k = 0; k < C; ++k) {
+      fill(cell(direction, row) + k * stride, units, hidden_,
+           c == nullptr ? nullptr : c + k * hidden_);
+    }
   }
 
  private:
   const int64_t batch_, hidden_, proj_;
   F* h_[2];
   T* direct_;
-  T* cell_;
+  T* cell_;  // [D, B, C, stride]
   F* unprojected_;
 
   // The part with the last column sets what lies beyond it, too.

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "shared.h"
+
 namespace fastrnn {
 
 // A thread on its way through the phases of a scan.
@@ -23,7 +25,7 @@ struct Member {
 //
 // Patient members split work for good reason (a thread's weights stay in its cache), and take over
 // parts of others only after some microseconds; from then on at once, until the others are back.
-class Phases {
+class FASTRNN_SHARED Phases {
  public:
   struct PartState {
     // The phase after the latest one in which somebody began this part.
@@ -60,6 +62,6 @@ class Phases {
 // Runs work(context, rank) for rank 0 on the caller and for others below `threads` on other
 // threads, as many as come: `work` has to do without any of them, and returns on the caller when
 // all is done. No other thread is inside when this returns.
-void run_team(int threads, void (*work)(void* context, int rank), void* context);
+FASTRNN_SHARED void run_team(int threads, void (*work)(void* context, int rank), void* context);
 
 }  // namespace fastrnn

@@ -7,6 +7,7 @@ namespace fastrnn {
 
 struct CpuVariant {
   const char* name;
+  const char* flags;  // with which it was compiled, see CMakeLists.txt
   void (*forward)(const ForwardArgs& args, int threads);
   void (*backward)(const BackwardArgs& args, int threads);
   int64_t (*multiply_add)(int64_t rounds);  // see multiply_add.h

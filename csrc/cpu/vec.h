@@ -119,6 +119,15 @@ struct Vec {
   friend Vec operator/(Vec a, Vec b) { return a.raw / b.raw; }
   friend Vec operator-(Vec a) { return -a.raw; }
 
+  // Masks: all bits of a lane, or none. They combine by &, | and !.
+  friend Int operator<(Vec a, Vec b) { return a.raw < b.raw; }
+  friend Int operator<=(Vec a, Vec b) { return a.raw <= b.raw; }
+  friend Int operator>(Vec a, Vec b) { return a.raw > b.raw; }
+  friend Int operator>=(Vec a, Vec b) { return a.raw >= b.raw; }
+  friend Int operator==(Vec a, Vec b) { return a.raw == b.raw; }
+  friend Int operator!=(Vec a, Vec b) { return a.raw != b.raw; }
+  friend Vec where(Int mask, Vec a, Vec b) { return mask ? a.raw : b.raw; }
+
  private:
   static uint16_t mask(int64_t count) { return static_cast<uint16_t>((1 << count) - 1); }
 };

@@ -22,9 +22,9 @@ class ForwardWeight {
 
  public:
   // Null weights: the layer has none. `rows`: those of all steps together.
-  ForwardWeight(const void* const* weight, int64_t columns, int gates, int64_t depth,
-                int directions, int64_t rows, Workspace& workspace)
-      : columns(columns, gates), depth_(depth), weight_(weight) {
+  ForwardWeight(const void* const* weight, const Columns<T>& columns, int64_t depth, int directions,
+                int64_t rows, Workspace& workspace)
+      : columns(columns), depth_(depth), weight_(weight) {
     if (weight[0] == nullptr || rows <= few_rows(depth)) return;
     packed_ = workspace.take<F>(directions * this->columns.blocks * block_size());
   }

@@ -5,12 +5,14 @@
 
 #include <cstddef>
 
+#include "shared.h"
+
 namespace fastrnn {
 
 // Hands out uninitialised arrays and frees them all at the end. The calling thread keeps one block
 // for its next call, so that its pages stay mapped; a call that needs more than kKeptBytes keeps
 // nothing more.
-class Workspace {
+class FASTRNN_SHARED Workspace {
  public:
   static constexpr size_t kKeptBytes = size_t{64} << 20;
 

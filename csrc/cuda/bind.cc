@@ -150,7 +150,7 @@ void forward(int device, const Plan& plan, py::handle record, const Results& res
   args.output = scan.get("output", output, scan.steps());
   args.h_n = scan.get("h_n", h_n, scan.states());
   args.c_n = scan.get("c_n", c_n, scan.states());
-  if (layer.traits().has_cell_state) required("c_n", args.c_n);
+  if (layer.traits().has_cell_state()) required("c_n", args.c_n);
   args.extra = scan.get_computed("extra", extra, scan.steps());
   args.gates = scan.get("gates", gates, layer.gates());
   scan.run(workspace, [&](const Cuda& where) {
@@ -167,8 +167,9 @@ void backward(int device, const Plan& plan, py::handle record, py::handle saved_
   const LayerCall& layer = scan.layer();
   const SavedCall saved = read_saved(layer, saved_record);
   args.output = scan.get("output", saved.output, scan.steps());
-  if (layer.traits().saves_gates) args.gates = scan.get("saved", saved.saved, layer.gates());
-  if (layer.traits().has_extra) args.extra = scan.get_computed("extra", saved.extra, scan.steps());
+  if (layer.traits().saves_gates()) args.gates = scan.get("saved", saved.saved, layer.gates());
+  if (layer.traits().has_extra())
+    args.extra = scan.get_computed("extra", saved.extra, scan.steps());
   args.d_output = scan.get("d_output", saved.d_output, scan.steps());
   args.d_h_n = scan.get("d_h_n", saved.d_h_n, scan.states());
   args.d_c_n = scan.get("d_c_n", saved.d_c_n, scan.states());

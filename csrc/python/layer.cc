@@ -1,11 +1,13 @@
 #include "layer.h"
 
 #include <algorithm>
+#include <deque>
 #include <iterator>
 #include <limits>
 #include <string_view>
 #include <vector>
 
+#include "../cells/general.h"
 #include "../cells/registry.h"
 
 namespace fastrnn {
@@ -19,15 +21,15 @@ template <class... Values>
   throw py::value_error(text);
 }
 
-std::vector<CellTraits> find_traits() {
-  std::vector<CellTraits> traits;
-  for (int i = 0; i < Cells::size; ++i) {
-    Cells::visit(i, [&](auto cell) {
-      using Cell = decltype(cell);
-      traits.push_back({Cell::mode, i, Cell::gates, Cell::has_cell_state, Cell::has_extra,
-                        Cell::saves_gates, Cell::splits_gradient, Cell::has_direct_path});
-    });
-  }
+// The cells of the registry, and after them those that were added since.
+std::deque<CellTraits>& all_traits() {
+  static std::deque<CellTraits> traits = [] {
+    std::deque<CellTraits> built_in;
+    for (int i = 0; i < Cells::size; ++i) {
+      Cells::visit(i, [&](auto cell) { built_in.push_back(traits_of<decltype(cell)>(i)); });
+    }
+    return built_in;
+  }();
   return traits;
 }
 
@@ -78,7 +80,8 @@ int find_cell(py::handle mode) {
 
 namespace {
 
-// Direction by direction w_ih, w_hh, perhaps both biases, perhaps w_hr, as in torch.nn.RNNBase.
+// Direction by direction w_ih, w_hh, perhaps both biases, perhaps w_hr, as in torch.nn.RNNBase, and
+// the cell's learned vectors. Without recurrent gates there is neither w_hh nor b_hh.
 void read_weights(LayerCall& layer, py::handle sequence) {
   if (!PySequence_Check(sequence.ptr())) {
     fail("weights", "expected a sequence of tensors, got ", describe(sequence));
@@ -87,10 +90,15 @@ void read_weights(LayerCall& layer, py::handle sequence) {
   if (items == nullptr) throw py::error_already_set();
   layer.own_weights = py::reinterpret_steal<py::tuple>(items);
   const auto count = static_cast<Py_ssize_t>(layer.own_weights.size());
-  const Py_ssize_t each = count / layer.directions;
-  if (count % layer.directions != 0 || each < 2 || each > 5) {
-    fail("weights", "expected 2 to 5 tensors per direction, got ", std::to_string(count), " for ",
-         std::to_string(layer.directions), layer.directions == 1 ? " direction" : " directions");
+  const CellTraits& traits = layer.traits();
+  const bool has_hh = traits.recurrent > 0;
+  const Py_ssize_t each = count / layer.directions - traits.parameters;  // without the vectors
+  const Py_ssize_t least = has_hh ? 2 : 1, most = has_hh ? 5 : 2;
+  if (count % layer.directions != 0 || each < least || each > most) {
+    fail("weights", "expected ", std::to_string(least + traits.parameters), " to ",
+         std::to_string(most + traits.parameters), " tensors per direction, got ",
+         std::to_string(count), " for ", std::to_string(layer.directions),
+         layer.directions == 1 ? " direction" : " directions");
   }
   Py_ssize_t next = 0;
   const auto take = [&](const char* name) {
@@ -103,12 +111,13 @@ void read_weights(LayerCall& layer, py::handle sequence) {
   for (int d = 0; d < layer.directions; ++d) {
     LayerCall::Weights& w = layer.weights[d];
     w.ih = take(names[d][0]);
-    w.hh = take(names[d][1]);
-    if (each > 3) {
+    if (has_hh) w.hh = take(names[d][1]);
+    if (each > (has_hh ? 3 : 1)) {
       w.bias_ih = take(names[d][2]);
-      w.bias_hh = take(names[d][3]);
+      if (has_hh) w.bias_hh = take(names[d][3]);
     }
-    if (each % 2 == 1) w.hr = take(names[d][4]);
+    if (has_hh && each % 2 == 1) w.hr = take(names[d][4]);
+    for (int q = 0; q < traits.parameters; ++q) w.parameters.push_back(take("parameter"));
   }
 }
 
@@ -138,6 +147,7 @@ constexpr Field kFields[] = {
     {"batch_sizes",
      [](LayerCall& l, py::handle v) { l.batch_sizes = view_optional("batch_sizes", v); }},
     {"resets", [](LayerCall& l, py::handle v) { l.resets = view_optional("resets", v); }},
+    {"inputs", [](LayerCall& l, py::handle v) { l.inputs = view_optional("inputs", v); }},
     {"weights", read_weights},
 };
 
@@ -190,14 +200,16 @@ void check_rows(LayerCall& layer) {
 void check_weights(const LayerCall& layer) {
   const auto [cell, dtype, steps, batch, input, hidden, proj, directions, reverse, every] =
       layer.shape;
-  const int64_t gates = layer.traits().gates * hidden;
+  const CellTraits& traits = layer.traits();
+  const int64_t gates = traits.gates * hidden, recurrent = traits.recurrent * hidden;
   for (int d = 0; d < directions; ++d) {
     const LayerCall::Weights& w = layer.weights[d];
     expect(layer, "weight_ih", w.ih, {gates, input}, layer.element());
-    expect(layer, "weight_hh", w.hh, {gates, proj}, layer.element());
+    if (recurrent > 0) expect(layer, "weight_hh", w.hh, {recurrent, proj}, layer.element());
     if (w.bias_ih) expect(layer, "bias_ih", w.bias_ih, {gates}, layer.element());
-    if (w.bias_hh) expect(layer, "bias_hh", w.bias_hh, {gates}, layer.element());
+    if (w.bias_hh) expect(layer, "bias_hh", w.bias_hh, {recurrent}, layer.element());
     if (w.hr) expect(layer, "weight_hr", w.hr, {proj, hidden}, layer.element());
+    for (const Tensor& p : w.parameters) expect(layer, "parameter", p, {hidden}, layer.element());
   }
 }
 
@@ -214,10 +226,10 @@ void check_results(const LayerCall& layer, const SavedCall& given) {
     expect(layer, name, tensor, expected, type);
   };
   expect_if(true, "output", given.output, layer.steps(shape.directions * shape.proj), element);
-  expect_if(traits.has_extra && !recomputes, "extra", given.extra,
-            layer.steps(shape.directions * shape.hidden), state);
+  expect_if(traits.has_extra() && !recomputes, "extra", given.extra,
+            layer.steps(shape.directions * traits.extras * shape.hidden), state);
   expect_if(recomputes, "saved", given.saved, layer.boundaries(), state);
-  expect_if(traits.saves_gates && !recomputes, "saved", given.saved, layer.gates(), element);
+  expect_if(traits.saves_gates() && !recomputes, "saved", given.saved, layer.gates(), element);
 }
 
 void check_incoming(const LayerCall& layer, const SavedCall& given) {
@@ -229,9 +241,9 @@ void check_incoming(const LayerCall& layer, const SavedCall& given) {
   };
   expect_given("d_output", given.d_output, layer.steps(shape.directions * shape.proj), element);
   expect_given("d_h_n", given.d_h_n, layer.states(shape.proj), element);
-  if (layer.traits().has_cell_state) {
-    expect_given("d_c_n", given.d_c_n, layer.states(shape.hidden), element);
-    expect_given("d_extra", given.d_extra, layer.steps(shape.directions * shape.hidden),
+  if (const int64_t width = layer.traits().states * shape.hidden; width > 0) {
+    expect_given("d_c_n", given.d_c_n, layer.states(width), element);
+    expect_given("d_extra", given.d_extra, layer.steps(shape.directions * width),
                  layer.state_element());
   } else if (given.d_c_n || given.d_extra) {
     fail(given.d_c_n ? "d_c_n" : "d_extra", "expected None for ", layer.traits().mode,
@@ -241,38 +253,47 @@ void check_incoming(const LayerCall& layer, const SavedCall& given) {
 }
 
 void check_wanted(const LayerCall& layer, const SavedCall& given) {
-  const LayerCall::Weights& w = layer.weights[0];
-  const size_t inputs =
-      3 + layer.directions * (2 + 2 * static_cast<bool>(w.bias_ih) + static_cast<bool>(w.hr));
+  const size_t inputs = 4 + layer.own_weights.size();
   if (given.wanted.size() != inputs) {
     fail("wanted", "expected ", std::to_string(inputs),
-         " entries, of x, h_0, c_0 and each weight, got ", std::to_string(given.wanted.size()));
+         " entries, of x, h_0, c_0, inputs and each weight, got ",
+         std::to_string(given.wanted.size()));
   }
-  if (given.wanted[2] && !layer.traits().has_cell_state) {
+  if (given.wanted[2] && !layer.traits().has_cell_state()) {
     fail("wanted", "expected False for c_0 of ", layer.traits().mode,
          ", which has no cell state, got True");
+  }
+  if (given.wanted[3] && layer.traits().inputs == 0) {
+    fail("wanted", "expected False for inputs of ", layer.traits().mode,
+         ", which has none, got True");
   }
 }
 
 }  // namespace
 
-const CellTraits& cell_traits(int cell) {
-  static const std::vector<CellTraits> traits = find_traits();
-  return traits[cell];
+const CellTraits& cell_traits(int cell) { return all_traits()[cell]; }
+
+const CellTraits& add_cell(CellTraits traits) {
+  static std::deque<std::string> names;
+  std::deque<CellTraits>& all = all_traits();
+  for (auto known = all.begin() + Cells::size; known != all.end(); ++known) {
+    if (std::string_view(known->mode) != traits.mode) continue;
+    traits.mode = known->mode;
+    traits.index = known->index;
+    return *known = traits;
+  }
+  traits.mode = names.emplace_back(traits.mode).c_str();
+  traits.index = static_cast<int>(all.size());
+  return all.emplace_back(traits);
 }
 
 int find_cell(const std::string& mode) {
-  int found = -1;
   std::string known;
-  for (int i = 0; i < Cells::size; ++i) {
-    Cells::visit(i, [&](auto cell) {
-      const char* const name = decltype(cell)::mode;
-      if (mode == name) found = i;
-      known += (i == 0 ? "" : ", ") + std::string(name);
-    });
+  for (const CellTraits& cell : all_traits()) {
+    if (mode == cell.mode) return cell.index;
+    known += (known.empty() ? "" : ", ") + std::string(cell.mode);
   }
-  if (found < 0) fail("mode", "expected one of ", known, ", got ", mode);
-  return found;
+  fail("mode", "expected one of ", known, ", got ", mode);
 }
 
 Shape LayerCall::steps(int64_t features) const {
@@ -284,19 +305,19 @@ Shape LayerCall::steps(int64_t features) const {
 
 Shape LayerCall::states(int64_t features) const { return {directions, batch, features}; }
 
-Shape LayerCall::gates() const { return {directions, rows, traits().gates * shape.hidden}; }
+Shape LayerCall::gates() const { return {directions, rows, traits().saves * shape.hidden}; }
 
 Shape LayerCall::boundaries() const {
   const int64_t segments =
       (shape.steps + shape.checkpoint_every - 1) / std::max<int64_t>(1, shape.checkpoint_every);
-  const int64_t features = shape.proj + (traits().has_cell_state ? shape.hidden : 0);
+  const int64_t features = shape.proj + traits().states * shape.hidden;
   return {std::max<int64_t>(0, segments - 1), directions, batch, features};
 }
 
 bool LayerCall::keeps_extra() const {
   const CellTraits& t = traits();
-  if (!t.has_extra) return false;
-  return (all_c && t.has_cell_state) || (keep && shape.checkpoint_every == 0);
+  if (!t.has_extra()) return false;
+  return (all_c && t.has_cell_state()) || (keep && shape.checkpoint_every == 0);
 }
 
 void LayerCall::complete() {
@@ -307,10 +328,13 @@ void LayerCall::complete() {
     fail("x", "expected at least one feature per step, got ", x.shape.text());
   }
   if (reverse && directions != 1) fail("reverse", "expected a single direction, got 2");
-  const Tensor& hh = weights[0].hh;
-  const int gates = traits().gates;
+  // H is read off W_hh, if there is one: it knows P, too.
+  const bool has_hh = traits().recurrent > 0;
+  const Tensor& hh = has_hh ? weights[0].hh : weights[0].ih;
+  const int gates = has_hh ? traits().recurrent : traits().gates;
   if (hh.shape.dims() != 2 || hh.shape[0] < gates || hh.shape[0] % gates != 0 || hh.shape[1] < 1) {
-    fail("weight_hh", "expected [", std::to_string(gates), " * H, H], got ", hh.shape.text());
+    fail(has_hh ? "weight_hh" : "weight_ih", "expected [", std::to_string(gates),
+         has_hh ? " * H, H], got " : " * H, I], got ", hh.shape.text());
   }
   shape = {cell,
            static_cast<DType>(element()),
@@ -318,7 +342,7 @@ void LayerCall::complete() {
            batch,
            x.shape[x.shape.dims() - 1],
            hh.shape[0] / gates,
-           hh.shape[1],
+           has_hh ? hh.shape[1] : hh.shape[0] / gates,
            directions,
            reverse,
            checkpoint_every};
@@ -337,7 +361,7 @@ void LayerCall::complete() {
   }
   check_rows(*this);
   // A single segment is the plain scan, and so is a cell whose backward reads the output alone.
-  if (shape.checkpoint_every >= shape.steps || !traits().saves_gates) shape.checkpoint_every = 0;
+  if (shape.checkpoint_every >= shape.steps || !traits().saves_gates()) shape.checkpoint_every = 0;
   check_weights(*this);
   if (resets) {
     Shape marks;
@@ -345,11 +369,18 @@ void LayerCall::complete() {
     expect(*this, "resets", resets, marks, Element::kBool);
   }
   if (h_0) expect(*this, "h_0", h_0, states(shape.proj), element());
-  if (c_0 && !traits().has_cell_state) {
+  if (c_0 && !traits().has_cell_state()) {
     fail("c_0", "expected None for ", traits().mode, ", which has no cell state, got ",
          describe(c_0.object));
   }
-  if (c_0) expect(*this, "c_0", c_0, states(shape.hidden), element());
+  if (c_0) expect(*this, "c_0", c_0, states(traits().states * shape.hidden), element());
+  if (const int64_t width = directions * traits().inputs * shape.hidden; width > 0) {
+    if (!inputs) fail("inputs", "expected a tensor for ", traits().mode, ", got None");
+    expect(*this, "inputs", inputs, this->steps(width), element());
+  } else if (inputs) {
+    fail("inputs", "expected None for ", traits().mode, ", which has none, got ",
+         describe(inputs.object));
+  }
 }
 
 py::tuple layer_fields() {

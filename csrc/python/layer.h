@@ -7,20 +7,14 @@
 #include <string>
 #include <vector>
 
+#include "../cells/traits.h"
 #include "tensor.h"
 
 namespace fastrnn {
 
-// What a cell is, for code that knows it by its index alone.
-struct CellTraits {
-  const char* mode;
-  int index, gates;
-  bool has_cell_state, has_extra, saves_gates, splits_gradient, has_direct_path;
-
-  // Projections of h are in the kernels of cells that carry another state beside it.
-  bool can_project() const { return has_cell_state && !has_direct_path; }
-};
 const CellTraits& cell_traits(int cell);
+// Adds a cell, or says more of one that was added before; returns its traits, which stay there.
+const CellTraits& add_cell(CellTraits traits);
 int find_cell(const std::string& mode);  // throws ValueError for an unknown one
 int find_cell(py::handle mode);          // and for what is no str
 
@@ -36,8 +30,10 @@ struct LayerCall {
   Tensor x, h_0, c_0;  // a tensor that is not given is false
   Tensor batch_sizes;  // int64 [T] on the CPU; on CUDA also a bool mask [T, B]
   Tensor resets;
+  Tensor inputs;  // of each step and unit, of cells with such
   struct Weights {
     Tensor ih, hh, bias_ih, bias_hh, hr;
+    std::vector<Tensor> parameters;  // learned vectors, of cells with such
   } weights[kMaxDirections];
   py::tuple own_weights;  // keeps the record's alive, whatever sequence they came in
 
@@ -56,10 +52,10 @@ struct LayerCall {
   // The shapes of all that is laid out by direction, by step, or both.
   Shape steps(int64_t features) const;   // [T, B, features] or [N, features]
   Shape states(int64_t features) const;  // [D, B, features]
-  Shape gates() const;                   // [D, N, G*H]
-  Shape boundaries() const;              // [S-1, D, B, P + C]
+  Shape gates() const;                   // [D, N, K*H]
+  Shape boundaries() const;              // [S-1, D, B, P + C*H]
   bool keeps_extra() const;
-  bool keeps_gates() const { return keep && traits().saves_gates && shape.checkpoint_every == 0; }
+  bool keeps_gates() const { return keep && traits().saves_gates() && shape.checkpoint_every == 0; }
   bool keeps_boundaries() const { return keep && shape.checkpoint_every > 0; }
 
   // Sets shape and rows; throws ValueError, naming the argument, what was expected and what came.
@@ -67,12 +63,12 @@ struct LayerCall {
 };
 
 // The places of the record's tensors.
-enum class LayerField : int { kX = 7, kH0, kC0, kBatchSizes, kResets, kWeights };
+enum class LayerField : int { kX = 7, kH0, kC0, kBatchSizes, kResets, kInputs, kWeights };
 
 // The names of the record's fields, in its order.
 py::tuple layer_fields();
 
-constexpr int kLayerFields = 13;
+constexpr int kLayerFields = 14;
 using LayerFields = std::array<py::handle, kLayerFields>;
 
 // The fields of a record; throws ValueError for what is none.
@@ -86,7 +82,7 @@ LayerCall read_layer(const LayerFields& fields);
 struct SavedCall {
   Tensor output, extra, saved;
   Tensor d_output, d_h_n, d_c_n, d_extra;  // not given: zero
-  std::vector<bool> wanted;                // of x, h_0, c_0 and each weight
+  std::vector<bool> wanted;                // of x, h_0, c_0, inputs and each weight
 };
 
 using SavedFields = std::array<py::handle, 7>;  // all but `wanted`

@@ -2,8 +2,10 @@
 
 from importlib.metadata import version as _version
 
-from . import reference
+from . import cells, reference
+from ._cell import cell
 from ._cells import GRUCell, LSTMCell, RNNCell
+from ._check import check_cell
 from ._cpu import cpu_variant, cpu_variants
 from ._functions import ElmanFunction, GRUFunction, LSTMFunction
 from ._modules import GRU, LSTM, RNN
@@ -23,6 +25,9 @@ __all__ = [
     "LSTMCell",
     "LSTMFunction",
     "RNNCell",
+    "cell",
+    "cells",
+    "check_cell",
     "cpu_variant",
     "cpu_variants",
     "reference",

@@ -1,5 +1,7 @@
 """python -m fastrnn: what runs here and why, whether it is right, and how fast.
 
+python -m fastrnn compile MODULE[:CELL] -o DIR: the kernels of a user's own cells, ahead of time.
+
 Exit code 1, with a line on stderr for each thing that is wrong.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pkgutil
 import platform
 import re
 import sys
@@ -24,6 +27,9 @@ from torch import Tensor, nn
 
 import fastrnn
 
+from ._backends import DTYPES
+from ._cell import CellLayer
+from ._kernels import CompileError, compile_cell
 from ._load import find_cuda, openmp_library
 
 CELLS = "LSTM", "GRU", "RNN"
@@ -183,8 +189,44 @@ def show(report: Report) -> str:
     return "\n".join(lines)
 
 
+def compile_ahead(argv: list[str]) -> int:
+    """python -m fastrnn compile."""
+    parser = argparse.ArgumentParser(
+        "python -m fastrnn compile",
+        description="Compiles the cells of a module for this processor, so that machines like it "
+        "need no compiler: set FASTRNN_CACHE to the directory there.",
+    )
+    parser.add_argument("cells", metavar="MODULE[:CELL]", help="all cells of a module, or one")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtype", action="append", choices=dtypes, help="default: all")
+    args = parser.parse_args(argv)
+    module, _, name = args.cells.partition(":")
+    sys.path.insert(0, "")  # the working directory, as python -m has it
+    namespace = vars(pkgutil.resolve_name(module))
+    found = {
+        n: c
+        for n, c in namespace.items()
+        if isinstance(c, type) and issubclass(c, CellLayer) and c is not CellLayer
+    }
+    if name and name not in found:
+        parser.error(f"there is no cell {name} in {module}; it has {', '.join(found) or 'none'}")
+    for cls in [found[name]] if name else found.values():
+        for dtype in args.dtype or dtypes:
+            try:
+                path = compile_cell(cls.definition, getattr(torch, dtype), args.output)
+            except (CompileError, OSError) as error:
+                print(f"python -m fastrnn: error: {cls.__name__}: {error}", file=sys.stderr)
+                return 1
+            print(f"{cls.__name__}, {dtype}: {path}", flush=True)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    description = "Tells " + (__doc__ or "").partition(": ")[2]
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compile"]:
+        return compile_ahead(argv[1:])
+    description = "Tells " + (__doc__ or "").partition(": ")[2].partition("\n")[0]
     parser = argparse.ArgumentParser("python -m fastrnn", description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_args(argv)

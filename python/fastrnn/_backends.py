@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._layer import Layer, Results, Saved
+from ._layer import BUILT_IN, Layer, Results, Saved
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -24,6 +24,10 @@ class Backend(ABC):
     # Whether it takes a mask [T, B] in place of batch_sizes. To sort and pack the rows of a mask on
     # a GPU, the host would have to wait for it.
     takes_mask = False
+
+    def runs_cell(self, mode: str, dtype: torch.dtype) -> bool:
+        """Whether it has the kernel of a cell that is not built in; it may have to be compiled."""
+        return False
 
     @abstractmethod
     def forward(self, layer: Layer, /) -> Results:
@@ -106,6 +110,17 @@ def backend(device_type: str) -> Backend:
 def has_kernel(x: Tensor) -> bool:
     """Whether the scan has a compiled kernel for x's device and dtype."""
     return x.dtype in DTYPES and x.device.type in _backends
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _runs_cell(mode: str, device_type: str, dtype: torch.dtype) -> bool:
+    found = _backends.get(device_type)
+    return found is not None and dtype in DTYPES and found.runs_cell(mode, dtype)
+
+
+def runs_cell(mode: str, x: Tensor) -> bool:
+    """Whether there is a kernel of this cell for x, if there is one for x at all."""
+    return mode in BUILT_IN or _runs_cell(mode, x.device.type, x.dtype)
 
 
 def takes_mask(x: Tensor) -> bool:

@@ -96,7 +96,7 @@ class _CellBase(DropIn, RNNCellBase):
         x, *initial = (t.reshape(1, rows, t.size(-1)) for t in (input, *states))
         h_0, c_0 = (*initial, None, None)[:2]
         options = mode, 1, rows, False, 0, False, False
-        layer = Layer(*options, x, h_0, c_0, None, None, tuple(weights))
+        layer = Layer(*options, x, h_0, c_0, None, None, None, tuple(weights))
         final = (run_onnx_layer(layer, None, self.hidden_size) if to_onnx else run_layer(layer))[1]
         return tuple(s.reshape(shape) for s in final)
 

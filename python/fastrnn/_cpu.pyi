@@ -11,6 +11,18 @@ class CellInfo:
     @property
     def gates(self) -> int: ...
     @property
+    def recurrent(self) -> int: ...
+    @property
+    def states(self) -> int: ...
+    @property
+    def extras(self) -> int: ...
+    @property
+    def saves(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
     def has_cell_state(self) -> bool: ...
     @property
     def has_extra(self) -> bool: ...
@@ -22,6 +34,14 @@ class CellInfo:
 cells: dict[str, CellInfo]
 layer_fields: tuple[str, ...]
 
+def add_cell(
+    mode: str, gates: int, recurrent: int, states: int, inputs: int, parameters: int, /
+) -> CellInfo:
+    """Makes a cell known. Its traits are complete when load_cell has found a kernel."""
+
+def load_cell(mode: str, path: str, /) -> None:
+    """Loads the kernel of a cell for one dtype from a shared object; see csrc/cpu/cell_module.h."""
+
 def cpu_variant() -> str:
     """The variant of the CPU kernels in use: the best that this processor can run, or the one that
     FASTRNN_CPU names in the environment at the time of the import."""
@@ -29,6 +49,9 @@ def cpu_variant() -> str:
 def cpu_variants() -> list[str]:
     """The variants that this processor can run, best first: of "avx512bf16", "avx512", "avx2" and
     "baseline"."""
+
+def cpu_variant_flags() -> str:
+    """The compiler's flags of that variant, separated by spaces."""
 
 def multiply_add_rate(threads: int, /) -> float:
     """Floating-point operations per second in float32 of threads that do nothing but multiply-adds
@@ -76,7 +99,7 @@ def forward(layer: tuple[Any, ...], /) -> tuple[Tensor | None, ...]:
     """The fields of fastrnn._layer.Results."""
 
 def backward(layer: tuple[Any, ...], saved: tuple[Any, ...], /) -> list[Tensor | None]:
-    """The gradients of x, h_0, c_0 and each weight."""
+    """The gradients of x, h_0, c_0, inputs and each weight."""
 
 def record(ctx: Any, options: tuple[Any, ...], /, *tensors: Any) -> tuple[Tensor, ...]:
     """fastrnn._backends.Backend.record"""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from . import _kernels
 from ._backends import Backend, register
 from ._layer import Layer, Results
 from ._load import _cpu
@@ -14,6 +17,9 @@ class CpuBackend(Backend):
     run_module = staticmethod(_cpu.run_module)
     record = staticmethod(_cpu.record)
     replay = staticmethod(_cpu.replay)
+
+    def runs_cell(self, mode: str, dtype: torch.dtype) -> bool:
+        return _kernels.load(mode, dtype)
 
     def forward(self, layer: Layer) -> Results:
         return Results._make(_cpu.forward(layer))

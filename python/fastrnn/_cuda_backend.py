@@ -162,7 +162,7 @@ class CudaBackend(Backend):
         """The same backward, where the gradients of h and c are carried."""
         gradients = layer.make_gradients(saved.wanted)
         if not saved.output.numel():
-            handed_on = (None, saved.d_h_n, saved.d_c_n, *(None,) * len(layer.weights))
+            handed_on = (None, saved.d_h_n, saved.d_c_n, None, *(None,) * len(layer.weights))
             for gradient, given in zip(gradients, handed_on):
                 _hand_on(gradient, given)
             return gradients
@@ -256,7 +256,7 @@ class _GateGradients:
     def set_products(self, gradients: Sequence[Tensor | None], output: Tensor) -> None:
         """Sets the gradients of x and of all weights but W_hr."""
         layer, rows = self.layer, self.rows
-        d_x, _, _, *rest = gradients
+        d_x, _, _, _, *rest = gradients
         inputs = rows.zero_masked(layer.x.view(rows.count, -1))
         states = output.view(rows.count, layer.directions, layer.proj)
         grouped = zip(_by_direction(layer, layer.weights), _by_direction(layer, rest))
@@ -293,7 +293,7 @@ class _GateGradients:
     def set_projected(self, gradients: Sequence[Tensor | None], saved: Saved, m: Tensor) -> None:
         """Sets the gradients of W_hr, from every h_t that it made, and of h_0."""
         layer, rows, d_h_n = self.layer, self.rows, saved.d_h_n
-        _, d_h_0, _, *rest = gradients
+        _, d_h_0, _, _, *rest = gradients
         m = m.view(rows.count, layer.directions, layer.hidden)
         grouped = zip(_by_direction(layer, layer.weights), _by_direction(layer, rest))
         for d, (weights, wanted) in enumerate(grouped):
@@ -356,7 +356,7 @@ def _over_m(layer: Layer, saved: Saved, m: Tensor) -> Saved:
         d_output = torch.cat([part @ hr for part, hr in zip(parts, projections)], -1)
     if d_h_n is not None:
         d_h_n = torch.stack([d @ hr for d, hr in zip(d_h_n, projections)])
-    wanted = (False,) * (3 + len(layer.weights) - layer.directions)
+    wanted = (False,) * (4 + len(layer.weights) - layer.directions)
     return saved._replace(output=m, d_output=d_output, d_h_n=d_h_n, wanted=wanted)
 
 

@@ -58,7 +58,8 @@ def scan_backward_flops(
 def _weights(layer: Layer) -> tuple[Sequence[Shape], Sequence[Shape], Sequence[Shape]]:
     """The shapes of W_ih, W_hh and W_hr by direction, of a record of shapes in place of tensors."""
     each: Any = layer.by_direction
-    return [w[0] for w in each], [w[1] for w in each], [w[-1] for w in each if len(w) % 2]
+    weight_hh = [w[1] for w in each] if layer.cell.recurrent else []
+    return [w[0] for w in each], weight_hh, [w[-1] for w in each if layer.has_projection]
 
 
 def _forward(*args: Any, out_shape: Any) -> int:
@@ -69,10 +70,11 @@ def _forward(*args: Any, out_shape: Any) -> int:
 def _backward(*args: Any, out_shape: Any) -> int:
     count = len(Layer._fields)
     layer, saved = Layer._make(args[:count]), Saved._make(args[count:])
-    want_x, want_h_0, _, *want_weights = saved.wanted
+    want_x, want_h_0, _, _, *want_weights = saved.wanted
     each = len(layer.weights) // layer.directions
-    want_ih, want_hh = (any(want_weights[i::each]) for i in range(2))
-    want_hr = each % 2 == 1 and any(want_weights[each - 1 :: each])
+    want_ih = any(want_weights[::each])
+    want_hh = layer.cell.recurrent > 0 and any(want_weights[1::each])
+    want_hr = layer.has_projection and any(want_weights[each - 1 :: each])
     wanted = want_x, want_h_0, want_ih, want_hh, want_hr
     return scan_backward_flops(prod(layer.x[:-1]), layer.batch, *_weights(layer), wanted=wanted)
 

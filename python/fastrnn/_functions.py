@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backends import backend, has_kernel
+from ._backends import backend, has_kernel, runs_cell
 from ._layer import CELLS, Layer, Results, Saved
 from ._operators import Call, filled, inspect, library, scan_backward, scan_forward, with_batch
 from ._ragged import gather, mask_from_batch_sizes, scatter
@@ -31,8 +31,9 @@ def reference_layer(layer: Layer, mask: Tensor | None = None) -> tuple[Tensor, .
     mask [T, B] may stand in for batch_sizes; x is [T, B, I] then.
     """
     # torch 2.6 cannot compile the properties of a NamedTuple.
-    mode, directions, batch, reverse, _, _, _, x, h_0, c_0, sizes, resets, weights = layer
-    each, proj = len(weights) // directions, weights[1].shape[1]
+    mode, directions, batch, reverse, _, _, _, x, h_0, c_0, sizes, resets, inputs, weights = layer
+    each, hidden = len(weights) // directions, weights[0].shape[0] // CELLS[mode].gates
+    proj = weights[1].shape[1] if CELLS[mode].recurrent else hidden
     groups = [weights[i : i + each] for i in range(0, len(weights), each)]
     index = None
     if sizes is not None and sizes.dtype == torch.bool:
@@ -41,6 +42,8 @@ def reference_layer(layer: Layer, mask: Tensor | None = None) -> tuple[Tensor, .
         mask = mask_from_batch_sizes(sizes, batch, x.device)
         index = mask.flatten().nonzero().squeeze(1)
         x = scatter(x, index, mask.numel()).view(*mask.shape, x.shape[-1])
+        if inputs is not None:
+            inputs = scatter(inputs, index, mask.numel()).view(*mask.shape, inputs.shape[-1])
         if resets is not None:
             resets = scatter(resets, index, mask.numel()).view(mask.shape)
     if h_0 is None:
@@ -48,10 +51,11 @@ def reference_layer(layer: Layer, mask: Tensor | None = None) -> tuple[Tensor, .
     states: tuple[Tensor, ...] = (h_0,)
     if CELLS[mode].has_cell_state:
         if c_0 is None:
-            hidden = weights[1].shape[0] // CELLS[mode].gates
-            c_0 = x.new_zeros(directions, batch, hidden)
-        states = (h_0, c_0)
-    output, final, cells = reference.layer(mode, x, states, groups, mask, resets, reverse)
+            c_0 = x.new_zeros(directions, batch, CELLS[mode].states * hidden)
+        states = (h_0, *c_0.split(hidden, -1))
+    output, final, cells = reference.layer(mode, x, states, groups, mask, resets, reverse, inputs)
+    if len(final) > 2:
+        final = (final[0], torch.cat(final[1:], -1))
     sequences = [output] if cells is None else [output, cells]
     if index is not None:
         sequences = [gather(s.flatten(0, 1), index) for s in sequences]
@@ -121,7 +125,7 @@ class LayerFunction(torch.autograd.Function):
         if mode not in cls.modes:
             raise ValueError(f"mode: expected {' or '.join(cls.modes)}, got {mode!r}")
         options = mode, directions, batch, reverse, 0, True, True
-        layer = Layer(*options, x, h_0, c_0, batch_sizes, resets, tuple(weights))
+        layer = Layer(*options, x, h_0, c_0, batch_sizes, resets, None, tuple(weights))
         for name, tensor in (("x", x), *((f"weights[{i}]", w) for i, w in enumerate(weights))):
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -199,6 +203,7 @@ class LayerFunction(torch.autograd.Function):
             h_0=fold(layer.h_0, dims.h_0),
             c_0=fold(layer.c_0, dims.c_0),
             resets=fold(layer.resets, dims.resets),
+            inputs=fold(layer.inputs, dims.inputs),
         )
         *results, saved = cls.run(folded)
         outputs = [t if t.dim() == 1 else t.unflatten(1, (samples, batch)) for t in results]
@@ -220,12 +225,12 @@ class LayerFunction(torch.autograd.Function):
 
 
 def _differentiable(tensors: Sequence[Any]) -> list[int]:
-    """The places of x, h_0, c_0 and the weights among layer.tensors."""
+    """The places of x, h_0, c_0, inputs and the weights among layer.tensors."""
     return [i for i in range(len(tensors)) if i not in (3, 4)]
 
 
 def _by_input(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Gradients of x, h_0, c_0 and each weight, as those of layer.options and layer.tensors."""
+    """Gradients of x, h_0, c_0, inputs and each weight, as those of options and layer.tensors."""
     return None, *gradients[:3], None, None, *gradients[3:]
 
 
@@ -375,7 +380,7 @@ class FusedLayer(torch.autograd.Function):
             return gradients
         *saved, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         needed = ctx.needs_input_grad
-        wanted = *needed[1:4], *needed[6:]
+        wanted = *needed[1:4], *needed[6:]  # all but batch_sizes and resets
         given = *filled(tensors[0], *saved), *grads, *(None,) * (4 - len(grads))
         return _by_input(LayerBackward.run(ctx.options, wanted, *given, *tensors))
 
@@ -387,6 +392,13 @@ FUSED = {
 }
 
 
+def add_function(mode: str, name: str) -> None:
+    """Makes the functions of a cell that is not built in."""
+    function = type(f"{name}Function", (LayerFunction,), {"modes": (mode,)})
+    FUNCTIONS[mode] = function  # type: ignore[assignment]
+    FUSED[mode] = bind_apply(type(f"Fused{name}Function", (FusedLayer,), {}))
+
+
 def run_layer(
     layer: Layer, mask: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
@@ -395,25 +407,31 @@ def run_layer(
     mask [T, B] may stand in for batch_sizes where no kernel is to run.
     """
     compiling = torch.compiler.is_compiling()
-    kind = Call.WATCHED if compiling or mask is not None else inspect(layer)
+    has_cell = runs_cell(layer.mode, layer.x)
+    is_watched = compiling or mask is not None or not has_cell
+    kind = Call.WATCHED if is_watched else inspect(layer)
     results: tuple[Any, ...]
     if kind is Call.PLAIN:
         results = tuple(backend("cpu").forward(layer))
     elif kind is Call.DIFFERENTIABLE:
         results = FUSED[layer.mode](layer.keeping(True).options, *layer.tensors)
     else:
-        results = _run_watched(layer, mask, compiling)
+        results = _run_watched(layer, mask, compiling, has_cell)
     output, h_n, *rest = results
     if not CELLS[layer.mode].has_cell_state:  # torch 2.6 cannot compile layer.cell
         return output, (h_n,), None
     return output, (h_n, rest[0]), rest[1].to(output.dtype) if layer.all_c else None
 
 
-def _run_watched(layer: Layer, mask: Tensor | None, compiling: bool) -> tuple[Any, ...]:
-    tensors = [t for t in (layer.x, layer.h_0, layer.c_0, *layer.weights) if t is not None]
+def _run_watched(
+    layer: Layer, mask: Tensor | None, compiling: bool, has_cell: bool
+) -> tuple[Any, ...]:
+    given = layer.x, layer.h_0, layer.c_0, layer.inputs, *layer.weights
+    tensors = [t for t in given if t is not None]
     transforming = is_transforming()
     on_kernels = (
         mask is None
+        and has_cell
         and all(map(has_kernel, tensors))
         and not (compiling and transforming)  # which torch.compile knows for plain torch only
     )
@@ -434,7 +452,8 @@ def _run_watched(layer: Layer, mask: Tensor | None, compiling: bool) -> tuple[An
 
 def _check_devices(layer: Layer) -> None:
     x = layer.x
-    for name, tensors in (("hidden", (layer.h_0, layer.c_0)), ("parameter", layer.weights)):
+    others = ("hidden", (layer.h_0, layer.c_0)), ("inputs", (layer.inputs,))
+    for name, tensors in (*others, ("parameter", layer.weights)):
         for t in tensors:
             if t is not None and t.device != x.device:
                 raise RuntimeError(

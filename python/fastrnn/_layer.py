@@ -16,8 +16,10 @@ from torch import Tensor
 from ._load import _cpu
 
 CELLS = _cpu.cells  # mode -> traits of the cell
+BUILT_IN = tuple(CELLS)  # not of the user's own
 
 OPTIONS = 7  # the fields of Layer before its first tensor
+TENSORS = 6  # those that are tensors, before the weights
 
 
 class Layer(NamedTuple):
@@ -34,14 +36,19 @@ class Layer(NamedTuple):
     reverse: bool  # ... or a single one does
     checkpoint_every: int  # steps of a segment that backward computes again; 0: keeps everything
     keep: bool  # what backward reads
-    all_c: bool  # the cell state of every step
+    all_c: bool  # the other states of every step
     x: Tensor  # [T, B, I] or [N, I]
     h_0: Tensor | None  # [D, B, P]; None: zeros
-    c_0: Tensor | None  # [D, B, H], of cells with a cell state; None: zeros
+    # [D, B, C*H], of cells with C states beside h; None: zeros
+    c_0: Tensor | None
     batch_sizes: Tensor | None  # int64 [T] on the CPU; or, if the backend takes it, a mask [T, B]
     resets: Tensor | None  # bool, laid out as x: True where a segment of a row begins
-    # Direction by direction w_ih [G*H, I], w_hh [G*H, P], b_ih, b_hh [G*H] and w_hr [P, H], as in
-    # torch.nn.RNNBase; biases and w_hr may be absent.
+    # Laid out as x, with D * Z * H features: what a cell takes in each step beside x, of each
+    # direction one after the other.
+    inputs: Tensor | None
+    # Direction by direction w_ih [G*H, I], w_hh [R*H, P], b_ih [G*H], b_hh [R*H] and w_hr [P, H],
+    # as in torch.nn.RNNBase, and Q learned vectors [H]; biases and w_hr may be absent. Without
+    # recurrent gates, R = 0, there is neither w_hh nor b_hh.
     weights: Sequence[Tensor]
 
     @property
@@ -57,7 +64,7 @@ class Layer(NamedTuple):
     @classmethod
     def of(cls, options: Sequence[Any], tensors: Sequence[Any]) -> Layer:
         """The layer of such options and tensors."""
-        return cls._make((*options, *tensors[:5], tensors[5:]))
+        return cls._make((*options, *tensors[:TENSORS], tensors[TENSORS:]))
 
     def keeping(self, keep: bool) -> Layer:
         """The layer with another `keep`. torch.compile of torch 2.6 cannot follow _replace."""
@@ -78,7 +85,7 @@ class Layer(NamedTuple):
 
     @property
     def has_projection(self) -> bool:
-        return len(self.weights) // self.directions % 2 == 1
+        return self.mode in BUILT_IN and len(self.weights) // self.directions % 2 == 1
 
     @property
     def steps(self) -> int:
@@ -96,12 +103,12 @@ class Layer(NamedTuple):
     @property
     def proj(self) -> int:
         """P."""
-        return self.weights[1].shape[1]
+        return self.weights[1].shape[1] if self.cell.recurrent else self.hidden
 
     @property
     def hidden(self) -> int:
         """H."""
-        return self.weights[1].shape[0] // int(self.cell.gates)
+        return self.weights[0].shape[0] // int(self.cell.gates)
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -121,24 +128,27 @@ class Layer(NamedTuple):
         keeps_steps = self.keep and segments == 1
         extra = saved = None
         if cell.has_extra and ((self.all_c and cell.has_cell_state) or keeps_steps):
-            extra = new((*steps, directions * hidden), dtype=self.state_dtype)
+            extra = new((*steps, directions * cell.extras * hidden), dtype=self.state_dtype)
         if self.keep and segments > 1:
-            features = proj + (hidden if cell.has_cell_state else 0)
+            features = proj + cell.states * hidden
             saved = new((segments - 1, directions, batch, features), dtype=self.state_dtype)
         elif keeps_steps and cell.saves_gates:
-            saved = new((directions, rows, cell.gates * hidden))
+            saved = new((directions, rows, cell.saves * hidden))
         return Results(
             new((*steps, directions * proj)),
             new((directions, batch, proj)),
-            new((directions, batch, hidden)) if cell.has_cell_state else None,
+            new((directions, batch, cell.states * hidden)) if cell.has_cell_state else None,
             extra,
             saved,
         )
 
     def make_gradients(self, wanted: Sequence[bool]) -> list[Tensor | None]:
-        """New, empty tensors for the gradients of x, h_0, c_0 and each weight; None: not wanted."""
-        new, directions, batch = self.x.new_empty, self.directions, self.batch
-        shapes = [self.x.shape, (directions, batch, self.proj), (directions, batch, self.hidden)]
+        """New, empty tensors for the gradients of x, h_0, c_0, inputs and each weight; None: not
+        wanted."""
+        new, states = self.x.new_empty, (self.directions, self.batch)
+        others = self.cell.states * self.hidden
+        shapes: list[Sequence[int]] = [self.x.shape, (*states, self.proj), (*states, others)]
+        shapes.append(self.x.shape if self.inputs is None else self.inputs.shape)
         shapes += [w.shape for w in self.weights]
         return [new(shape) if want else None for shape, want in zip(shapes, wanted)]
 
@@ -151,11 +161,11 @@ class Results(NamedTuple):
 
     output: Tensor  # every h_t: laid out as x, with D * P features
     h_n: Tensor  # [D, B, P], after each row's last step
-    c_n: Tensor | None  # [D, B, H]
-    # For each step D * H values beside h: every c_t, or a GRU's W_hn h + b_hn.
+    c_n: Tensor | None  # [D, B, C*H]
+    # For each step D * E * H values beside h: every c_t, or a GRU's W_hn h + b_hn.
     extra: Tensor | None
-    # For backward alone: the gates [D, N, G*H]; with checkpoint_every the states between the S
-    # segments, [S-1, D, B, P + H], or P without a cell state.
+    # For backward alone: the gates [D, N, K*H]; with checkpoint_every the states between the S
+    # segments, [S-1, D, B, P + C*H].
     saved: Tensor | None
 
 
@@ -169,7 +179,7 @@ class Saved(NamedTuple):
     d_h_n: Tensor | None
     d_c_n: Tensor | None
     d_extra: Tensor | None
-    wanted: Sequence[bool]  # which gradients, of x, h_0, c_0 and each weight
+    wanted: Sequence[bool]  # which gradients, of x, h_0, c_0, inputs and each weight
 
     def check(self, layer: Layer) -> None:
         """Checks the layer, and this against it, as Layer.check."""
@@ -178,3 +188,10 @@ class Saved(NamedTuple):
 
 assert Layer._fields.index("x") == OPTIONS
 assert Layer._fields == _cpu.layer_fields, "the extension is of another version than the package"
+
+
+def add_cell(
+    mode: str, gates: int, recurrent: int, states: int, inputs: int, parameters: int
+) -> None:
+    """Makes a cell known that is not built in: G, R, C, Z and Q."""
+    CELLS[mode] = _cpu.add_cell(mode, gates, recurrent, states, inputs, parameters)

@@ -44,13 +44,14 @@ def _autocast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Rows(NamedTuple):
-    """Where the rows of a batch begin, end and are reset."""
+    """Where the rows of a batch begin, end and are reset, and what comes in beside x."""
 
     batch: Any  # B, in a trace a tensor
     batch_sizes: Tensor | None = None  # or a mask, where the backend takes one
     resets: Tensor | None = None
     mask: Tensor | None = None  # bool [T, B], for the reference implementation
     lengths: Tensor | None = None  # int64 [B], for ONNX
+    inputs: tuple[Tensor, ...] | None = None  # of each layer, laid out as its x: see Layer.inputs
 
 
 class _RNNBase(DropIn, RNNBase):
@@ -170,6 +171,8 @@ class _RNNBase(DropIn, RNNBase):
                 state_dtype = x.dtype if states is None else states[0].dtype
                 output_dtype = torch.promote_types(dtype, state_dtype)
             x, *weights = _autocast(dtype, x, *weights)
+            if rows.inputs is not None:
+                rows = rows._replace(inputs=_autocast(dtype, *rows.inputs))
             states = None if states is None else _autocast(dtype, *states)
         directions = 2 if self.bidirectional else 1
         if states is None and rows.batch_sizes is not None and is_tracing():
@@ -190,14 +193,15 @@ class _RNNBase(DropIn, RNNBase):
                     part = slice(k * directions, (k + 1) * directions)
                     h_0, c_0 = h_0[part], None if c_0 is None else c_0[part]
             own_weights = tuple(weights[k * each : (k + 1) * each])
-            layer = Layer(*options, x, h_0, c_0, rows.batch_sizes, rows.resets, own_weights)
+            inputs = None if rows.inputs is None else rows.inputs[k]
+            layer = Layer(*options, x, h_0, c_0, rows.batch_sizes, rows.resets, inputs, own_weights)
             if to_onnx:
                 x, final, cells = run_onnx_layer(layer, rows.lengths, self.hidden_size)
             else:
                 x, final, cells = run_layer(layer, rows.mask)
             finals.append(final)
             if all_states:
-                sequences.append(x if cells is None else cells)
+                sequences += self._states_of(x, cells)
             if self.dropout and self.training and k < self.num_layers - 1:
                 x = torch.nn.functional.dropout(x, self.dropout)
         final = finals[0] if self.num_layers == 1 else tuple(map(torch.cat, zip(*finals)))
@@ -211,6 +215,10 @@ class _RNNBase(DropIn, RNNBase):
         sizes = [self.proj_size or self.hidden_size]
         sizes += [self.hidden_size] if CELLS[self.mode].has_cell_state else []
         return tuple(x.new_zeros(entries, batch, size) for size in sizes)
+
+    def _states_of(self, output: Tensor, others: Tensor | None) -> list[Tensor]:
+        """What return_states gives of one layer."""
+        return [output if others is None else others]
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # functional_call puts weights in place that _flat_weights never sees, of another dtype too.
@@ -243,6 +251,7 @@ class _RNNBase(DropIn, RNNBase):
         mask: Tensor | np.ndarray | None,
         reset: Tensor | np.ndarray | PackedSequence | None,
         all_states: bool,
+        inputs: tuple[Tensor, ...] | None = None,
     ) -> tuple[Any, States, tuple[Any, ...]]:
         """forward of every module: output, final states, and the states of each layer's steps."""
         if lengths is not None and mask is not None:
@@ -253,12 +262,14 @@ class _RNNBase(DropIn, RNNBase):
                 raise ValueError(f"{name}: expected none with a PackedSequence, which has its own")
             if is_exporting_to_onnx():
                 raise RuntimeError("a PackedSequence is nothing that ONNX knows; give lengths=")
-            return self._forward_packed(input, states, reset, all_states)
+            return self._forward_packed(input, states, reset, all_states, inputs)
 
         batch_dim = 0 if self.batch_first else 1
         is_batched = input.dim() == 3
         shape = input.shape[:-1]
         input, states = self._to_batch(input, states, batch_dim)
+        if inputs is not None and not is_batched:
+            inputs = tuple(z.unsqueeze(batch_dim) for z in inputs)
         steps, batch = input.shape[1 - batch_dim], input.shape[batch_dim]
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -279,7 +290,8 @@ class _RNNBase(DropIn, RNNBase):
                 mask = torch.arange(steps, device=input.device).unsqueeze(1) < ends
             elif mask is not None:
                 mask = by_step("mask", mask)
-            results = self._run_batch(input, states, mask, resets, all_states)
+            rows = _Rows(batch, resets=resets, inputs=inputs)
+            results = self._run_batch(input, states, mask, rows, all_states)
         (output, *sequences), final = results
         if not is_batched:
             output, *sequences = (s.squeeze(batch_dim) for s in (output, *sequences))
@@ -312,25 +324,27 @@ class _RNNBase(DropIn, RNNBase):
         input: Tensor,
         states: States | None,
         mask: Tensor | None,
-        resets: Tensor | None,
+        rows: _Rows,
         all_states: bool,
     ) -> tuple[tuple[Tensor, ...], States]:
-        """As the masked steps allow, padded or packed. mask and resets are [T, B]."""
-        batch = input.shape[0 if self.batch_first else 1]
+        """As the masked steps allow, padded or packed. mask and the resets are [T, B]."""
         if mask is None or is_per_sample(mask):
-            rows = _Rows(batch, None, resets, mask)
+            rows = _Rows(rows.batch, None, rows.resets, mask, inputs=rows.inputs)
             return self._run_padded(input, states, rows, all_states)
         if takes_mask(input) and not (self.checkpoint_every and CELLS[self.mode].saves_gates):
             # Segments of steps are cut from packed rows, where no reset hides behind a masked step.
-            resets = None if resets is None else segment_starts(mask, resets)
-            return self._run_padded(input, states, _Rows(batch, mask, resets), all_states)
-        return self._run_ragged(input, states, mask, resets, all_states)
+            resets = None if rows.resets is None else segment_starts(mask, rows.resets)
+            rows = _Rows(rows.batch, mask, resets, inputs=rows.inputs)
+            return self._run_padded(input, states, rows, all_states)
+        return self._run_ragged(input, states, mask, rows, all_states)
 
     def _run_padded(
         self, input: Tensor, states: States | None, rows: _Rows, all_states: bool
     ) -> tuple[tuple[Tensor, ...], States]:
         """All steps of all rows: output and the states of each layer's steps; final states."""
         x = input.transpose(0, 1) if self.batch_first else input
+        if self.batch_first and rows.inputs is not None:
+            rows = rows._replace(inputs=tuple(z.transpose(0, 1) for z in rows.inputs))
         output, final, sequences = self._run(x, states, rows, all_states)
         laid_out = (s.transpose(0, 1) if self.batch_first else s for s in (output, *sequences))
         return tuple(laid_out), final
@@ -340,21 +354,26 @@ class _RNNBase(DropIn, RNNBase):
         input: Tensor,
         states: States | None,
         mask: Tensor,
-        resets: Tensor | None,
+        rows: _Rows,
         all_states: bool,
     ) -> tuple[tuple[Tensor, ...], States]:
-        """The same of the valid steps alone, packed. mask and resets are [T, B]."""
+        """The same of the valid steps alone, packed. mask and the resets are [T, B]."""
         ragged = from_mask(mask, self.batch_first)
         if ragged is None:  # all are valid
-            rows = _Rows(mask.shape[1], None, resets)
             return self._run_padded(input, states, rows, all_states)
         if states is not None:
             states = tuple(s.index_select(1, ragged.sorted_indices) for s in states)
+        resets, inputs = rows.resets, rows.inputs
         if resets is not None:
             resets = segment_starts(mask, resets)
             resets = (resets.t() if self.batch_first else resets).flatten()[ragged.rows]
-        x = gather(input.reshape(-1, input.shape[-1]), ragged.rows)
-        rows = _Rows(mask.shape[1], ragged.batch_sizes, resets)
+
+        def packed(features: Tensor) -> Tensor:
+            return gather(features.reshape(-1, features.shape[-1]), ragged.rows)
+
+        x = packed(input)
+        inputs = None if inputs is None else tuple(map(packed, inputs))
+        rows = _Rows(mask.shape[1], ragged.batch_sizes, resets, inputs=inputs)
         output, final, sequences = self._run(x, states, rows, all_states)
         padded = (scatter(s, ragged.rows, mask.numel()) for s in (output, *sequences))
         laid_out = tuple(s.view(*input.shape[:-1], -1) for s in padded)
@@ -366,6 +385,7 @@ class _RNNBase(DropIn, RNNBase):
         states: States | None,
         reset: Tensor | np.ndarray | PackedSequence | None,
         all_states: bool,
+        inputs: tuple[Tensor, ...] | None,
     ) -> tuple[PackedSequence, States, tuple[PackedSequence, ...]]:
         x, batch_sizes, sorted_indices, unsorted_indices = input
         if states is None:
@@ -380,7 +400,7 @@ class _RNNBase(DropIn, RNNBase):
             resets = check_steps("reset", marks, x.shape[:1]).to(x.device)
         # In a trace a number would stay what it is for the input at hand.
         batch = batch_sizes[0] if is_tracing() else int(batch_sizes[0])
-        rows = _Rows(batch, batch_sizes, resets)
+        rows = _Rows(batch, batch_sizes, resets, inputs=inputs)
         output, final, sequences = self._run(x, states, rows, all_states)
         if unsorted_indices is not None:
             final = tuple(s.index_select(1, unsorted_indices) for s in final)

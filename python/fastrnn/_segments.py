@@ -167,7 +167,7 @@ def backward_in_segments(
 ) -> list[Tensor | None]:
     """backward of the layer by forward and backward of its segments, from the last to the first."""
     gradients = layer.make_gradients(saved.wanted)
-    d_x, d_h_0, d_c_0, *d_weights = gradients
+    d_x, d_h_0, d_c_0, _, *d_weights = gradients
     each = len(layer.weights) // layer.directions
     for d in range(layer.directions):
         direction = _Direction(layer, d)
@@ -175,8 +175,8 @@ def backward_in_segments(
         own = slice(d * each, (d + 1) * each)
         sums: list[Tensor] = []
         for first in reversed(direction.order):
-            d_part, d_h, d_c, *parts = _backward_of_segment(
-                direction, first, saved, d_h, d_c, saved.wanted[3:][own], forward, backward
+            d_part, d_h, d_c, _, *parts = _backward_of_segment(
+                direction, first, saved, d_h, d_c, saved.wanted[4:][own], forward, backward
             )
             if d_x is not None and d_part is not None:
                 target = direction.rows(d_x, first)
@@ -215,7 +215,7 @@ def _backward_of_segment(
     )
     carried = direction.carried(d_h, d_c)
     d_h, d_c = (None if d is None else d.to(part.x.dtype) for d in (d_h, d_c))
-    wants = [saved.wanted[0], True, part.cell.has_cell_state, *wanted]
+    wants = [saved.wanted[0], True, part.cell.has_cell_state, False, *wanted]
     again = Saved(output, extra, gates, d_output, d_h, d_c, d_extra, wants)
     gradients = list(backward(part, again, carried))
     gradients[1:3] = direction.zeroed(first, *direction.states(carried, gradients[1]))

@@ -40,6 +40,7 @@ __all__ = [
     "library_file",
     "no_value",
     "symbolic_node",
+    "trace_pointwise",
     "tracing_state",
     "unwrap_dead_wrappers",
     "unwrapped",
@@ -202,6 +203,22 @@ def bind_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     Without torch's look at the signature of forward, which takes as long as a small step.
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def trace_pointwise(
+    function: Callable[..., Any], arguments: tuple[Any, ...], composite: tuple[Any, ...]
+) -> torch.fx.Graph:
+    """The graph of what a function does to tensors, in torch's core operators.
+
+    composite: operators that are to be taken apart, too.
+    """
+    from torch._decomp import core_aten_decompositions, get_decompositions
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    table: Any = {**core_aten_decompositions(), **get_decompositions(composite)}
+    functional = torch.func.functionalize(function, remove="mutations_and_views")
+    graph: torch.fx.Graph = make_fx(functional, decomposition_table=table)(*arguments).graph
+    return graph
 
 
 Lstm, Gru, Rnn = nn.LSTM, nn.GRU, nn.RNN

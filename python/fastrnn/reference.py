@@ -79,6 +79,8 @@ class _Cell(NamedTuple):
     gates: int  # G
     states: int  # 1, h; or 2, h and c
     step: Callable[..., State]
+    # One of the user's own: the step takes the weights as they come, and inputs by that name.
+    is_general: bool = False
 
 
 def _of_h(cell: Callable[..., Tensor]) -> Callable[..., State]:
@@ -92,6 +94,11 @@ _CELLS = {
     "RNN_TANH": _Cell(1, 1, _of_h(partial(elman_cell, nonlinearity="tanh"))),
     "RNN_RELU": _Cell(1, 1, _of_h(partial(elman_cell, nonlinearity="relu"))),
 }
+
+
+def add_cell(mode: str, gates: int, states: int, step: Callable[..., State]) -> None:
+    """Makes a cell of the user's own known by its step(x, state, *weights, inputs)."""
+    _CELLS[mode] = _Cell(gates, states, step, True)
 
 
 def _arguments(weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -108,16 +115,19 @@ def scan(
     mask: Tensor | None = None,
     reverse: bool = False,
     reset: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> tuple[State, State]:
     """A cell over all steps of x [T, B, I], from the last to the first if `reverse`.
 
     A step that mask [T, B] marks False leaves the state as it is and outputs zeros. A step that
     reset [T, B] marks True begins a new segment: the scan enters it, or in reverse the segment
     before it, with a zero state. On a masked step, a reset counts for the row's next valid one.
+    inputs [T, B, Z * H] are those of a user's own cell that no weight multiplies.
     Returns the states of every step, each [T, B, P or H], and the final state, each [B, P or H].
     """
     steps = range(len(x) - 1, -1, -1) if reverse else range(len(x))
-    step, arguments = _CELLS[mode].step, _arguments(weights)
+    cell = _CELLS[mode]
+    arguments = tuple(weights) if cell.is_general else _arguments(weights)
     outputs: list[State] = [()] * len(x)
     everywhere = x.new_ones(x.shape[1], dtype=torch.bool)
     between = begun = ~everywhere  # rows at a boundary; rows that have had a valid step
@@ -130,7 +140,10 @@ def scan(
             between, begun = between & ~valid, begun | valid
             if reverse:
                 between = (between | reset[t]) & begun
-        after = step(x[t], state, *arguments)
+        if cell.is_general:
+            after = cell.step(x[t], state, *arguments, inputs=None if inputs is None else inputs[t])
+        else:
+            after = cell.step(x[t], state, *arguments)
         if mask is None:
             state = outputs[t] = after
         else:
@@ -150,23 +163,28 @@ def layer(
     mask: Tensor | None = None,
     reset: Tensor | None = None,
     reverse: bool = False,
+    inputs: Tensor | None = None,
 ) -> tuple[Tensor, State, Tensor | None]:
     """One layer in all its directions: forward and reverse, or a single one, which `reverse` turns.
 
     x [T, B, I]; mask and reset [T, B] as in `scan`; states h_0 [D, B, P] and, for an LSTM, c_0
     [D, B, H]; weights one sequence per direction. Returns output [T, B, D * P], the final states
-    like `states`, and all c_t [T, B, D * H] (LSTM) or None.
+    like `states`, and all c_t [T, B, D * H] (LSTM) or None. A user's own cell may have more states,
+    all c_t are then [T, B, D * C * H], and inputs [T, B, D * Z * H].
     """
     if mask is not None:
         # A where() alone would let NaN through: its gradient is 0 * NaN.
         x = torch.where(mask.unsqueeze(-1), x, 0)
+        inputs = None if inputs is None else torch.where(mask.unsqueeze(-1), inputs, 0)
+    by_direction = [None] * len(weights) if inputs is None else inputs.chunk(len(weights), -1)
     runs = [
-        scan(mode, x, tuple(s[d] for s in states), w, mask, d == 1 or reverse, reset)
-        for d, w in enumerate(weights)
+        scan(mode, x, tuple(s[d] for s in states), w, mask, d == 1 or reverse, reset, z)
+        for d, (w, z) in enumerate(zip(weights, by_direction))
     ]
-    sequences = [torch.cat(s, -1) for s in zip(*(outputs for outputs, _ in runs))]
+    output = torch.cat([outputs[0] for outputs, _ in runs], -1)
+    others = [s for outputs, _ in runs for s in outputs[1:]]
     final = tuple(torch.stack(s) for s in zip(*(state for _, state in runs)))
-    return sequences[0], final, sequences[1] if len(sequences) > 1 else None
+    return output, final, torch.cat(others, -1) if others else None
 
 
 def rnn(

@@ -159,6 +159,7 @@ def make_case(
         randn(directions, B, hidden) if states and has_c else None,
         batch_sizes,
         marks,
+        None,
         weights,
     )
     grads: tuple[Tensor | None, ...] = (None, None)

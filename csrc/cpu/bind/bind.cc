@@ -13,6 +13,7 @@
 #include "../rate.h"
 #include "../variant.h"
 #include "inspector.h"
+#include "modules.h"
 #include "run_function.h"
 #include "run_layer.h"
 #include "run_module.h"
@@ -65,18 +66,34 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<CellTraits>(m, "CellInfo")
       .def_readonly("index", &CellTraits::index)
       .def_readonly("gates", &CellTraits::gates)
-      .def_readonly("has_cell_state", &CellTraits::has_cell_state)
-      .def_readonly("has_extra", &CellTraits::has_extra)
-      .def_readonly("saves_gates", &CellTraits::saves_gates)
+      .def_readonly("recurrent", &CellTraits::recurrent)
+      .def_readonly("states", &CellTraits::states)
+      .def_readonly("extras", &CellTraits::extras)
+      .def_readonly("saves", &CellTraits::saves)
+      .def_readonly("inputs", &CellTraits::inputs)
+      .def_readonly("parameters", &CellTraits::parameters)
+      .def_property_readonly("has_cell_state", &CellTraits::has_cell_state)
+      .def_property_readonly("has_extra", &CellTraits::has_extra)
+      .def_property_readonly("saves_gates", &CellTraits::saves_gates)
       .def_readonly("splits_gradient", &CellTraits::splits_gradient);
   py::dict cells;
   for (int i = 0; i < Cells::size; ++i) {
     Cells::visit(i, [&](auto cell) { cells[decltype(cell)::mode] = cell_traits(i); });
   }
+  m.def(
+      "add_cell",
+      [](const std::string& mode, int gates, int recurrent, int states, int inputs,
+         int parameters) -> const CellTraits& {
+        return add_cell({mode.c_str(), -1, gates, recurrent, states, states, 0, inputs, parameters,
+                         false, false});
+      },
+      py::return_value_policy::reference);
+  m.def("load_cell", &load_cell);
   m.attr("cells") = cells;
   m.attr("layer_fields") = layer_fields();
 
   m.def("cpu_variant", [] { return std::string(active_variant().name); });
+  m.def("cpu_variant_flags", [] { return std::string(active_variant().flags); });
   m.def("cpu_variants", [] {
     int count = 0;
     const CpuVariant* const* variants = runnable_variants(&count);

@@ -6,7 +6,8 @@ int inspect(py::handle record, py::handle others) {
   const LayerFields fields = record_fields(record);
   Inspector inspector;
   const auto field = [&](LayerField i) { return fields[static_cast<size_t>(i)]; };
-  for (const LayerField i : {LayerField::kX, LayerField::kH0, LayerField::kC0}) {
+  for (const LayerField i :
+       {LayerField::kX, LayerField::kH0, LayerField::kC0, LayerField::kInputs}) {
     inspector.add(field(i));
   }
   for (const LayerField i : {LayerField::kBatchSizes, LayerField::kResets}) {

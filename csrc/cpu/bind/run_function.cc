@@ -57,7 +57,7 @@ py::tuple record(py::handle ctx, py::handle options, const py::args& tensors) {
   set_materialize_grads.call(no_zeros);
   ctx.attr("options") = options;
 
-  if (!layer.traits().has_cell_state)
+  if (!layer.traits().has_cell_state())
     return py::make_tuple(results.output.object, results.h_n.object);
   if (!layer.all_c) {
     return py::make_tuple(results.output.object, results.h_n.object, results.c_n.object);

@@ -2,8 +2,10 @@
 
 #include <utility>
 
+#include "../../cells/registry.h"
 #include "../variant.h"
 #include "../workspace.h"
+#include "modules.h"
 
 namespace fastrnn {
 
@@ -57,23 +59,33 @@ void set_layer(LayerArgs& args, const LayerCall& layer, Contiguous& contiguous) 
     args.bias_ih[d] = contiguous(w.bias_ih);
     args.bias_hh[d] = contiguous(w.bias_hh);
     args.weight_hr[d] = contiguous(w.hr);
+    args.parameters[d] = contiguous(w.parameters);
   }
   args.h_0 = contiguous(layer.h_0);
   args.c_0 = contiguous(layer.c_0);
+  args.inputs = contiguous(layer.inputs);
+}
+
+Kernels kernels_of(const LayerCall& layer) {
+  if (layer.cell < Cells::size) {
+    const CpuVariant& variant = active_variant();
+    return {variant.forward, variant.backward};
+  }
+  return module_kernels(layer.cell, layer.shape.dtype);
 }
 
 void run_forward(const ForwardArgs& args, const LayerCall& layer) {
   const int threads = torch_threads();
-  const CpuVariant& variant = active_variant();
+  const Kernels kernels = kernels_of(layer);
   py::gil_scoped_release release;
   const int64_t features = layer.rows * args.directions * size_of(args.dtype);
   prefer_large_pages(args.output, features * args.proj);
-  prefer_large_pages(args.extra, features * args.hidden);
+  prefer_large_pages(args.extra, features * layer.traits().extras * args.hidden);
   for (int d = 0; d < args.directions; ++d) {
     prefer_large_pages(args.gates[d],
-                       layer.traits().gates * features * args.hidden / args.directions);
+                       layer.traits().saves * features * args.hidden / args.directions);
   }
-  variant.forward(args, threads);
+  kernels.forward(args, threads);
 }
 
 Results forward(const LayerCall& layer) {
@@ -85,9 +97,10 @@ Results forward(const LayerCall& layer) {
   Results results;
   results.output = make(layer, layer.steps(shape.directions * shape.proj));
   results.h_n = make(layer, layer.states(shape.proj));
-  results.c_n = make_if(layer.traits().has_cell_state, layer, layer.states(shape.hidden));
+  const CellTraits& traits = layer.traits();
+  results.c_n = make_if(traits.has_cell_state(), layer, layer.states(traits.states * shape.hidden));
   if (layer.keeps_extra()) {
-    const Shape every = layer.steps(shape.directions * shape.hidden);
+    const Shape every = layer.steps(shape.directions * traits.extras * shape.hidden);
     results.extra = make(layer, every, layer.state_element());
   }
   if (layer.keeps_boundaries()) {
@@ -96,7 +109,7 @@ Results forward(const LayerCall& layer) {
   } else if (layer.keeps_gates()) {
     results.saved = make(layer, layer.gates());
     set_parts(args.gates, static_cast<char*>(results.saved.tensor.data), layer,
-              layer.rows * layer.traits().gates * layer.shape.hidden);
+              layer.rows * traits.saves * shape.hidden);
   }
   args.output = results.output.tensor.data;
   args.h_n = results.h_n.tensor.data;
@@ -116,10 +129,10 @@ void set_given(BackwardArgs& args, const LayerCall& layer, const SavedCall& give
   if (layer.shape.checkpoint_every > 0) {
     args.boundaries = contiguous(given.saved);
   } else {
-    if (traits.has_extra) args.extra = contiguous(given.extra);
-    if (traits.saves_gates) {
+    if (traits.has_extra()) args.extra = contiguous(given.extra);
+    if (traits.saves_gates()) {
       set_parts(args.gates, static_cast<const char*>(contiguous(given.saved)), layer,
-                layer.rows * traits.gates * layer.shape.hidden);
+                layer.rows * traits.saves * layer.shape.hidden);
     }
   }
   args.d_output = contiguous(given.d_output);
@@ -128,7 +141,7 @@ void set_given(BackwardArgs& args, const LayerCall& layer, const SavedCall& give
   args.d_extra = contiguous(given.d_extra);
 }
 
-// The gradients of x, h_0, c_0 and each weight, made one after the other.
+// The gradients of x, h_0, c_0, inputs and each weight, made one after the other.
 class Gradients {
  public:
   Gradients(const LayerCall& layer, const std::vector<bool>& wanted)
@@ -143,10 +156,10 @@ class Gradients {
     return made.tensor.data;
   }
   // The gradients of both biases: each comes with the other.
-  void add_biases(const Shape& shape, void*& d_bias_ih, void*& d_bias_hh) {
+  void add_biases(const Shape& ih, const Shape& hh, void*& d_bias_ih, void*& d_bias_hh) {
     const bool is_needed = wanted_[all_.size()] || wanted_[all_.size() + 1];
-    d_bias_ih = add(shape, is_needed);
-    d_bias_hh = add(shape, is_needed);
+    d_bias_ih = add(ih, is_needed);
+    d_bias_hh = add(hh, is_needed);
   }
 
   std::vector<py::object>& all() { return all_; }
@@ -159,7 +172,7 @@ class Gradients {
 
 void run_backward(const BackwardArgs& args, const LayerCall& layer) {
   const int threads = torch_threads();
-  const CpuVariant& variant = active_variant();
+  const Kernels kernels = kernels_of(layer);
   py::gil_scoped_release release;
   const int64_t size = size_of(args.dtype);
   prefer_large_pages(args.d_x, args.directions * layer.rows * args.input * size);
@@ -171,7 +184,7 @@ void run_backward(const BackwardArgs& args, const LayerCall& layer) {
       prefer_large_pages(args.d_weight_ih[d], column * args.input);
     if (column * args.proj >= kMapped) prefer_large_pages(args.d_weight_hh[d], column * args.proj);
   }
-  variant.backward(args, threads);
+  kernels.backward(args, threads);
 }
 
 }  // namespace
@@ -190,14 +203,25 @@ std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given)
   args.d_x =
       gradients.add(adds_up ? Shape{shape.directions, layer.rows, shape.input} : layer.x.shape);
   args.d_h_0 = gradients.add(layer.states(shape.proj));
-  args.d_c_0 = gradients.add(layer.states(shape.hidden));
-  const int64_t gates = layer.traits().gates * shape.hidden;
+  const CellTraits& traits = layer.traits();
+  args.d_c_0 = gradients.add(layer.states(traits.states * shape.hidden));
+  args.d_inputs = gradients.add(layer.inputs.shape);
+  const int64_t gates = traits.gates * shape.hidden, recurrent = traits.recurrent * shape.hidden;
+  std::vector<void*> d_parameters[kMaxDirections];
   for (int d = 0; d < shape.directions; ++d) {
     const LayerCall::Weights& w = layer.weights[d];
     args.d_weight_ih[d] = gradients.add({gates, shape.input});
-    args.d_weight_hh[d] = gradients.add({gates, shape.proj});
-    if (w.bias_ih) gradients.add_biases({gates}, args.d_bias_ih[d], args.d_bias_hh[d]);
+    if (w.hh) args.d_weight_hh[d] = gradients.add({recurrent, shape.proj});
+    if (w.bias_ih && w.bias_hh) {
+      gradients.add_biases({gates}, {recurrent}, args.d_bias_ih[d], args.d_bias_hh[d]);
+    } else if (w.bias_ih) {
+      args.d_bias_ih[d] = gradients.add({gates});
+    }
     if (w.hr) args.d_weight_hr[d] = gradients.add({shape.proj, shape.hidden});
+    for (size_t q = 0; q < w.parameters.size(); ++q) {
+      d_parameters[d].push_back(gradients.add({shape.hidden}));
+    }
+    args.d_parameters[d] = d_parameters[d].data();
   }
   run_backward(args, layer);
 

@@ -1,6 +1,7 @@
 // A layer on the CPU's kernels: from a checked record to memory and back.
 #pragma once
 
+#include <deque>
 #include <vector>
 
 #include "../../python/layer.h"
@@ -18,9 +19,17 @@ class Contiguous {
     copies_.push_back(contiguous(tensor.object));
     return view(copies_.back()).data;
   }
+  // The same of each tensor.
+  const void* const* operator()(const std::vector<Tensor>& tensors) {
+    if (tensors.empty()) return nullptr;
+    std::vector<const void*>& list = lists_.emplace_back();
+    for (const Tensor& tensor : tensors) list.push_back((*this)(tensor));
+    return list.data();
+  }
 
  private:
   std::vector<py::object> copies_;
+  std::deque<std::vector<const void*>> lists_;
 };
 
 // A new tensor, or none.
@@ -50,7 +59,7 @@ Results forward(const LayerCall& layer);
 // The same into memory that is there.
 void run_forward(const ForwardArgs& args, const LayerCall& layer);
 
-// The gradients of x, h_0, c_0 and each weight, None where not wanted.
+// The gradients of x, h_0, c_0, inputs and each weight, None where not wanted.
 std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given);
 
 }  // namespace fastrnn

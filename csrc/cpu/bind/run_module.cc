@@ -108,9 +108,12 @@ LayerCall layer_of(const Model& model, int k, const Tensor& x, const Tensor& h_0
   const size_t each = model.weights_per_layer() / model.directions;
   weights += k * model.weights_per_layer();
   for (int d = 0; d < model.directions; ++d, weights += each) {
-    layer.weights[d] = {weights[0], weights[1], each > 3 ? weights[2] : Tensor{},
+    layer.weights[d] = {weights[0],
+                        weights[1],
+                        each > 3 ? weights[2] : Tensor{},
                         each > 3 ? weights[3] : Tensor{},
-                        each % 2 == 1 ? weights[each - 1] : Tensor{}};
+                        each % 2 == 1 ? weights[each - 1] : Tensor{},
+                        {}};
   }
   layer.complete();
   return layer;
@@ -126,7 +129,7 @@ std::array<py::object, 3> infer(const Model& model, Tensor x, const Tensor& h_0,
     const int64_t entries = model.layers * model.directions;
     if (k == 0) {
       h_n = make(layer, {entries, shape.batch, shape.proj});
-      c_n = make_if(layer.traits().has_cell_state, layer, {entries, shape.batch, shape.hidden});
+      c_n = make_if(layer.traits().has_cell_state(), layer, {entries, shape.batch, shape.hidden});
     }
     Contiguous contiguous;
     ForwardArgs args{};
@@ -157,7 +160,8 @@ std::array<py::object, 3> train(const Model& model, py::object x, py::handle h_0
                      /*keep=*/true, /*all_c=*/false);
   for (int k = 0; k < model.layers; ++k) {
     const py::object h = states_of(model, k, h_0), c = states_of(model, k, c_0);
-    std::vector<PyObject*> arguments{options.ptr(), x.ptr(), h.ptr(), c.ptr(), Py_None, Py_None};
+    std::vector<PyObject*> arguments{options.ptr(), x.ptr(), h.ptr(), c.ptr(),
+                                     Py_None,       Py_None, Py_None};
     const auto first = model.weights.begin() + k * model.weights_per_layer();
     for (auto weight = first; weight != first + model.weights_per_layer(); ++weight) {
       arguments.push_back(weight->ptr());
@@ -183,7 +187,7 @@ py::object run_checked(py::handle module, py::handle input, py::handle hx,
                        const py::object& checkpoint_every, const py::dict& functions) {
   const std::optional<Model> model = read_model(module);
   if (!model) return py::none();
-  const bool has_cell_state = cell_traits(model->cell).has_cell_state;
+  const bool has_cell_state = cell_traits(model->cell).has_cell_state();
   py::handle given[2] = {Py_None, Py_None};  // h_0 and c_0
   const size_t given_states = hx.is_none() ? 0 : 1 + has_cell_state;
   if (given_states == 1) {

@@ -1,0 +1,25 @@
+// What a cell is, for code that knows it by its index alone.
+#pragma once
+
+namespace fastrnn {
+
+struct CellTraits {
+  const char* mode;  // its name, as in torch.nn.RNNBase.mode
+  int index;
+  int gates;       // G, the rows of weight_ih per unit
+  int recurrent;   // R, those of weight_hh; 0: the cell has none
+  int states;      // C, carried from step to step beside h
+  int extras;      // E, values per unit and step beside h that backward reads: the states, if any
+  int saves;       // K, values per unit and step that forward saves for backward alone
+  int inputs;      // Z, those of each step and unit that no weight multiplies
+  int parameters;  // Q, learned vectors [H]
+  bool splits_gradient, has_direct_path;
+
+  bool has_cell_state() const { return states > 0; }
+  bool has_extra() const { return extras > 0; }
+  bool saves_gates() const { return saves > 0; }
+  // Projections of h are in the kernels of cells that carry another state beside it.
+  bool can_project() const { return states == 1 && !has_direct_path && inputs + parameters == 0; }
+};
+
+}  // namespace fastrnn
