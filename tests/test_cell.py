@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn import _kernels, cells
-from fastrnn._check import _compare
+from fastrnn._check import _compare, _differentiate
 from fastrnn._generate import generate
 from fastrnn._layer import CELLS
 
@@ -259,6 +259,14 @@ def test_bad_states():
 # The kernels
 
 
+@pytest.mark.parametrize("cls", [Mixed, *GALLERY], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_derivatives(cls, layers, directions):
+    """gradcheck and gradgradcheck, with every mask, with and without resets."""
+    _differentiate(cls, "cpu", layers, directions)
+
+
 @pytest.mark.parametrize("cls", [OwnLSTM, OwnGRU, Mixed, *GALLERY], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernel_equals_function(cls, dtype):
@@ -448,10 +456,15 @@ for t in range(5):
 """
 
 
-def start(cache, factor=1.0, **environment):
-    """A process that uses a cell, compiled in a directory."""
+def start(cache, factor=1.0, limit=None, **environment):
+    """A process that uses a cell, compiled in a directory; limit: bytes that a file may have."""
     environment = {**os.environ, "FASTRNN_CACHE": str(cache), **environment}
-    arguments = [sys.executable, "-W", "always", "-c", PROGRAM.format(factor=factor)]
+    program = PROGRAM.format(factor=factor)
+    if limit is not None:
+        program = (
+            f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2)\n{program}"
+        )
+    arguments = [sys.executable, "-W", "always", "-c", program]
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -472,7 +485,7 @@ def counting_compiler(tmp_path):
 
 def test_many_processes_compile_once(tmp_path, counting_compiler):
     compiler, log = counting_compiler
-    for process in [start(tmp_path / "cache", CXX=compiler) for _ in range(4)]:
+    for process in [start(tmp_path / "cache", CXX=compiler) for _ in range(16)]:
         finish(process)
     assert log.read_text() == "run\n"
     finish(start(tmp_path / "cache", CXX=compiler))
@@ -497,6 +510,13 @@ def test_without_a_compiler(tmp_path):
 def test_with_a_broken_compiler(tmp_path):
     errors = finish(start(tmp_path / "cache", CXX="false"))
     assert "false failed" in errors
+
+
+def test_without_room_for_a_kernel(tmp_path):
+    errors = finish(start(tmp_path / "cache", limit=2000))
+    assert errors.count("RuntimeWarning: fastrnn: Cached has no kernel") == 1
+    assert not list((tmp_path / "cache").glob("*.so"))
+    assert "has no kernel" not in finish(start(tmp_path / "cache"))
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="nothing is read-only for root")

@@ -16,6 +16,7 @@ __all__ = ["check_cell"]
 
 _INPUT, _HIDDEN = 6, 19  # 19 units end in a vector that is not full
 _SIZES, _FEW = (7, 5), (4, 3)  # steps and rows; finite differences take few
+_KINDS = ("no mask", "lengths", "holes", "resets", "lengths and resets", "holes and resets")
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative to the largest entry, or to 1
 
 
@@ -29,8 +30,9 @@ def _marks(kind: str, sizes: tuple[int, int], device: Any) -> dict[str, Tensor]:
         marks = torch.rand(steps, batch, generator=generator) < 0.6
         name = "mask" if kind == "holes" else "reset"
         return {name: (marks if kind == "holes" else ~marks).to(device)}
-    if kind == "holes and resets":
-        return {**_marks("holes", sizes, device), **_marks("resets", sizes, device)}
+    if kind.endswith(" and resets"):
+        first = kind.removesuffix(" and resets")
+        return {**_marks(first, sizes, device), **_marks("resets", sizes, device)}
     return {}
 
 
@@ -89,7 +91,7 @@ def _compare(cls: type[CellLayer], dtype: torch.dtype, device: Any, layers: int,
         for parameter in rnn.parameters():  # constants as initial values would hide much
             parameter.add_(0.3 * torch.randn_like(parameter))
     worst = 0.0
-    for kind in ("no mask", "lengths", "holes", "resets", "holes and resets"):
+    for kind in _KINDS:
         x, states, inputs = _arguments(rnn, _SIZES, dtype, device)
         marks = _marks(kind, _SIZES, device)
         leaves = [x, *states, *(z for each in inputs for z in each.values()), *rnn.parameters()]
@@ -123,7 +125,7 @@ def _differentiate(cls: type[CellLayer], device: Any, layers: int, directions: i
     rnn = cls(2, 3, layers, bidirectional=directions == 2, device=device, dtype=torch.float64)
     names = [name for name, _ in rnn.named_parameters()]
     weights = tuple(p.detach().clone().requires_grad_() for p in rnn.parameters())
-    for kind in ("no mask", "lengths", "holes", "resets"):
+    for kind in _KINDS:
         x, states, inputs = _arguments(rnn, _FEW, torch.float64, device)
         marks = _marks(kind, _FEW, device)
         loose = [z for each in inputs for z in each.values()]
