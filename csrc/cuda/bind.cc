@@ -167,7 +167,7 @@ void backward(int device, const Plan& plan, py::handle record, py::handle saved_
   const LayerCall& layer = scan.layer();
   const SavedCall saved = read_saved(layer, saved_record);
   args.output = scan.get("output", saved.output, scan.steps());
-  if (layer.traits().saves_gates()) args.gates = scan.get("saved", saved.saved, layer.gates());
+  if (layer.traits().saves_gates()) args.gates = scan.get("saved", saved.saved, layer.saved());
   if (layer.traits().has_extra())
     args.extra = scan.get_computed("extra", saved.extra, scan.steps());
   args.d_output = scan.get("d_output", saved.d_output, scan.steps());

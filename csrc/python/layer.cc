@@ -229,7 +229,7 @@ void check_results(const LayerCall& layer, const SavedCall& given) {
   expect_if(traits.has_extra() && !recomputes, "extra", given.extra,
             layer.steps(shape.directions * traits.extras * shape.hidden), state);
   expect_if(recomputes, "saved", given.saved, layer.boundaries(), state);
-  expect_if(traits.saves_gates() && !recomputes, "saved", given.saved, layer.gates(), element);
+  expect_if(traits.saves_gates() && !recomputes, "saved", given.saved, layer.saved(), element);
 }
 
 void check_incoming(const LayerCall& layer, const SavedCall& given) {
@@ -305,7 +305,8 @@ Shape LayerCall::steps(int64_t features) const {
 
 Shape LayerCall::states(int64_t features) const { return {directions, batch, features}; }
 
-Shape LayerCall::gates() const { return {directions, rows, traits().saves * shape.hidden}; }
+Shape LayerCall::gates() const { return {directions, rows, traits().gates * shape.hidden}; }
+Shape LayerCall::saved() const { return {directions, rows, traits().saves * shape.hidden}; }
 
 Shape LayerCall::boundaries() const {
   const int64_t segments =

@@ -52,7 +52,8 @@ struct LayerCall {
   // The shapes of all that is laid out by direction, by step, or both.
   Shape steps(int64_t features) const;   // [T, B, features] or [N, features]
   Shape states(int64_t features) const;  // [D, B, features]
-  Shape gates() const;                   // [D, N, K*H]
+  Shape gates() const;                   // [D, N, G*H]
+  Shape saved() const;                   // [D, N, K*H]
   Shape boundaries() const;              // [S-1, D, B, P + C*H]
   bool keeps_extra() const;
   bool keeps_gates() const { return keep && traits().saves_gates() && shape.checkpoint_every == 0; }

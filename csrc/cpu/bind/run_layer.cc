@@ -107,7 +107,7 @@ Results forward(const LayerCall& layer) {
     results.saved = make(layer, layer.boundaries(), layer.state_element());
     args.boundaries = results.saved.tensor.data;
   } else if (layer.keeps_gates()) {
-    results.saved = make(layer, layer.gates());
+    results.saved = make(layer, layer.saved());
     set_parts(args.gates, static_cast<char*>(results.saved.tensor.data), layer,
               layer.rows * traits.saves * shape.hidden);
   }
