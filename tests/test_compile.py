@@ -220,5 +220,5 @@ def test_opcheck_with_gradients(cell, bidirectional, ragged, keep):
     resets = torch.rand(x.shape[:-1]) < 0.4
     x = x.detach().requires_grad_()
     options = cell, 1 + bidirectional, 3, False, 0, keep, not keep
-    args = (*options, x, h_0, c_0, sizes, resets, params)
+    args = (*options, x, h_0, c_0, sizes, resets, None, params)
     torch.library.opcheck(torch.ops.fastrnn.scan_forward, args)

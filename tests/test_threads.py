@@ -316,9 +316,9 @@ def test_inter_op_threads():
     def both(x: torch.Tensor, weights: list[torch.Tensor], batch: int):
         options = ("LSTM", 1, batch, False, 0, False, False)
         other = torch.jit.fork(
-            torch.ops.fastrnn.scan_forward, *options, x, None, None, None, None, weights
+            torch.ops.fastrnn.scan_forward, *options, x, None, None, None, None, None, weights
         )
-        own = torch.ops.fastrnn.scan_forward(*options, x, None, None, None, None, weights)
+        own = torch.ops.fastrnn.scan_forward(*options, x, None, None, None, None, None, weights)
         return own[0], torch.jit.wait(other)[0]
 
     model = make(fastrnn, "LSTM", *SIZES)

@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
     @property
     def wanted(self) -> list[bool]:
-        return [True, True, self.layer.cell.has_cell_state, *[True] * len(self.layer.weights)]
+        return [True, True, self.layer.cell.has_cell_state, False, *[True] * len(self.layer.weights)]
 
     def to(self, change) -> "Case":
         def each(value: Any) -> Any:
@@ -91,7 +91,7 @@ class Case(NamedTuple):
     @property
     def names(self) -> list[str]:
         """Of the tensors that have gradients."""
-        return ["x", "h_0", "c_0", *(f"weights[{i}]" for i in range(len(self.layer.weights)))]
+        return ["x", "h_0", "c_0", "inputs", *(f"weights[{i}]" for i in range(len(self.layer.weights)))]
 
     def reference(self) -> dict[str, Tensor]:
         leaf = self.to(lambda t: t.detach().requires_grad_(t.is_floating_point()))
