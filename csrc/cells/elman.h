@@ -39,12 +39,12 @@ struct Elman {
   static constexpr bool has_direct_path = false;
 
   template <class V>
-  static constexpr V forward(V (&x)[1], const V (&r)[1], V, V&) {
+  [[gnu::always_inline]] static constexpr V forward(V (&x)[1], const V (&r)[1], V, V&) {
     return Nonlinearity::apply(x[0] + r[0]);
   }
 
   template <class V>
-  static constexpr V backward(const V (&)[1], V, V h, V, V, V dh, V&, V (&dx)[1], V (&dr)[1]) {
+  [[gnu::always_inline]] static constexpr V backward(const V (&)[1], V, V h, V, V, V dh, V&, V (&dx)[1], V (&dr)[1]) {
     dx[0] = dr[0] = dh * Nonlinearity::derivative(h);
     return V(0);
   }

@@ -16,7 +16,7 @@ struct Gru {
   static constexpr bool has_direct_path = true;  // z * h
 
   template <class V>
-  static constexpr V forward(V (&x)[3], const V (&r)[3], V h, V& extra) {
+  [[gnu::always_inline]] static constexpr V forward(V (&x)[3], const V (&r)[3], V h, V& extra) {
     x[0] = sigmoid(x[0] + r[0]);
     x[1] = sigmoid(x[1] + r[1]);
     x[2] = tanh(x[2] + x[0] * r[2]);
@@ -25,7 +25,7 @@ struct Gru {
   }
 
   template <class V>
-  static constexpr V backward(const V (&gate)[3], V h_prev, V, V, V extra, V dh, V&, V (&dx)[3],
+  [[gnu::always_inline]] static constexpr V backward(const V (&gate)[3], V h_prev, V, V, V extra, V dh, V&, V (&dx)[3],
                               V (&dr)[3]) {
     const V r = gate[0], z = gate[1], n = gate[2];
     dx[2] = dh * (V(1) - z) * (V(1) - n * n);

@@ -16,7 +16,7 @@ struct Lstm {
   static constexpr bool has_direct_path = false;
 
   template <class V>
-  static constexpr V forward(V (&x)[4], const V (&r)[4], V, V& c) {
+  [[gnu::always_inline]] static constexpr V forward(V (&x)[4], const V (&r)[4], V, V& c) {
     x[0] = sigmoid(x[0] + r[0]);
     x[1] = sigmoid(x[1] + r[1]);
     x[2] = tanh(x[2] + r[2]);
@@ -31,7 +31,7 @@ struct Lstm {
   }
 
   template <class V>
-  static constexpr V backward(const V (&gate)[4], V, V, V c_prev, V c, V dh, V& dc, V (&dx)[4],
+  [[gnu::always_inline]] static constexpr V backward(const V (&gate)[4], V, V, V c_prev, V c, V dh, V& dc, V (&dx)[4],
                               V (&dr)[4]) {
     const V i = gate[0], f = gate[1], g = gate[2], o = gate[3];
     const V tanh_c = tanh(c);

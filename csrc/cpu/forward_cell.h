@@ -203,7 +203,7 @@ class ForwardCell {
       if (rows.gates != nullptr) {
 #pragma GCC unroll 4
         for (int k = 0; k < C::saves; ++k) {
-          store_lanes(rows.gates + (r * C::saves + k) * args_.hidden + unit, cell.saved[k]);
+          store_lanes(rows.gates + (r * C::saves + k) * rows.hidden + unit, cell.saved[k]);
         }
       }
     }
@@ -211,7 +211,7 @@ class ForwardCell {
       if (rows.extra != nullptr) {
 #pragma GCC unroll 4
         for (int k = 0; k < C::extras; ++k) {
-          store_lanes(rows.extra + r * rows.extra_stride + k * args_.hidden + unit, cell.extra[k]);
+          store_lanes(rows.extra + r * rows.extra_stride + k * rows.hidden + unit, cell.extra[k]);
         }
       }
     }

@@ -239,7 +239,7 @@ def choose_saved(needed: Iterable[Node], free: set[Node], unknown: set[Node]) ->
     saved. By the maximum flow from the unknown to the needed; of all minimum cuts the one next to
     the needed.
     """
-    needed = [node for node in needed if node not in free]
+    needed = [node for node in dict.fromkeys(needed) if node not in free]
     nodes = [node for node in _closure(needed, free) if node not in free]
     source, sink = "source", "sink"
     capacity: dict[Any, dict[Any, float]] = {source: {}, sink: {}}
@@ -403,10 +403,9 @@ def generate(definition: Definition) -> str:
     for node in _closure(backward):
         if node in incoming or any(a in later for a in node.nodes):
             later.add(node)
-    needed = {
-        a for node in _closure(backward) if node in later for a in node.nodes if a not in later
-    }
-    needed |= {v for v in backward if isinstance(v, Node) and v not in later}
+    order = [n for n in _closure(backward) if n in later]
+    needed = [a for node in order for a in node.nodes if a not in later]
+    needed += [v for v in backward if isinstance(v, Node) and v not in later]
     saved = choose_saved(needed, free, {*x, *r})
 
     gates = {f"{gate}": i for i, gate in enumerate(d.gates)}
@@ -520,15 +519,16 @@ def generate(definition: Definition) -> str:
         ),
         "",
         "  template <class V>",
-        "  static V forward(const V* x_, const V* r_, const V* z_, const V* p_, V h_prev_,",
-        "                   V* state_, V* saved_) {",
+        "  [[gnu::always_inline]] static V forward(const V* x_, const V* r_, const V* z_,",
+        "                                          const V* p_, V h_prev_, V* state_, V* saved_) {",
         *(f"    {line}" for line in forward),
         "  }",
         "",
         "  template <class V>",
-        "  static V backward(const V* saved_, const V* z_, const V* p_, V h_prev_, V h_,",
-        "                    const V* state_prev_, const V* state_, V dh_, V* d_state_, V* dx_,",
-        "                    V* dr_, V* dz_, V* dp_) {",
+        "  [[gnu::always_inline]] static V backward(const V* saved_, const V* z_, const V* p_,",
+        "                                           V h_prev_, V h_, const V* state_prev_,",
+        "                                           const V* state_, V dh_, V* d_state_, V* dx_,",
+        "                                           V* dr_, V* dz_, V* dp_) {",
         *(f"    {line}" for line in body),
         "  }",
         "};",
