@@ -564,3 +564,43 @@ def test_no_warnings_with_a_kernel():
         warnings.simplefilter("error")
         OwnLSTM(3, 4)(torch.randn(2, 1, 3))
     assert Path(_kernels.cache_directory()).exists()
+
+
+# torch's tools
+
+
+@pytest.mark.parametrize("tool", ["export", "trace", "symbolic_trace", "compile"])
+def test_tools(tool, tmp_path, monkeypatch):
+    """The first call of a cell, for which its kernel is made, is one of the tool's."""
+    monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
+
+    def step(x, r, h):
+        return torch.tanh(x.a + r.a) - 0.1 * h
+
+    step.__name__ = f"Under_{tool}"
+    model = torch.nn.Sequential(fastrnn.cell(gates=("a",))(step)(3, 4))
+    x = torch.randn(5, 2, 3)
+    tools = {
+        "export": lambda: torch.export.export(model, (x,)).module(),
+        "trace": lambda: torch.jit.trace(model, x),
+        "symbolic_trace": lambda: torch.fx.symbolic_trace(model),
+        "compile": lambda: torch.compile(model, backend="aot_eager", fullgraph=True),
+    }
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, torch.jit.TracerWarning):  # torch's own
+            warnings.filterwarnings("ignore", category=category)
+        made = tools[tool]()
+    output, h_n = made(x)
+    assert any(tmp_path.glob("*.so"))
+    torch.testing.assert_close((output, h_n), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_what_torch_has_no_class_for():
+    model = torch.nn.Sequential(cells.MinGRU(3, 4))
+    with pytest.raises(RuntimeError, match=r"MinGRU: torch\.jit\.script compiles torch\.nn's"):
+        torch.jit.script(model)
+    assert not fastrnn.replace(model, subclasses=True)
+    (left,) = fastrnn.restore(model, all=True)
+    assert left.new is None
+    assert left.reason == "torch.nn has no such cell"

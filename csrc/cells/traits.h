@@ -20,6 +20,9 @@ struct CellTraits {
   bool saves_gates() const { return saves > 0; }
   // Projections of h are in the kernels of cells that carry another state beside it.
   bool can_project() const { return states == 1 && !has_direct_path && inputs + parameters == 0; }
+  // Tensors per direction.
+  int least_weights() const { return (recurrent > 0 ? 2 : 1) + parameters; }
+  int most_weights() const { return (recurrent > 0 ? 5 : 2) + parameters; }
 };
 
 }  // namespace fastrnn

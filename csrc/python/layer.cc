@@ -80,8 +80,7 @@ int find_cell(py::handle mode) {
 
 namespace {
 
-// Direction by direction w_ih, w_hh, perhaps both biases, perhaps w_hr, as in torch.nn.RNNBase, and
-// the cell's learned vectors. Without recurrent gates there is neither w_hh nor b_hh.
+// Direction by direction, see read_direction.
 void read_weights(LayerCall& layer, py::handle sequence) {
   if (!PySequence_Check(sequence.ptr())) {
     fail("weights", "expected a sequence of tensors, got ", describe(sequence));
@@ -89,35 +88,21 @@ void read_weights(LayerCall& layer, py::handle sequence) {
   PyObject* const items = PySequence_Tuple(sequence.ptr());
   if (items == nullptr) throw py::error_already_set();
   layer.own_weights = py::reinterpret_steal<py::tuple>(items);
-  const auto count = static_cast<Py_ssize_t>(layer.own_weights.size());
+  const auto count = static_cast<int64_t>(layer.own_weights.size());
   const CellTraits& traits = layer.traits();
-  const bool has_hh = traits.recurrent > 0;
-  const Py_ssize_t each = count / layer.directions - traits.parameters;  // without the vectors
-  const Py_ssize_t least = has_hh ? 2 : 1, most = has_hh ? 5 : 2;
-  if (count % layer.directions != 0 || each < least || each > most) {
-    fail("weights", "expected ", std::to_string(least + traits.parameters), " to ",
-         std::to_string(most + traits.parameters), " tensors per direction, got ",
+  const int64_t each = count / layer.directions;
+  if (count % layer.directions != 0 || each < traits.least_weights() ||
+      each > traits.most_weights()) {
+    fail("weights", "expected ", std::to_string(traits.least_weights()), " to ",
+         std::to_string(traits.most_weights()), " tensors per direction, got ",
          std::to_string(count), " for ", std::to_string(layer.directions),
          layer.directions == 1 ? " direction" : " directions");
   }
   Py_ssize_t next = 0;
-  const auto take = [&](const char* name) {
-    return view_field(name, PyTuple_GET_ITEM(items, next++));
-  };
-  static constexpr const char* names[kMaxDirections][5] = {
-      {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"},
-      {"weight_ih_reverse", "weight_hh_reverse", "bias_ih_reverse", "bias_hh_reverse",
-       "weight_hr_reverse"}};
   for (int d = 0; d < layer.directions; ++d) {
-    LayerCall::Weights& w = layer.weights[d];
-    w.ih = take(names[d][0]);
-    if (has_hh) w.hh = take(names[d][1]);
-    if (each > (has_hh ? 3 : 1)) {
-      w.bias_ih = take(names[d][2]);
-      if (has_hh) w.bias_hh = take(names[d][3]);
-    }
-    if (has_hh && each % 2 == 1) w.hr = take(names[d][4]);
-    for (int q = 0; q < traits.parameters; ++q) w.parameters.push_back(take("parameter"));
+    read_direction(layer.weights[d], traits, each, [&](const char* name, const char* reverse) {
+      return view_field(d == 0 ? name : reverse, PyTuple_GET_ITEM(items, next++));
+    });
   }
 }
 

@@ -63,6 +63,25 @@ struct LayerCall {
   void complete();
 };
 
+// The weights of one direction, `each` of them: w_ih, w_hh, perhaps both biases, perhaps w_hr, as
+// in torch.nn.RNNBase, and the cell's learned vectors. Without recurrent gates there is neither
+// w_hh nor b_hh. take(name, name in the second direction) -> the next tensor.
+template <class Take>
+void read_direction(LayerCall::Weights& w, const CellTraits& traits, int64_t each, Take&& take) {
+  const bool has_hh = traits.recurrent > 0;
+  const int64_t matrices = each - traits.parameters;  // and biases
+  w.ih = take("weight_ih", "weight_ih_reverse");
+  if (has_hh) w.hh = take("weight_hh", "weight_hh_reverse");
+  if (matrices > (has_hh ? 3 : 1)) {
+    w.bias_ih = take("bias_ih", "bias_ih_reverse");
+    if (has_hh) w.bias_hh = take("bias_hh", "bias_hh_reverse");
+  }
+  if (has_hh && matrices % 2 == 1) w.hr = take("weight_hr", "weight_hr_reverse");
+  for (int q = 0; q < traits.parameters; ++q) {
+    w.parameters.push_back(take("parameter", "parameter_reverse"));
+  }
+}
+
 // The places of the record's tensors.
 enum class LayerField : int { kX = 7, kH0, kC0, kBatchSizes, kResets, kInputs, kWeights };
 

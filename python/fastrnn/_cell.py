@@ -51,6 +51,7 @@ class CellLayer(_RNNBase):
     """
 
     definition: ClassVar[Definition]
+    _theirs = None
 
     def __init__(
         self,
@@ -239,6 +240,22 @@ class CellLayer(_RNNBase):
             ValueError: if lengths, mask, reset or inputs is of a wrong type, shape or range.
             RuntimeError: as torch.nn's, with its text, for input and hx of wrong shapes or devices.
         """
+        is_plain = lengths is None and mask is None and reset is None and inputs is None
+        if is_plain and not return_states:
+            result = self._run_directly(input, hx)
+            if result is not None:
+                return result
+        result = self._run_otherwise(
+            input,
+            hx,
+            lengths=lengths,
+            mask=mask,
+            reset=reset,
+            return_states=return_states,
+            inputs=inputs,
+        )
+        if result is not None:
+            return result
         own = self._read_inputs(input, inputs)
         states = self._read_states(hx)
         output, final, sequences = self._forward(

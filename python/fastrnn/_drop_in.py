@@ -22,9 +22,10 @@ def _items(given: Iterable[Any]) -> Iterator[Any]:
 
 
 class DropIn(nn.Module):
-    """A module that stands for one of torch.nn."""
+    """A module of ours, which may stand for one of torch.nn."""
 
-    _theirs: ClassVar[type[nn.Module]]  # the class it stands for
+    # The class it stands for; None for a cell that torch.nn has not.
+    _theirs: ClassVar[type[nn.Module] | None]
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script takes instead: torch.nn's twin, sharing all that this holds."""
@@ -32,6 +33,11 @@ class DropIn(nn.Module):
         own: Any = next(c for c in cls.__mro__ if "_theirs" in vars(c))
         if cls.forward is not own.forward:
             return self  # whose code is to be compiled as it stands
+        if self._theirs is None:
+            raise RuntimeError(
+                f"{cls.__name__}: torch.jit.script compiles torch.nn's classes, which have no such "
+                "cell; use torch.export or torch.jit.trace"
+            )
         if lost := self._without_twin():
             raise RuntimeError(
                 f"{lost}: torch.jit.script compiles torch.nn.{self._theirs.__name__}, which has no "

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -126,7 +127,9 @@ def _compile_into(definition: Definition, dtype: torch.dtype, target: Path) -> N
     folder, _ = _sources()
     element, name = _ELEMENTS[dtype]
     try:
-        text = source(definition)
+        # In a thread of its own, which no mode or trace of torch's around the call can reach.
+        with ThreadPoolExecutor(1) as pool:
+            text = pool.submit(source, definition).result()
     except NotImplementedError as error:
         raise CompileError(str(error)) from error
     header = target.with_suffix(".h")

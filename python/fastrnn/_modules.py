@@ -119,6 +119,11 @@ class _RNNBase(DropIn, RNNBase):
                     f"{next(iter(given))}: expected none here, where torch's own forward runs, for "
                     "Expanded Weights, objects that are no tensors, or ONNX of a PackedSequence"
                 )
+            if self._theirs is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: torch.nn has no such cell to run here, for Expanded "
+                    "Weights, objects that are no tensors, or ONNX of a PackedSequence"
+                )
             return self._theirs.forward(self, input, hx)
         return None
 

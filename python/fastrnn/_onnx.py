@@ -32,6 +32,8 @@ _OPERATORS = {
 
 def refuse(module: nn.RNNBase, **options: Any) -> None:
     """Raises RuntimeError for an option that ONNX's nodes have no word for."""
+    if module.mode not in _OPERATORS:
+        raise RuntimeError(f"{type(module).__name__}: ONNX has nodes for LSTM, GRU and RNN alone")
     operator = _OPERATORS[module.mode].name
     why = {
         "mask": "lengths, and so no holes; where valid steps come first, give lengths=",

@@ -224,7 +224,7 @@ def replace(model: nn.Module, *, subclasses: bool = False) -> Report:
 
     def swap(path: str, module: nn.Module) -> Swap | None:
         old = _class(module)
-        if not isinstance(module, (RNNBase, RNNCellBase)) or issubclass(old, tuple(_THEIRS)):
+        if not isinstance(module, (RNNBase, RNNCellBase)) or isinstance(module, DropIn):
             return None
         reason, hint = _why_leave(module, subclasses)
         if reason:
@@ -257,6 +257,8 @@ def restore(model: nn.Module, *, all: bool = False) -> Report:
         old = _class(module)
         if _MARK not in vars(module) and not (all and isinstance(module, DropIn)):
             return None
+        if isinstance(module, DropIn) and module._theirs is None:
+            return Swap(path, old, None, "torch.nn has no such cell", "keep it, or train another")
         new = old.__bases__[0] if isinstance(old, _Rebased) else _THEIRS.get(old)
         if new is None:
             if _MARK in vars(module):

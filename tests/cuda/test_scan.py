@@ -58,7 +58,13 @@ class Case(NamedTuple):
 
     @property
     def wanted(self) -> list[bool]:
-        return [True, True, self.layer.cell.has_cell_state, False, *[True] * len(self.layer.weights)]
+        return [
+            True,
+            True,
+            self.layer.cell.has_cell_state,
+            False,
+            *[True] * len(self.layer.weights),
+        ]
 
     def to(self, change) -> "Case":
         def each(value: Any) -> Any:
@@ -91,7 +97,8 @@ class Case(NamedTuple):
     @property
     def names(self) -> list[str]:
         """Of the tensors that have gradients."""
-        return ["x", "h_0", "c_0", "inputs", *(f"weights[{i}]" for i in range(len(self.layer.weights)))]
+        weights = (f"weights[{i}]" for i in range(len(self.layer.weights)))
+        return ["x", "h_0", "c_0", "inputs", *weights]
 
     def reference(self) -> dict[str, Tensor]:
         leaf = self.to(lambda t: t.detach().requires_grad_(t.is_floating_point()))
@@ -100,7 +107,8 @@ class Case(NamedTuple):
         pairs = [(o, g) for o, g in zip(output, leaf.grads) if g is not None]
         loss = sum((o * g).sum() for o, g in pairs)
         results = {n: o.detach() for n, o in zip(["output", "h_n", "c_n", "c"], output)}
-        inputs = dict(zip(self.names, (layer.x, layer.h_0, layer.c_0, *layer.weights)))
+        given = layer.x, layer.h_0, layer.c_0, layer.inputs, *layer.weights
+        inputs = dict(zip(self.names, given))
         inputs = {name: t for name, t in inputs.items() if t is not None}
         grads = torch.autograd.grad(loss, list(inputs.values()))
         return results | {f"d_{name}": g for name, g in zip(inputs, grads)}

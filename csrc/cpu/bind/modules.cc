@@ -38,6 +38,8 @@ void load_cell(const std::string& mode, const std::string& path) {
   loaded()[{cell, module.dtype}] = {module.forward, module.backward};
 }
 
+bool has_module(int cell, DType dtype) { return loaded().count({cell, dtype}) > 0; }
+
 Kernels module_kernels(int cell, DType dtype) {
   const auto found = loaded().find({cell, dtype});
   if (found != loaded().end()) return found->second;

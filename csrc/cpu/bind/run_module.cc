@@ -6,7 +6,9 @@
 #include <optional>
 #include <vector>
 
+#include "../../cells/registry.h"
 #include "inspector.h"
+#include "modules.h"
 #include "run_layer.h"
 
 namespace fastrnn {
@@ -79,7 +81,9 @@ std::optional<Model> read_model(py::handle module) {
   }
   const int64_t entries = int64_t{model.layers} * model.directions;
   const auto count = static_cast<int64_t>(model.weights.size());
-  if (count % entries != 0 || count / entries < 2 || count / entries > 5) {
+  const CellTraits& traits = cell_traits(model.cell);
+  if (count % entries != 0 || count / entries < traits.least_weights() ||
+      count / entries > traits.most_weights()) {
     return std::nullopt;
   }
   return model;
@@ -107,13 +111,9 @@ LayerCall layer_of(const Model& model, int k, const Tensor& x, const Tensor& h_0
   layer.c_0 = part_of(c_0, k, model.layers, dtype);
   const size_t each = model.weights_per_layer() / model.directions;
   weights += k * model.weights_per_layer();
-  for (int d = 0; d < model.directions; ++d, weights += each) {
-    layer.weights[d] = {weights[0],
-                        weights[1],
-                        each > 3 ? weights[2] : Tensor{},
-                        each > 3 ? weights[3] : Tensor{},
-                        each % 2 == 1 ? weights[each - 1] : Tensor{},
-                        {}};
+  for (int d = 0; d < model.directions; ++d) {
+    read_direction(layer.weights[d], layer.traits(), each,
+                   [&](const char*, const char*) { return *weights++; });
   }
   layer.complete();
   return layer;
@@ -187,7 +187,9 @@ py::object run_checked(py::handle module, py::handle input, py::handle hx,
                        const py::object& checkpoint_every, const py::dict& functions) {
   const std::optional<Model> model = read_model(module);
   if (!model) return py::none();
-  const bool has_cell_state = cell_traits(model->cell).has_cell_state();
+  const CellTraits& traits = cell_traits(model->cell);
+  if (traits.states > 1 || traits.inputs > 0) return py::none();
+  const bool has_cell_state = traits.has_cell_state();
   py::handle given[2] = {Py_None, Py_None};  // h_0 and c_0
   const size_t given_states = hx.is_none() ? 0 : 1 + has_cell_state;
   if (given_states == 1) {
@@ -208,6 +210,9 @@ py::object run_checked(py::handle module, py::handle input, py::handle hx,
   const Tensor* next = inspector.tensors().data();
   Tensor x = *next++;
   if (x.shape.dims() != 3 || x.shape.count() == 0) return py::none();
+  if (model->cell >= Cells::size && !has_module(model->cell, static_cast<DType>(x.element))) {
+    return py::none();  // is compiled, or said to be missing
+  }
   py::object by_step = py::reinterpret_borrow<py::object>(input);
   if (model->batch_first) {
     by_step = by_step.attr("transpose")(0, 1);
