@@ -44,7 +44,8 @@ struct Elman {
   }
 
   template <class V>
-  [[gnu::always_inline]] static constexpr V backward(const V (&)[1], V, V h, V, V, V dh, V&, V (&dx)[1], V (&dr)[1]) {
+  [[gnu::always_inline]] static constexpr V backward(const V (&)[1], V, V h, V, V, V dh, V&,
+                                                     V (&dx)[1], V (&dr)[1]) {
     dx[0] = dr[0] = dh * Nonlinearity::derivative(h);
     return V(0);
   }

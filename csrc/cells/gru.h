@@ -25,8 +25,8 @@ struct Gru {
   }
 
   template <class V>
-  [[gnu::always_inline]] static constexpr V backward(const V (&gate)[3], V h_prev, V, V, V extra, V dh, V&, V (&dx)[3],
-                              V (&dr)[3]) {
+  [[gnu::always_inline]] static constexpr V backward(const V (&gate)[3], V h_prev, V, V, V extra,
+                                                     V dh, V&, V (&dx)[3], V (&dr)[3]) {
     const V r = gate[0], z = gate[1], n = gate[2];
     dx[2] = dh * (V(1) - z) * (V(1) - n * n);
     dx[1] = dr[1] = dh * (h_prev - n) * z * (V(1) - z);

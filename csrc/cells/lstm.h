@@ -31,8 +31,8 @@ struct Lstm {
   }
 
   template <class V>
-  [[gnu::always_inline]] static constexpr V backward(const V (&gate)[4], V, V, V c_prev, V c, V dh, V& dc, V (&dx)[4],
-                              V (&dr)[4]) {
+  [[gnu::always_inline]] static constexpr V backward(const V (&gate)[4], V, V, V c_prev, V c, V dh,
+                                                     V& dc, V (&dx)[4], V (&dr)[4]) {
     const V i = gate[0], f = gate[1], g = gate[2], o = gate[3];
     const V tanh_c = tanh(c);
     dc = dc + dh * o * (V(1) - tanh_c * tanh_c);
