@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,16 @@ def Mixed(x, r, h, s, *, u, v=0.5):
     z = torch.sigmoid(x.z + r.z + x.k)
     s = torch.where(x.a > h, u * s, v * s + x.b) * F.softplus(x.l)
     return (1 - z) * h + z * torch.tanh(s), s
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """All that most tests need, side by side: one by one they take twice as long."""
+    dtypes = torch.float32, torch.float64
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for cls, dtype in product([OwnLSTM, OwnGRU, Mixed, *GALLERY], dtypes):
+            directory = _kernels.cache_directory()
+            pool.submit(_kernels.compile_cell, cls.definition, dtype, directory)
 
 
 def pair(own, theirs, *sizes, **options):

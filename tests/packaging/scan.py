@@ -95,11 +95,11 @@ def scan(cpu, mode: str, dtype: DType, sizes: tuple[int, int, int, int]) -> str:
     options = mode, D, B, False, 0, True, False
     x, h_0, c_0 = new(T, B, I), new(D, B, H), new(D, B, H) if has_cell_state else None
     weights = [new(*shape) for _ in range(D) for shape in ((G, I), (G, H), (G,), (G,))]
-    layer = *options, x, h_0, c_0, None, None, weights
+    layer = *options, x, h_0, c_0, None, None, None, weights
     output, h_n, c_n, extra, saved = cpu.forward(layer)
 
     d_c_n = new(D, B, H) if has_cell_state else None
-    wanted = [True, True, has_cell_state, *[True] * len(weights)]
+    wanted = [True, True, has_cell_state, False, *[True] * len(weights)]
     given = output, extra, saved, new(T, B, D * H), new(D, B, H), d_c_n, None, wanted
     results = [output, h_n, c_n, extra, saved, *cpu.backward(layer, given)]
     return hashlib.sha256(b"".join(t.memory.raw for t in results if t is not None)).hexdigest()
