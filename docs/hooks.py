@@ -1,9 +1,11 @@
-"""What mkdocs does beside Markdown: pictures drawn and set into their pages, and measured tables.
+"""What mkdocs does beside Markdown: pictures drawn and set into their pages, measured tables, formulas.
 
 A line <!-- bench: NAME --> on a page becomes what the function of that name in TABLES returns, from
-bench/results as it is at the time of the build.
+bench/results as it is at the time of the build. A formula in dollars becomes MathML, which browsers
+show without a script. Pages of the course get their program and notebook.
 """
 
+import html as markup
 import json
 import re
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -21,6 +24,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
+import course  # noqa: E402
 from pictures import PICTURES  # noqa: E402
 
 from bench import calls, contention, heatmap, memory, results, table  # noqa: E402
@@ -53,7 +57,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             drawn = Path(folder) / "picture.png"
             heatmap.draw(results.load(file), drawn)
             files.append(File.generated(config, picture_of(file), content=drawn.read_bytes()))
+    for page in course.PAGES:
+        made = {"py": course.program(page), "ipynb": course.notebook(page)}
+        for kind, content in made.items():
+            files.append(File.generated(config, f"learn/{page.stem}.{kind}", content=content))
     return files
+
+
+def formula(match: re.Match[str]) -> str:
+    r"""The MathML of what arithmatex leaves: \(...\) in a span, \[...\] in a div."""
+    tex = markup.unescape(match[2]).strip()[2:-2]
+    tex = re.sub(r"\\(begin|end)\{aligned\}", r"\\\1{align*}", tex)  # the name it knows
+    try:
+        math = convert(tex, display="block" if match[1] == "div" else "inline")
+    except Exception as error:  # of any class
+        raise PluginError(f"no formula: {tex}") from error
+    if "\\" in math or "<mi>&</mi>" in math:
+        raise PluginError(f"latex2mathml does not know all of {tex}")
+    return f'<{match[1]} class="formula">{math}</{match[1]}>'
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
@@ -63,7 +84,9 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
         return f'<figure class="picture">{PICTURES[match[2]]().svg(alt=match[1])}</figure>'
 
     names = "|".join(PICTURES)
-    html = re.sub(rf'<p><img alt="([^"]*)" src="img/({names})\.svg" ?/?></p>', inline, html)
+    source = rf'src="(?:\.\./)?img/({names})\.svg"'
+    html = re.sub(rf'<p><img alt="([^"]*)" {source} ?/?></p>', inline, html)
+    html = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', formula, html, flags=re.DOTALL)
     is_measured = page.file.src_uri == "benchmarks.md"
     return f'<div class="measured">{html}</div>' if is_measured else html
 
@@ -141,4 +164,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
+    stem = Path(page.file.src_uri).stem
+    if stem in {page.stem for page in course.PAGES}:
+        title, _, text = markdown.partition("\n")
+        made = f"[Program]({stem}.py){{ download }} · [notebook]({stem}.ipynb){{ download }}"
+        markdown = f"{title}\n\n{made}\n{text}"
     return re.sub(r"^<!-- bench: ([\w-]+) -->$", fill, markdown, flags=re.MULTILINE)

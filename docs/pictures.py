@@ -496,6 +496,45 @@ def gpu() -> Picture:
     )
     return p
 
+# -- The course ------------------------------------------------------------------------------------
+
+
+@picture
+def arrangements() -> Picture:
+    kinds = [
+        ("one to one", [0], [0]),
+        ("one to many", [0], [0, 1, 2]),
+        ("many to one", [0, 1, 2], [2]),
+        ("many to many", [0, 1, 2], [0, 1, 2]),
+    ]
+    p = Picture(680, 214)
+    p.text(52, 52, "output", "end small")
+    p.text(52, 109, "state", "end small")
+    p.text(52, 166, "input", "end small")
+    x, size, gap = 68, 28, 20
+    for title, read, written in kinds:
+        steps = max(*read, *written) + 1
+        width = steps * size + (steps - 1) * gap
+        for t in range(steps):
+            left = x + t * (size + gap)
+            middle = left + size / 2
+            p.box(left, 95, size, size, "sum", f"h{t + 1}", "small")
+            if t:
+                p.arrow((left - gap, 109), (left - 1, 109), role="strong")
+            if t in read:
+                p.box(left, 152, size, size, "state", f"x{t + 1}", "small")
+                p.arrow((middle, 152), (middle, 124))
+            elif t - 1 in written:  # the output before is the input
+                turn = left - gap / 2
+                p.arrow((turn - gap / 2, 52), (turn, 52), (turn, 166), (middle, 166), (middle, 124))
+            if t in written:
+                p.box(left, 38, size, size, "weight", f"y{t + 1}", "small")
+                p.arrow((middle, 95), (middle, 67))
+        p.text(x + width / 2, 14, title, "middle strong")
+        x += width + (58 if steps == 1 else 44)
+    p.legend(68, 200, [("state", "input"), ("sum", "state"), ("weight", "output")])
+    return p
+
 
 def main() -> None:
     if len(sys.argv) != 2:
