@@ -64,17 +64,34 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def formula(match: re.Match[str]) -> str:
-    r"""The MathML of what arithmatex leaves: \(...\) in a span, \[...\] in a div."""
-    tex = markup.unescape(match[2]).strip()[2:-2]
-    tex = re.sub(r"\\(begin|end)\{aligned\}", r"\\\1{align*}", tex)  # the name it knows
+def mathml(tex: str, display: str) -> str:
+    """A formula as MathML, with the spaces that latex2mathml leaves to a script."""
+    known = re.sub(r"\\(begin|end)\{aligned\}", r"\\\1{align*}", tex)  # by the name it has for it
     try:
-        math = convert(tex, display="block" if match[1] == "div" else "inline")
+        math = convert(known, display=display)
     except Exception as error:  # of any class
         raise PluginError(f"no formula: {tex}") from error
     if "\\" in math or "<mi>&</mi>" in math:
         raise PluginError(f"latex2mathml does not know all of {tex}")
-    return f'<{match[1]} class="formula">{math}</{match[1]}>'
+    math = re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", math)  # names of functions
+    bare = r"(?<!<msu[bp]>)(<mi>(?:exp|log|tanh)</mi>)(?=<m[inu])"  # log x, not log^2 x
+    return re.sub(bare, r'\1<mspace width=".17em"/>', math)
+
+
+def formula(match: re.Match[str]) -> str:
+    r"""The MathML of what arithmatex leaves: \(...\) in a span, \[...\] in a div.
+
+    Formulas that stand side by side, with \qquad between them, go below each other where there is
+    no room.
+    """
+    tex = markup.unescape(match[2]).strip()[2:-2]
+    if match[1] == "span":
+        return f'<span class="formula">{mathml(tex, "inline")}</span>'
+    displayed = [
+        mathml(part, "block").replace('display="block"', 'display="inline" displaystyle="true"')
+        for part in tex.split(r"\qquad")
+    ]
+    return f'<div class="formula">{" ".join(displayed)}</div>'
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:

@@ -58,7 +58,7 @@ def test_notebook(stem, tmp_path, monkeypatch):
     ).execute()
     cells = [cell for cell in made.cells if cell.cell_type == "code"]
     for block, cell in zip(blocks(page), cells, strict=True):
-        printed = "".join(out.text for out in cell.outputs if out.output_type == "stream")
+        printed = "".join(out.text for out in cell.outputs if out.get("name") == "stdout")
         assert agrees(block, printed), f"{page.name}:{block.line} printed\n{printed}"
     shown = [out for c in cells for out in c.outputs if out.output_type == "display_data"]
     assert any("image/png" in out.data for out in shown)
