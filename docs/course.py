@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 LEARN = Path(__file__).parent / "learn"
 PAGES = sorted(LEARN.glob("[0-9][0-9]-*.md"))
 FENCE = re.compile(
-    r'^```python\n(?P<code>.*?)^```\n(?:\n```text title="(?P<title>[^"]+)"\n(?P<output>.*?)^```\n)?',
+    r"^```python\n(?P<code>.*?)^```\n"
+    r'(?:\n```text title="(?P<title>[^"]+)"\n(?P<output>.*?)^```\n)?',
     re.DOTALL | re.MULTILINE,
 )
 ANY_MACHINE, ONE_MACHINE = "prints", "prints, on one machine"

@@ -1,4 +1,4 @@
-"""What mkdocs does beside Markdown: pictures drawn and set into their pages, measured tables, formulas.
+"""What mkdocs does beside Markdown: pictures set into their pages, measured tables, formulas.
 
 A line <!-- bench: NAME --> on a page becomes what the function of that name in TABLES returns, from
 bench/results as it is at the time of the build. A formula in dollars becomes MathML, which browsers
@@ -25,9 +25,8 @@ ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
 import course  # noqa: E402
-from pictures import PICTURES  # noqa: E402
-
 from bench import calls, contention, heatmap, memory, results, table  # noqa: E402
+from pictures import PICTURES  # noqa: E402
 
 WIDE = {"benchmarks.md", "contract.md"}  # whose tables need the place of the table of contents
 

@@ -34,7 +34,7 @@ def test_2_letter_by_letter():
 
 
 def test_3_without_recurrence():
-    """The two l have one answer. At best it is 1/2 for l and for o: two losses of log 2, two of 0."""
+    """The two l have one answer, at best 1/2 for l and for o: two losses of log 2, two of 0."""
     rnn, readout = fastrnn.RNN(4, 8), torch.nn.Linear(8, 4)
     with torch.no_grad():
         rnn.weight_hh_l0.zero_()

@@ -1,5 +1,7 @@
 """Solutions to the exercises of docs/learn/03-through-time.md."""
 
+from itertools import pairwise
+
 import torch
 
 import fastrnn
@@ -28,7 +30,7 @@ def test_1_by_hand():
 
 
 def norms(rnn, x):
-    """Of the gradient of the last output's sum, with respect to the state 1, 2, ... steps before."""
+    """Of the gradient of the last output's sum with respect to the state 1, 2, ... steps before."""
     result = []
     for distance in range(1, len(x)):
         with torch.no_grad():
@@ -47,7 +49,7 @@ def test_2_singular_values():
 
     scale(0.9)
     found = norms(rnn, x)
-    assert all(b <= 0.9 * a * (1 + 1e-12) for a, b in zip(found, found[1:]))
+    assert all(b <= 0.9 * a * (1 + 1e-12) for a, b in pairwise(found))
 
     # Units that saturate: 1 - h^2 is near zero.
     scale(2)

@@ -33,7 +33,9 @@ def ward(means):
 def by_class(page, clusters):
     """How many pairs of words of one class are in one cluster."""
     vocabulary = sorted({*page.stream})
-    of = {word: n for n, cluster in enumerate(clusters) for word in (vocabulary[k] for k in cluster)}
+    of = {
+        word: n for n, cluster in enumerate(clusters) for word in (vocabulary[k] for k in cluster)
+    }
     nouns = ("human", "animal", "beast", "object", "fragile", "food")
     pairs = [pair for name in nouns for pair in combinations(page.CLASSES[name].split(), 2)]
     return sum(of[a] == of[b] for a, b in pairs) / len(pairs)
@@ -78,7 +80,7 @@ def test_2_without_a_network(page):
 def test_3_elman_learns_agreement(page):
     """Smaller steps, and more of them."""
     rng = page.sentences.__globals__["rng"] = random.Random(0)
-    words = {"the", "near", "behind", "on", "is", "are", *sum(page.NOUNS, [])}
+    words = {"the", "near", "behind", "on", "is", "are", *page.NOUNS[0], *page.NOUNS[1]}
     model = page.Predictor(fastrnn.RNN, words, 20)
     model.fit([page.sentences(model, rng.randrange(6), 32) for _ in range(600)], lr=0.005)
     test = page.sentences(model, 8, 200, opposed=True)

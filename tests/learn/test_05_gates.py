@@ -6,7 +6,10 @@ import fastrnn
 
 
 def gru_step(x, h, w_ih, w_hh, b_ih, b_hh):
-    (x_r, x_z, x_n), (h_r, h_z, h_n) = (x @ w_ih.T + b_ih).chunk(3, -1), (h @ w_hh.T + b_hh).chunk(3, -1)
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = (
+        (x @ w_ih.T + b_ih).chunk(3, -1),
+        (h @ w_hh.T + b_hh).chunk(3, -1),
+    )
     r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
     return (1 - z) * torch.tanh(x_n + r * h_n) + z * h
 

@@ -7,7 +7,7 @@ import fastrnn
 
 
 class GeometricMean(torch.autograd.Function):
-    """y = (x_1 ... x_n)^(1/n), so log y is the mean of the logarithms, and dy/dx_i = y / (n x_i)."""
+    """y = (x_1 ... x_n)^(1/n): log y is the mean of the logarithms, and dy/dx_i = y / (n x_i)."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -42,7 +42,7 @@ class Round(torch.autograd.Function):
 
 
 def test_2_straight_through():
-    """gradcheck says no, rightly: the derivative of rounding is zero. But with zero nothing learns."""
+    """gradcheck says no, rightly: the derivative of rounding is zero. But then nothing learns."""
     x = torch.tensor([0.2, 1.3, -0.4], requires_grad=True)
     assert not gradcheck(Round.apply, (x,), raise_exception=False)
     target = torch.tensor([3.0, -2.0, 1.0])
@@ -90,5 +90,7 @@ def test_3_elman_scan():
     torch.testing.assert_close(ours, theirs)
     g = torch.randn_like(ours)
     mine = torch.autograd.grad((ours * g).sum(), arguments)
-    for own, other in zip(mine, torch.autograd.grad((theirs * g).sum(), [x, h_0, w_ih, w_hh, b_ih])):
+    for own, other in zip(
+        mine, torch.autograd.grad((theirs * g).sum(), [x, h_0, w_ih, w_hh, b_ih])
+    ):
         torch.testing.assert_close(own, other)

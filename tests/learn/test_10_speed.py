@@ -49,16 +49,13 @@ def test_3_diagonals():
     T, B, H, L = 9, 2, 4, 3
     deep, x = fastrnn.GRU(H, H, num_layers=L), torch.randn(T, B, H)
     cells = [fastrnn.GRUCell(H, H) for _ in range(L)]
-    for l, cell in enumerate(cells):
-        cell.load_state_dict(
-            {name: getattr(deep, f"{name}_l{l}") for name in cell.state_dict()}
-        )
-    h = {(l, -1): torch.zeros(B, H) for l in range(L)} | {(-1, t): x[t] for t in range(T)}
+    for k, cell in enumerate(cells):
+        cell.load_state_dict({name: getattr(deep, f"{name}_l{k}") for name in cell.state_dict()})
+    h = {(k, -1): torch.zeros(B, H) for k in range(L)} | {(-1, t): x[t] for t in range(T)}
     diagonals = 0
     for d in range(T + L - 1):
-        ready = [(l, d - l) for l in range(L) if 0 <= d - l < T]
-        new = {(l, t): cells[l](h[l - 1, t], h[l, t - 1]) for l, t in ready}  # none needs another
-        h |= new
+        ready = [(k, d - k) for k in range(L) if 0 <= d - k < T]
+        h |= {(k, t): cells[k](h[k - 1, t], h[k, t - 1]) for k, t in ready}  # none needs another
         diagonals += 1
     torch.testing.assert_close(torch.stack([h[L - 1, t] for t in range(T)]), deep(x)[0])
     assert diagonals == T + L - 1 < T * L

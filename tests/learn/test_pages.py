@@ -1,4 +1,4 @@
-"""The course is true: its programs print what the pages say, also as notebooks, and draw their pictures."""
+"""The course is true: programs and notebooks print what the pages say, and draw their pictures."""
 
 import html
 import re
