@@ -17,11 +17,12 @@ from helpers import CELLS, TOLERANCE
 
 # What tests a CPU, a process, a program, the sources or the reference implementation, or puts its
 # tensors on the CPU.
-CPU_ONLY = """
+NAMES = """
     architecture bench cell cell_packages cell_search char_lm common_modules diagnostics distributed
-    docs examples exchange fuzz learn math onnx packaging reference seq2seq substitution surnames
-    tagging threads tiles tools types variants visualise
-""".split()
+    docs examples exchange fuzz learn math onnx packaging reference seq2seq
+    substitution surnames tagging threads tiles tools types variants visualise
+"""
+CPU_ONLY = NAMES.split()
 if importlib.util.find_spec("hypothesis") is None:  # a GPU's machine may not have it
     CPU_ONLY += ["properties"]
 
