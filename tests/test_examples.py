@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import _common
+import cell_search
 import char_lm
 import seq2seq
 import surnames
@@ -20,7 +21,8 @@ from example_data import write_names, write_pairs, write_sentences
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BACKENDS = ["fastrnn", "torch"]
-MODULES = {module.__name__: module for module in (char_lm, seq2seq, surnames, tagging, visualise)}
+PROGRAMS = cell_search, char_lm, seq2seq, surnames, tagging, visualise
+MODULES = {module.__name__: module for module in PROGRAMS}
 DATA = {
     "seq2seq": (write_pairs, ["--data={}/pairs.tsv"]),
     "surnames": (write_names, ["--data={}"]),
