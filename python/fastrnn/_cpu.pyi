@@ -39,8 +39,9 @@ def add_cell(
 ) -> CellInfo:
     """Makes a cell known. Its traits are complete when load_cell has found a kernel."""
 
-def load_cell(mode: str, path: str, /) -> None:
-    """Loads the kernel of a cell for one dtype from a shared object; see csrc/cpu/cell_module.h."""
+def load_cell(mode: str, address: int, /) -> None:
+    """Takes up the kernel of a cell for one dtype: the address of a CellModule, see
+    csrc/cpu/cell_module.h."""
 
 def cpu_variant() -> str:
     """The variant of the CPU kernels in use: the best that this processor can run, or the one that

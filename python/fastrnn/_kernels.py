@@ -7,6 +7,7 @@ the dtype. So any number of processes may share it, and nothing in it is ever ou
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -213,8 +214,19 @@ def _load(definition: Definition, dtype: torch.dtype) -> None:
         _open(definition, compile_cell(definition, dtype, cache_directory()))
 
 
+@functools.cache
+def _show_extension() -> None:
+    """Lets what is loaded from now on see the functions that the extension shares."""
+    ctypes.CDLL(_cpu.__file__, mode=ctypes.RTLD_GLOBAL)
+
+
 def _open(definition: Definition, path: Path) -> None:
-    _cpu.load_cell(definition.mode, str(path))
+    _show_extension()
+    try:
+        found = ctypes.c_char.in_dll(ctypes.CDLL(str(path)), "fastrnn_cell")
+    except (OSError, ValueError) as error:
+        raise ImportError(str(error)) from error
+    _cpu.load_cell(definition.mode, ctypes.addressof(found))
 
 
 def load(mode: str, dtype: torch.dtype) -> bool:

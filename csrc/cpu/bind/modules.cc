@@ -1,7 +1,5 @@
 #include "modules.h"
 
-#include <dlfcn.h>
-
 #include <map>
 #include <utility>
 
@@ -14,25 +12,12 @@ std::map<std::pair<int, DType>, Kernels>& loaded() {
   return kernels;
 }
 
-// Makes this library's FASTRNN_SHARED functions visible to those that are loaded later.
-void show_library() {
-  Dl_info own;
-  if (dladdr(reinterpret_cast<void*>(&show_library), &own) != 0) {
-    dlopen(own.dli_fname, RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD);
-  }
-}
-
 }  // namespace
 
-void load_cell(const std::string& mode, const std::string& path) {
-  static const bool is_shown = (show_library(), true);
-  static_cast<void>(is_shown);
-  void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  const void* const symbol = library == nullptr ? nullptr : dlsym(library, "fastrnn_cell");
-  if (symbol == nullptr) throw py::import_error(dlerror());
-  const auto& module = *static_cast<const CellModule*>(symbol);
+void load_cell(const std::string& mode, uintptr_t address) {
+  const auto& module = *reinterpret_cast<const CellModule*>(address);
   if (mode != module.traits.mode) {
-    throw py::import_error(path + ": expected the cell " + mode + ", got " + module.traits.mode);
+    throw py::import_error("expected the cell " + mode + ", got " + module.traits.mode);
   }
   const int cell = add_cell(module.traits).index;
   loaded()[{cell, module.dtype}] = {module.forward, module.backward};

@@ -1,6 +1,7 @@
 // Cells that are loaded at run time: see ../cell_module.h.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "../../python/layer.h"
@@ -13,8 +14,9 @@ struct Kernels {
   void (*backward)(const BackwardArgs& args, int threads);
 };
 
-// Loads a shared object; throws ImportError for what is none, or another cell's than `mode`.
-void load_cell(const std::string& mode, const std::string& path);
+// Takes up a CellModule that lies at the address, of a library that stays loaded. Throws
+// ImportError for another cell's than `mode`.
+void load_cell(const std::string& mode, uintptr_t address);
 
 bool has_module(int cell, DType dtype);
 
