@@ -19,8 +19,8 @@ from helpers import CELLS, TOLERANCE
 # tensors on the CPU.
 NAMES = """
     architecture bench cell cell_packages cell_search char_lm common_modules diagnostics distributed
-    docs examples exchange fuzz learn math onnx packaging reference seq2seq
-    substitution surnames tagging threads tiles tools types variants visualise
+    docs examples exchange freeze fuzz int8 learn math onnx packaging policy reference seq2seq
+    stream substitution surnames tagging threads tiles tools types variants visualise
 """
 CPU_ONLY = NAMES.split()
 if importlib.util.find_spec("hypothesis") is None:  # a GPU's machine may not have it

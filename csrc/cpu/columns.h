@@ -38,6 +38,18 @@ struct Columns {
   // The first column of a block's u-th vector, of one gate.
   int64_t column(int64_t block, int u) const { return (block * units + u) * Vec<T>::lanes; }
 
+  // A row [gates * columns] in the order of the block's vectors; zero beyond the columns, and for
+  // null.
+  template <class S>
+  void load(const S* row, int64_t block, Vec<T>* values) const {
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t first = column(block, v / gates);
+      const int64_t left = max_of(0, min_of(count - first, Vec<T>::lanes));
+      const S* from = row + v % gates * count + first;
+      values[v] = row == nullptr ? Vec<T>(T(0)) : Vec<T>::load(from, left);
+    }
+  }
+
   // The columns of some blocks, of one gate.
   Range range(Range some) const {
     return {min_of(column(some.begin, 0), count), min_of(column(some.end, 0), count)};

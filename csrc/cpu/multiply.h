@@ -340,6 +340,7 @@ struct Dot {
 // The rows of the tallest tile that a kernel takes: max_rows(NV) if it does not say.
 template <class Kernel, int NV>
 constexpr int tallest() {
+  if constexpr (requires { Kernel::tallest(NV); }) return Kernel::tallest(NV);
   if constexpr (requires { Kernel::max_rows; }) return Kernel::max_rows;
   return max_rows(NV);
 }

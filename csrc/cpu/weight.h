@@ -88,12 +88,7 @@ class ForwardWeight {
   // A bias [gates * columns] in the order of the block's vectors; zero beyond the columns and for
   // null.
   void load_bias(const void* bias, int64_t block, V* vectors) const {
-    for (int v = 0; v < columns.vectors; ++v) {
-      const int64_t column = columns.column(block, v / columns.gates);
-      const int64_t left = max_of(0, min_of(columns.count - column, V::lanes));
-      const S* from = static_cast<const S*>(bias) + v % columns.gates * columns.count + column;
-      vectors[v] = bias == nullptr ? V(T(0)) : V::load(from, left);
-    }
+    columns.load(static_cast<const S*>(bias), block, vectors);
   }
 
  private:

@@ -182,6 +182,52 @@ void check_rows(LayerCall& layer) {
   }
 }
 
+// x but for its rows.
+void check_features(const LayerCall& layer) {
+  const Shape& shape = layer.x.shape;
+  if (shape.dims() < 2 || shape[shape.dims() - 1] < 1) {
+    fail("x", "expected at least one feature per step, got ", shape.text());
+  }
+  if (layer.reverse && layer.directions != 1) {
+    fail("reverse", "expected a single direction, got 2");
+  }
+}
+
+// Rows without any step are in no tensor that must be given, yet the kernels allot them states of
+// up to `features`.
+void check_batch(const LayerCall& layer, int64_t features) {
+  constexpr int64_t kMostElements = int64_t{1} << 56;
+  const int64_t most = kMostElements / features;
+  if (layer.batch > most) {
+    fail("batch", "expected at most ", std::to_string(most), ", got ", std::to_string(layer.batch));
+  }
+}
+
+// What stands beside x: resets, initial states, inputs.
+void check_states(const LayerCall& layer) {
+  if (layer.resets) {
+    Shape marks;
+    for (int i = 0; i + 1 < layer.x.shape.dims(); ++i) marks.push(layer.x.shape[i]);
+    expect(layer, "resets", layer.resets, marks, Element::kBool);
+  }
+  if (layer.h_0) expect(layer, "h_0", layer.h_0, layer.states(layer.shape.proj), layer.element());
+  if (layer.c_0 && !layer.traits().has_cell_state()) {
+    fail("c_0", "expected None for ", layer.traits().mode, ", which has no cell state, got ",
+         describe(layer.c_0.object));
+  }
+  const int64_t hidden = layer.shape.hidden;
+  if (layer.c_0) {
+    expect(layer, "c_0", layer.c_0, layer.states(layer.traits().states * hidden), layer.element());
+  }
+  if (const int64_t width = layer.directions * layer.traits().inputs * hidden; width > 0) {
+    if (!layer.inputs) fail("inputs", "expected a tensor for ", layer.traits().mode, ", got None");
+    expect(layer, "inputs", layer.inputs, layer.steps(width), layer.element());
+  } else if (layer.inputs) {
+    fail("inputs", "expected None for ", layer.traits().mode, ", which has none, got ",
+         describe(layer.inputs.object));
+  }
+}
+
 void check_weights(const LayerCall& layer) {
   const auto [cell, dtype, steps, batch, input, hidden, proj, directions, reverse, every] =
       layer.shape;
@@ -310,10 +356,7 @@ void LayerCall::complete() {
   if (element() > Element::kFloat16) {
     fail("x", "expected torch.float32, float64, bfloat16 or float16, got ", describe(x.object));
   }
-  if (x.shape.dims() < 2 || x.shape[x.shape.dims() - 1] < 1) {
-    fail("x", "expected at least one feature per step, got ", x.shape.text());
-  }
-  if (reverse && directions != 1) fail("reverse", "expected a single direction, got 2");
+  check_features(*this);
   // H is read off W_hh, if there is one: it knows P, too.
   const bool has_hh = traits().recurrent > 0;
   const Tensor& hh = has_hh ? weights[0].hh : weights[0].ih;
@@ -339,34 +382,34 @@ void LayerCall::complete() {
   if (!weights[0].hr && shape.proj != shape.hidden) {
     fail("weight_hh", "expected ", std::to_string(shape.hidden), " columns, got ", hh.shape.text());
   }
-  // Rows without any step are in no tensor that must be given, yet the kernels allot them states.
-  constexpr int64_t kMostElements = int64_t{1} << 56;
-  const int64_t most = kMostElements / std::max({hh.shape[0], hh.shape[1], shape.input});
-  if (batch > most) {
-    fail("batch", "expected at most ", std::to_string(most), ", got ", std::to_string(batch));
-  }
+  check_batch(*this, std::max({hh.shape[0], hh.shape[1], shape.input}));
   check_rows(*this);
   // A single segment is the plain scan, and so is a cell whose backward reads the output alone.
   if (shape.checkpoint_every >= shape.steps || !traits().saves_gates()) shape.checkpoint_every = 0;
   check_weights(*this);
-  if (resets) {
-    Shape marks;
-    for (int i = 0; i + 1 < x.shape.dims(); ++i) marks.push(x.shape[i]);
-    expect(*this, "resets", resets, marks, Element::kBool);
+  check_states(*this);
+}
+
+void LayerCall::complete(const ScanShape& own) {
+  const std::string mode = traits().mode;
+  if (cell != own.cell) fail("mode", "expected ", cell_traits(own.cell).mode, ", got ", mode);
+  if (directions != own.directions) {
+    fail("directions", "expected ", std::to_string(own.directions), ", got ",
+         std::to_string(directions));
   }
-  if (h_0) expect(*this, "h_0", h_0, states(shape.proj), element());
-  if (c_0 && !traits().has_cell_state()) {
-    fail("c_0", "expected None for ", traits().mode, ", which has no cell state, got ",
-         describe(c_0.object));
+  if (element() != static_cast<Element>(own.dtype)) {
+    fail("x", "expected ", describe(static_cast<Element>(own.dtype)), ", got ", describe(x.object));
   }
-  if (c_0) expect(*this, "c_0", c_0, states(traits().states * shape.hidden), element());
-  if (const int64_t width = directions * traits().inputs * shape.hidden; width > 0) {
-    if (!inputs) fail("inputs", "expected a tensor for ", traits().mode, ", got None");
-    expect(*this, "inputs", inputs, this->steps(width), element());
-  } else if (inputs) {
-    fail("inputs", "expected None for ", traits().mode, ", which has none, got ",
-         describe(inputs.object));
+  check_features(*this);
+  shape = own;
+  shape.batch = batch;
+  shape.reverse = reverse;
+  if (x.shape[x.shape.dims() - 1] != own.input) {
+    fail("x", "expected ", std::to_string(own.input), " features, got ", x.shape.text());
   }
+  check_batch(*this, std::max({traits().gates * own.hidden, own.proj, own.input}));
+  check_rows(*this);
+  check_states(*this);
 }
 
 py::tuple layer_fields() {
@@ -386,6 +429,16 @@ LayerFields record_fields(py::handle record) {
 }
 
 LayerCall read_layer(py::handle record) { return read_layer(record_fields(record)); }
+
+LayerCall read_layer(py::handle record, const ScanShape& own) {
+  const LayerFields fields = record_fields(record);
+  LayerCall layer;
+  for (int i = 0; i < static_cast<int>(LayerField::kWeights); ++i) {
+    kFields[i].read(layer, fields[i]);
+  }
+  layer.complete(own);
+  return layer;
+}
 
 LayerCall read_layer(const LayerFields& fields) {
   LayerCall layer;

@@ -61,6 +61,8 @@ struct LayerCall {
 
   // Sets shape and rows; throws ValueError, naming the argument, what was expected and what came.
   void complete();
+  // The same for a layer whose weights lie elsewhere; own: their sizes.
+  void complete(const ScanShape& own);
 };
 
 // The weights of one direction, `each` of them: w_ih, w_hh, perhaps both biases, perhaps w_hr, as
@@ -97,6 +99,8 @@ LayerFields record_fields(py::handle record);
 // Reads a record, or its fields, and completes it.
 LayerCall read_layer(py::handle record);
 LayerCall read_layer(const LayerFields& fields);
+// The same for a layer whose weights lie elsewhere: those of the record are not read.
+LayerCall read_layer(py::handle record, const ScanShape& own);
 
 // What backward is given beside the layer: the record Saved of the same module.
 struct SavedCall {

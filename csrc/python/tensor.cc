@@ -29,11 +29,12 @@ Torch& torch() {
 
 constexpr const char* kElementNames[] = {"torch.float32", "torch.float64", "torch.bfloat16",
                                          "torch.float16", "torch.bool",    "torch.int64",
-                                         "torch.uint8"};
+                                         "torch.int8",    "torch.uint8"};
 
 constexpr dlpack::DataType kDataTypes[] = {
     {dlpack::kFloat, 32, 1}, {dlpack::kFloat, 64, 1}, {dlpack::kBfloat, 16, 1},
     {dlpack::kFloat, 16, 1}, {dlpack::kBool, 8, 1},   {dlpack::kInt, 64, 1},
+    {dlpack::kInt, 8, 1},
 };
 
 Element element_of(dlpack::DataType type) {

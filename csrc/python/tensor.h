@@ -29,7 +29,17 @@ const char* exchange_name();
 int torch_threads();
 bool is_grad_enabled();
 
-enum class Element : int { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt64, kUInt8, kOther };
+enum class Element : int {
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  kBool,
+  kInt64,
+  kInt8,
+  kUInt8,
+  kOther
+};
 constexpr Element element_of(DType dtype) { return static_cast<Element>(dtype); }
 
 class Shape {

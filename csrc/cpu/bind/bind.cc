@@ -13,6 +13,7 @@
 #include "../rate.h"
 #include "../variant.h"
 #include "inspector.h"
+#include "int8_layer.h"
 #include "modules.h"
 #include "run_function.h"
 #include "run_layer.h"
@@ -91,6 +92,19 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("load_cell", &load_cell);
   m.attr("cells") = cells;
   m.attr("layer_fields") = layer_fields();
+
+  py::class_<Int8Layer>(m, "Int8Layer")
+      .def(py::init<py::handle, int, py::handle, py::handle>())
+      .def("run", &Int8Layer::run)
+      .def_property_readonly("weights", &Int8Layer::weights)
+      .def_property_readonly("scales", &Int8Layer::scales)
+      .def_property_readonly("mode", &Int8Layer::mode)
+      .def_property_readonly("directions", &Int8Layer::directions)
+      .def_property_readonly("input_size", &Int8Layer::input_size)
+      .def_property_readonly("hidden_size", &Int8Layer::hidden_size)
+      .def_property_readonly("proj_size", &Int8Layer::proj_size)
+      .def_property_readonly("bytes", &Int8Layer::bytes);
+  m.def("int8_variant", [] { return std::string(active_int8_kernels().name); });
 
   m.def("cpu_variant", [] { return std::string(active_variant().name); });
   m.def("cpu_variant_flags", [] { return std::string(active_variant().flags); });

@@ -9,13 +9,13 @@
 
 namespace fastrnn {
 
-namespace {
-
 Made make(const LayerCall& layer, const Shape& shape, Element element) {
   Made made{make_tensor(layer.x, shape, element), {}};
   made.tensor = view(made.object);
   return made;
 }
+
+namespace {
 
 // The part of each direction, of a buffer that holds one after the other.
 template <class Pointer, class Byte>
@@ -27,6 +27,8 @@ void set_parts(Pointer (&target)[kMaxDirections], Byte* whole, const LayerCall& 
   }
 }
 
+}  // namespace
+
 void expect_cpu(const LayerCall& layer) {
   if (!layer.x.is_on_cpu()) {
     throw py::value_error("x: expected a tensor on cpu, got " + describe(layer.x.object));
@@ -36,8 +38,6 @@ void expect_cpu(const LayerCall& layer) {
                           describe(layer.batch_sizes.object));
   }
 }
-
-}  // namespace
 
 Made make(const LayerCall& layer, const Shape& shape) {
   return make(layer, shape, layer.element());

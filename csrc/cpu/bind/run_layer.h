@@ -37,8 +37,12 @@ struct Made {
   py::object object = py::none();
   Tensor tensor;
 };
+Made make(const LayerCall& layer, const Shape& shape, Element element);
 Made make(const LayerCall& layer, const Shape& shape);
 Made make_if(bool is_wanted, const LayerCall& layer, const Shape& shape);
+
+// ValueError for a layer of another device.
+void expect_cpu(const LayerCall& layer);
 
 // Sets what both passes read.
 void set_layer(LayerArgs& args, const LayerCall& layer, Contiguous& contiguous);

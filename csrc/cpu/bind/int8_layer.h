@@ -1,0 +1,58 @@
+// A layer with weights of 8 bits, which are packed once: see ../int8.h.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "../../python/layer.h"
+#include "../int8.h"
+
+namespace fastrnn {
+
+class Int8Layer {
+ public:
+  // weights: direction by direction as in a layer's record, matrices as torch.int8 in [-127, 127]
+  // and biases as torch.float32. scales: torch.float32, one for each row of a matrix, in the
+  // matrices' order. Throws ValueError, naming the argument, for what does not fit together.
+  Int8Layer(py::handle mode, int directions, py::handle weights, py::handle scales);
+
+  // The fields of Results. The record's own weights are not read.
+  py::tuple run(py::handle record) const;
+
+  // The same as the constructor takes them, in new tensors.
+  py::tuple weights() const;
+  py::tuple scales() const;
+
+  const char* mode() const { return cell_traits(shape_.cell).mode; }
+  int directions() const { return shape_.directions; }
+  int64_t input_size() const { return shape_.input; }
+  int64_t hidden_size() const { return shape_.hidden; }
+  int64_t proj_size() const { return shape_.proj; }
+  int64_t bytes() const;  // of all weights
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  struct Matrix {
+    Int8Shape shape{};
+    int64_t bytes = 0;
+    std::unique_ptr<char[], Free> packed;
+  };
+  struct Direction {
+    Matrix ih, hh, hr;
+    std::vector<float> bias_ih, bias_hh;
+  };
+
+  ScanShape shape_{};
+  py::object like_;  // a tensor from which others are made
+  Direction direction_[kMaxDirections];
+
+  static Matrix pack(const char* name, const Tensor& weight, const Tensor& scales,
+                     const Int8Shape& shape);
+  py::object new_tensor(const Shape& shape, Element element) const;
+  template <class Take>
+  void unpack(const Take& take) const;
+};
+
+}  // namespace fastrnn
