@@ -128,6 +128,34 @@ def ragged(
     return pad_packed_sequence(output)[0], state
 
 
+class Carried(NamedTuple):
+    """What fastrnn's states do, on a layer of torch.nn that carries ``hx`` by hand."""
+
+    rnn: nn.RNNBase
+    hx: Any
+    top: Tensor | None = None  # [B, H]
+
+    def add_input(self, x: Tensor) -> Carried:
+        output, hx = self.rnn(x[None], self.hx)
+        return Carried(self.rnn, hx, output[0])
+
+    def output(self) -> Tensor:
+        assert self.top is not None
+        return self.top
+
+    def select(self, rows: Tensor) -> Carried:
+        hx = self.hx
+        hx = tuple(s[:, rows] for s in hx) if isinstance(hx, tuple) else hx[:, rows]
+        return Carried(self.rnn, hx, None if self.top is None else self.top[rows])
+
+
+def begin(rnn: nn.RNNBase, hx: Any = None) -> Any:
+    """The state of a layer, for one step of inputs ``[B, I]`` at a time; ``hx``: None for B = 1."""
+    if isinstance(rnn, (nn.LSTM, nn.GRU, nn.RNN)):
+        return Carried(rnn, hx)
+    return rnn.initial_state(hx, batch=1 if hx is None else None)
+
+
 class Training(NamedTuple):
     """What one model's training was like: the loss and the seconds of each step."""
 

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import _common
-from _common import BACKENDS, Parser, UserError, library, writable
+from _common import BACKENDS, Parser, UserError, begin, library, writable
 
 State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"  # h, or (h, c) of LSTM
 
@@ -149,11 +149,13 @@ def sample(model: CharLM, prime: str, length: int, temperature: float, seed: int
     """``prime`` and the ``length`` characters that the model writes after it."""
     model.eval()
     dice = torch.Generator().manual_seed(seed)  # its own, so as not to disturb the training's
-    text, chars, state = prime, encode(prime, model.vocabulary)[:, None], None
+    text, chars, state = prime, encode(prime, model.vocabulary), begin(model.rnn)
     for _ in range(length):
-        scores, state = model(chars, state)
-        odds = torch.softmax(scores[-1] / max(temperature, 1e-6), dim=-1)
-        chars = torch.multinomial(odds, 1, generator=dice)
+        for char in chars:
+            state = state.add_input(model.embedding(char)[None])
+        scores = model.head(state.output())
+        odds = torch.softmax(scores / max(temperature, 1e-6), dim=-1)
+        chars = torch.multinomial(odds, 1, generator=dice)[0]
         text += model.vocabulary[int(chars)]
     return text
 

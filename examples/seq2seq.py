@@ -2,11 +2,14 @@
 
   seq2seq.py                                     write numbers out: 407 -> four hundred seven
   seq2seq.py --ask 1984 123456789                ... these too
+  seq2seq.py --ask 1984 --beam 4                 ... by beam search
   seq2seq.py --data pairs.tsv --hidden 128       a file of lines SOURCE<tab>TARGET in UTF-8
 
 A bidirectional GRU reads the source, another GRU writes the target character by character. In
 training it reads the true target (teacher forcing), in one call; afterwards what it has just
-written, one call for each character. Every tenth pair, always the same ones, is held out.
+written, one step of its state for each character. With --beam it goes on from the likeliest few
+beginnings at a time, else from the likeliest alone. Every tenth pair, always the same ones, is
+held out.
 --backend torch runs the same program on torch.nn: the same numbers at another speed; --backend
 both compares them. Needs torch and tqdm, and _common.py beside it.
 """
@@ -29,6 +32,7 @@ from _common import (
     BACKENDS,
     Parser,
     UserError,
+    begin,
     execute,
     make_models,
     ragged,
@@ -138,31 +142,64 @@ class Translator(nn.Module):
     @torch.no_grad()
     def forward(self, sources: list[str]) -> list[str]:
         """Greedy decoding: always the likeliest character, then the next, until all have ended."""
-        memory, state = self.read(sources)
-        codes = torch.full((1, len(sources)), EDGE)
-        steps, ended = [], codes[0] != EDGE
+        memory, h = self.read(sources)
+        state = begin(self.decoder, h)
+        codes = torch.full((len(sources),), EDGE)
+        steps, ended = [], codes != EDGE
         while not ended.all() and len(steps) < 2 * self.longest:
-            output, state = self.decoder(self.target_vectors(codes), state)  # one step
-            codes = self.scores(memory, output).argmax(dim=-1)
-            steps.append(codes[0])
-            ended |= codes[0] == EDGE
+            state = state.add_input(self.target_vectors(codes))
+            codes = self.scores(memory, state.output()[None])[0].argmax(dim=-1)
+            steps.append(codes)
+            ended |= codes == EDGE
+        return self.texts(torch.stack([*steps, torch.full_like(codes, EDGE)]))
+
+    @torch.no_grad()
+    def search(self, sources: list[str], beam: int) -> list[str]:
+        """Beam search: the likeliest ``beam`` beginnings of each target, in each step one character
+        longer, until all have ended; then the likeliest of them."""
+        (read, padding), h = self.read(sources)
+        first = beam * torch.arange(len(sources))[:, None]  # row of each source's first beginning
+        rows = torch.arange(len(sources)).repeat_interleave(beam)
+        memory = read[:, rows], padding[:, rows]
+        state = begin(self.decoder, h).select(rows)
+        likely = torch.full((len(sources), beam), -torch.inf)
+        likely[:, 0] = 0  # they are all the same: one of them goes on
+        codes = torch.full((len(rows),), EDGE)
+        steps, ended = torch.empty(0, len(rows), dtype=torch.int64), codes != EDGE
+        while not ended.all() and len(steps) < 2 * self.longest:
+            state = state.add_input(self.target_vectors(codes))
+            odds = self.scores(memory, state.output()[None])[0].log_softmax(dim=-1)
+            odds[ended] = -torch.inf
+            odds[ended, EDGE] = 0  # what has ended stays as it is
+            all_odds = (likely[:, :, None] + odds.view(*likely.shape, -1)).flatten(1)
+            likely, best = all_odds.topk(beam)
+            codes = (best % odds.shape[-1]).flatten()
+            rows = (first + best // odds.shape[-1]).flatten()  # the beginning that each goes on
+            state = state.select(rows)
+            steps, ended = torch.cat((steps[:, rows], codes[None])), ended[rows] | (codes == EDGE)
+        end = torch.full((1, len(sources)), EDGE)
+        return self.texts(torch.cat((steps[:, ::beam], end)))
+
+    def texts(self, codes: Tensor) -> list[str]:
+        """``[T, B]``, each row up to its first EDGE."""
         characters = ["", *self.targets]
-        texts = []
-        for row in torch.stack([*steps, torch.full_like(codes[0], EDGE)], dim=1).tolist():
-            texts.append("".join(characters[code] for code in row[: row.index(EDGE)]))
-        return texts
+        return [
+            "".join(characters[code] for code in row[: row.index(EDGE)])
+            for row in codes.t().tolist()
+        ]
 
 
-def translate(model: Translator, pairs: list[Pair]) -> list[str]:
+def translate(model: Translator, sources: list[str], beam: int) -> list[str]:
     model.eval()
-    sources = [source for source, _ in pairs]
-    return [text for i in range(0, len(sources), 200) for text in model(sources[i : i + 200])]
+    parts = (sources[i : i + 200] for i in range(0, len(sources), 200))
+    return [t for part in parts for t in (model(part) if beam == 1 else model.search(part, beam))]
 
 
 def make_parser() -> Parser:
     parser = Parser("seq2seq.py", __doc__)
     parser.group("pairs")
     parser.option("--data", "learn these pairs (default: numbers and words)", metavar="FILE")
+    parser.number("--beam", 1, "beginnings of a target that are gone on with; 1: greedy")
     parser.number("--count", 20_000, "how many numbers to draw, if there is no file", 2)
     parser.option("--ask", "translate these in the end", metavar="SOURCE", nargs="+", default=[])
 
@@ -190,7 +227,8 @@ def run(args: argparse.Namespace) -> None:
     models = make_models(lambda lib: Translator(lib, training, args), args)
     trained = train(models, training, args)
 
-    texts = {name: translate(model, held_out) for name, model in models.items()}
+    sources = [source for source, _ in held_out]
+    texts = {name: translate(model, sources, args.beam) for name, model in models.items()}
     exact = {
         name: sum(text == target for text, (_, target) in zip(some, held_out)) / len(held_out)
         for name, some in texts.items()
@@ -199,7 +237,8 @@ def run(args: argparse.Namespace) -> None:
     for (source, target), text in list(zip(held_out, texts[first]))[:: -(-len(held_out) // 8)]:
         print(f"{source} -> {text}" + ("" if text == target else f"  (not: {target})"))
     if args.ask:
-        print("\n".join(map(" -> ".join, zip(args.ask, models[first](args.ask)))))
+        answers = translate(models[first], args.ask, args.beam)
+        print("\n".join(map(" -> ".join, zip(args.ask, answers))))
     report(trained, "held-out exact match", exact)
 
 

@@ -18,6 +18,10 @@ void forward(const ForwardArgs& args, int threads) {
   forward_dev_impl<Cpu, FASTRNN_CELL, FASTRNN_ELEMENT>({threads}, args);
 }
 
+int64_t pack(const ForwardArgs& args, void* to) {
+  return pack_layer<FASTRNN_CELL, FASTRNN_ELEMENT>(args, to);
+}
+
 void backward(const BackwardArgs& args, int threads) {
   backward_dev_impl<Cpu, FASTRNN_CELL, FASTRNN_ELEMENT>({threads}, args);
 }
@@ -34,8 +38,7 @@ constexpr CellTraits traits() {
 
 extern "C" FASTRNN_SHARED const fastrnn::CellModule fastrnn_cell;
 extern "C" const fastrnn::CellModule fastrnn_cell{
-    fastrnn::FASTRNN_VARIANT::traits(),
-    fastrnn::DType::FASTRNN_DTYPE,
-    fastrnn::FASTRNN_VARIANT::forward,
+    fastrnn::FASTRNN_VARIANT::traits(), fastrnn::DType::FASTRNN_DTYPE,
+    fastrnn::FASTRNN_VARIANT::forward,  fastrnn::FASTRNN_VARIANT::pack,
     fastrnn::FASTRNN_VARIANT::backward,
 };

@@ -11,6 +11,7 @@ struct CellModule {
   CellTraits traits;
   DType dtype;
   void (*forward)(const ForwardArgs& args, int threads);
+  int64_t (*pack)(const ForwardArgs& args, void* to);  // as CpuVariant's
   void (*backward)(const BackwardArgs& args, int threads);
 };
 

@@ -11,7 +11,8 @@
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-template <class Cell, class S>
+// Weights are packed in elements of type W.
+template <class Cell, class S, class W = Factor<S>>
 class ForwardScan {
   using T = Compute<S>;
   using F = Factor<S>;
@@ -27,11 +28,11 @@ class ForwardScan {
       : args_(args),
         steps_(steps),
         projects_(args.weight_hr[0] != nullptr),
-        input_(args, steps, G, workspace),
+        input_(args, steps, G, workspace, given(args, 0)),
         hh_(args.weight_hh, Columns<T>(args.hidden, R, G), args.proj, args.directions,
-            steps.total(), workspace),
+            steps.total(), workspace, given(args, input_size())),
         hr_(args.weight_hr, Columns<T>(args.proj), args.hidden, args.directions, steps.total(),
-            workspace),
+            workspace, given(args, input_size() + hidden_size())),
         states_(args, workspace),
         cell_(args, steps, states_, hh_.columns) {}
 
@@ -49,6 +50,22 @@ class ForwardScan {
       start_states(direction, part, first, nullptr);
     });
     run_steps(direction, runner, first, steps_.count(), saved(direction), true);
+  }
+
+  // Writes all weights to where `packed` of later scans is to point, unless that is null. Returns
+  // how many elements they are.
+  int64_t pack_all(W* to) const {
+    if (to != nullptr) {
+      const auto pack_to = [&](const auto& weight, W* first) {
+        for (int d = 0; d < args_.directions; ++d) {
+          weight.pack_to(d, {0, weight.columns.blocks}, first + d * weight.packed_size());
+        }
+      };
+      pack_to(input_.weight(), to);
+      if (R > 0) pack_to(hh_, to + input_size());
+      if (projects_) pack_to(hr_, to + input_size() + hidden_size());
+    }
+    return input_size() + hidden_size() + (projects_ ? size_of(hr_) : 0);
   }
 
   // The parts of a run. Backward runs single segments again, with null for all results.
@@ -122,17 +139,27 @@ class ForwardScan {
         });
       }
     };
-    runner.step_phases(run_all, is_last, kHasProducts || InputProjection<S>::kCopies);
+    runner.step_phases(run_all, is_last, kHasProducts || InputProjection<S, W>::kCopies);
   }
 
  private:
   const ForwardArgs& args_;
   const Steps& steps_;
   const bool projects_;
-  const InputProjection<S> input_;
-  const ForwardWeight<S> hh_, hr_;
+  const InputProjection<S, W> input_;
+  const ForwardWeight<S, W> hh_, hr_;
   const States<Cell, S> states_;
   const ForwardCell<Cell, S> cell_;
+
+  // Packed weights lie one after the other: those of x, of h, and of the projection.
+  static const W* given(const ForwardArgs& args, int64_t begin) {
+    return at<W>(args.packed, begin);
+  }
+  int64_t size_of(const ForwardWeight<S, W>& weight) const {
+    return args_.directions * weight.packed_size();
+  }
+  int64_t input_size() const { return size_of(input_.weight()); }
+  int64_t hidden_size() const { return R > 0 ? size_of(hh_) : 0; }
 
   // Row `row` of [D, B, columns]
   template <class Pointer>
@@ -219,7 +246,7 @@ class ForwardScan {
     const Range blocks = part.blocks(hh_.columns.blocks);
     for (int64_t first = blocks.begin; first < blocks.end; first += group) {
       const int64_t last = min_of(first + group, blocks.end);
-      V biases[ForwardWeight<S>::kMaxBlocks * kMaxVectors];
+      V biases[ForwardWeight<S, W>::kMaxBlocks * kMaxVectors];
       for (int64_t b = first; b < last; ++b) {
         hh_.load_bias(args_.bias_hh[direction], b, biases + (b - first) * vectors);
       }
@@ -289,12 +316,30 @@ class ForwardScan {
   }
 };
 
-template <class Device, class Cell, class S>
+template <class Device, class Cell, class S, class W = Factor<S>>
 void forward_dev_impl(const Device& device, const ForwardArgs& args) {
+  if constexpr (std::is_same_v<S, float> && std::is_same_v<W, Factor<S>>) {
+    if (args.storage == Storage::kBFloat16) {
+      return forward_dev_impl<Device, Cell, S, BFloat16>(device, args);
+    }
+  }
   Workspace workspace;
   const Steps steps(args, workspace);
-  const ForwardScan<Cell, S> scan(args, steps, workspace);
+  const ForwardScan<Cell, S, W> scan(args, steps, workspace);
   run_scan(args, scan.work(), device.threads, workspace, scan);
+}
+
+// Packs the weights of `args`, a scan of no steps, for all later scans with args.storage, unless
+// `to` is null. Returns the number of bytes.
+template <class Cell, class S, class W = Factor<S>>
+int64_t pack_layer(const ForwardArgs& args, void* to) {
+  if constexpr (std::is_same_v<S, float> && std::is_same_v<W, Factor<S>>) {
+    if (args.storage == Storage::kBFloat16) return pack_layer<Cell, S, BFloat16>(args, to);
+  }
+  Workspace workspace;
+  const Steps steps(args, workspace);
+  const ForwardScan<Cell, S, W> scan(args, steps, workspace);
+  return scan.pack_all(static_cast<W*>(to)) * sizeof(W);
 }
 
 }  // namespace fastrnn::FASTRNN_VARIANT

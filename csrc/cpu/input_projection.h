@@ -8,7 +8,7 @@
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-template <class S>
+template <class S, class W = Factor<S>>
 class InputProjection {
   using T = Compute<S>;
   using F = Factor<S>;
@@ -20,13 +20,14 @@ class InputProjection {
   // x is copied into its factors where these have another type or whole pairs.
   static constexpr bool kCopies = !std::is_same_v<S, F> || FactorGroup<F>::size > 1;
 
-  InputProjection(const LayerArgs& args, const Steps& steps, int gates, Workspace& workspace)
+  InputProjection(const LayerArgs& args, const Steps& steps, int gates, Workspace& workspace,
+                  const W* packed)
       : steps_ahead(max_of(1, min_of(args.steps, kProjectedRows / max_of(1, args.batch)))),
         args_(args),
         steps_(steps),
         copy_stride_(packed_depth<F>(args.input)),
         weight_(args.weight_ih, Columns<T>(args.hidden, gates), args.input, args.directions,
-                steps.total(), workspace) {
+                steps.total(), workspace, packed) {
     const int64_t rows = args.directions * steps_ahead * args.batch;
     projected_ = workspace.take<T>(rows * weight_.columns.blocks * weight_.columns.width);
     copied_ = workspace.take<F>(kCopies ? rows * copy_stride_ : 0);
@@ -34,6 +35,7 @@ class InputProjection {
 
   const int64_t steps_ahead;
   const Columns<T>& columns() const { return weight_.columns; }
+  const ForwardWeight<S, W>& weight() const { return weight_; }
 
   void pack(int direction, Range blocks) const { weight_.pack(direction, blocks); }
 
@@ -57,6 +59,8 @@ class InputProjection {
     }
     phase([&](const Part& part) {
       const Range blocks = part.blocks(weight_.columns.blocks);
+      const int64_t group = weight_.blocks_at_once((part.rows.end - part.rows.begin) * count);
+      if (group > 1) return run_few(direction, part, t, count, group);
       for (int64_t block = blocks.begin; block < blocks.end; ++block) {
         run_block(direction, part, t, count, block);
       }
@@ -67,7 +71,7 @@ class InputProjection {
   const LayerArgs& args_;
   const Steps& steps_;
   const int64_t copy_stride_;
-  const ForwardWeight<S> weight_;
+  const ForwardWeight<S, W> weight_;
   T* projected_;
   F* copied_;
 
@@ -92,6 +96,39 @@ class InputProjection {
       if (part.splits_units && i++ % part.size != part.rank) return;
       pack_row(from, args_.input, copy_stride_, to);
     });
+  }
+
+  // One row or two in all: several blocks at once, as the scan takes them.
+  void run_few(int direction, const Part& part, int64_t t, int64_t count, int64_t group) const {
+    constexpr int kFew = ForwardWeight<S, W>::Blocks::max_rows;
+    const int vectors = weight_.columns.vectors;
+    const F* rows[kFew];
+    int64_t slots[kFew], indices[kFew];
+    int gathered = 0;
+    for_each_row(direction, part, t, count, [&](int64_t slot, int64_t row, const S* x, F* copy) {
+      if constexpr (kCopies) {
+        rows[gathered] = copy;
+      } else {
+        rows[gathered] = x;
+      }
+      slots[gathered] = slot;
+      indices[gathered++] = row;
+    });
+    if (gathered == 0) return;
+    const Range blocks = part.blocks(weight_.columns.blocks);
+    for (int64_t first = blocks.begin; first < blocks.end; first += group) {
+      const int64_t last = min_of(first + group, blocks.end);
+      V sums[ForwardWeight<S, W>::kMaxBlocks * kFew * kMaxVectors], biases[kMaxVectors];
+      weight_.multiply_blocks(direction, first, last, rows, gathered, 0, sums);
+      const V* sum = sums;
+      for (int64_t b = first; b < last; ++b) {
+        weight_.load_bias(args_.bias_ih[direction], b, biases);
+        for (int r = 0; r < gathered; ++r) {
+          T* target = at(direction, part, b, slots[r], indices[r]);
+          for (int v = 0; v < vectors; ++v) (*sum++ + biases[v]).store(target + v * V::lanes);
+        }
+      }
+    }
   }
 
   // A tile takes rows across steps, so that a small batch fills it too.

@@ -38,6 +38,14 @@ void forward(const ForwardArgs& args, int threads) {
   });
 }
 
+int64_t pack(const ForwardArgs& args, void* to) {
+  int64_t bytes = 0;
+  visit(args.cell, args.dtype, [&](auto cell, auto element) {
+    bytes = pack_layer<decltype(cell), decltype(element)>(args, to);
+  });
+  return bytes;
+}
+
 void backward(const BackwardArgs& args, int threads) {
   visit(args.cell, args.dtype, [&](auto cell, auto element) {
     backward_dev_impl<Cpu, decltype(cell), decltype(element)>({threads}, args);
@@ -50,7 +58,8 @@ void backward(const BackwardArgs& args, int threads) {
 extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT);
 const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT){
     FASTRNN_STRING(FASTRNN_VARIANT), FASTRNN_FLAGS,
-    FASTRNN_VARIANT::forward,        FASTRNN_VARIANT::backward,
-    FASTRNN_VARIANT::multiply_add,   FASTRNN_VARIANT::run_tile};
+    FASTRNN_VARIANT::forward,        FASTRNN_VARIANT::pack,
+    FASTRNN_VARIANT::backward,       FASTRNN_VARIANT::multiply_add,
+    FASTRNN_VARIANT::run_tile};
 
 }  // namespace fastrnn

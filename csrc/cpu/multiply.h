@@ -37,18 +37,18 @@ constexpr int max_rows(int vectors) {
 }
 
 // The factors of type F that one multiply-add takes: those of `size` successive k, which lie side
-// by side on the left and in each lane on the right.
-template <class F>
+// by side on the left and in each lane on the right. There they may be stored in a smaller type, W.
+template <class F, class W = F>
 struct FactorGroup {
   using V = Vec<F>;
   static constexpr int size = 1;
   static V broadcast(const F* left) { return V(*left); }
-  static V load(const F* right) { return V::load(right); }
+  static V load(const W* right) { return V::load(right); }
   static V multiply_add(V sum, V left, V right) { return sum + left * right; }
 };
 #if defined(__AVX512BF16__)
 template <>
-struct FactorGroup<BFloat16> {
+struct FactorGroup<BFloat16, BFloat16> {
   using V = Vec<float>;
   static constexpr int size = 2;
   static __m512bh broadcast(const BFloat16* left) {
@@ -71,11 +71,11 @@ constexpr int64_t packed_depth(int64_t depth) {
 }
 
 // acc[r][v] += sum over k of left(r, k) * packed[k][v], where groups of k are `stride` apart.
-template <class F, int NV, int MR, class Left>
+template <class F, class W, int NV, int MR, class Left>
 [[gnu::always_inline]] inline void multiply_add(Vec<Compute<F>> (&acc)[MR][NV], Left left,
-                                                const F* packed, int64_t stride, const F* next,
+                                                const W* packed, int64_t stride, const W* next,
                                                 int64_t depth) {
-  using Group = FactorGroup<F>;
+  using Group = FactorGroup<F, W>;
   constexpr int line = Group::V::lanes * Group::size;
   for (int64_t k = 0; k < depth; k += Group::size, packed += stride, next += line) {
     __builtin_prefetch(next, 0, 2);
@@ -105,11 +105,11 @@ template <class F, int NV, int MR, class Left>
 }
 
 // sums[r][v] = sum over k of rows[r][k] * packed[k][v].
-template <class F>
+template <class F, class W = F>
 struct Multiply {
   using V = Vec<Compute<F>>;
   template <int NV, int MR>
-  static void run(const F* const* rows, const F* packed, int64_t stride, const F* next,
+  static void run(const F* const* rows, const W* packed, int64_t stride, const W* next,
                   int64_t depth, V* sums) {
     V acc[MR][NV];
     const F* row[MR];
@@ -119,7 +119,8 @@ struct Multiply {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] = V(0);
     }
-    multiply_add(acc, [&row](int r, int64_t k) { return row[r] + k; }, packed, stride, next, depth);
+    multiply_add<F>(
+        acc, [&row](int r, int64_t k) { return row[r] + k; }, packed, stride, next, depth);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -129,15 +130,15 @@ struct Multiply {
 
 // The same for some blocks of packed columns, `stride` apart, at once: a tile of one or two rows
 // has too few sums to keep the multipliers busy. sums[b][r][v].
-template <class F>
+template <class F, class W = F>
 struct MultiplyBlocks {
   using V = Vec<Compute<F>>;
   static constexpr int max_rows = 2;
   static constexpr int blocks(int rows) { return FASTRNN_REGISTERS / 8 / rows; }
 
   template <int NV, int MR>
-  static void run(const F* const* rows, const F* packed, int64_t stride, int64_t depth, V* sums) {
-    using Group = FactorGroup<F>;
+  static void run(const F* const* rows, const W* packed, int64_t stride, int64_t depth, V* sums) {
+    using Group = FactorGroup<F, W>;
     constexpr int NB = blocks(MR), line = Group::V::lanes * Group::size;
     V acc[NB][MR][NV];
 #pragma GCC unroll 8
@@ -181,7 +182,7 @@ template <class F, int NV, int MR, class Body>
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v] = V(0);
-  multiply_add(
+  multiply_add<F>(
       acc,
       [columns, stride](int r, int64_t k) {
         return columns + k * stride + r * FactorGroup<F>::size;
@@ -379,8 +380,8 @@ auto dot_for(int rows) {
 
 // What the tile-th tile on a block prefetches: a part of the block that follows in memory. The
 // first `vectors` tiles cover it.
-template <class F>
-const F* prefetch_target(const F* packed, int64_t depth, int vectors, int64_t tile) {
+template <class F, class W>
+const W* prefetch_target(const W* packed, int64_t depth, int vectors, int64_t tile) {
   const int64_t part = packed_depth<F>(depth) * FactorGroup<F>::V::lanes;
   return packed + (tile < vectors ? vectors + tile : 0) * part;
 }

@@ -25,9 +25,9 @@ inline void zip_rows(const F* even, const F* odd, int64_t count, int64_t width, 
 
 // Forward: column (u, g, lane) of block b holds row g*H + unit of W [G*H, depth], k runs over
 // depth.
-template <class S, class F>
+template <class S, class F, class W>
 void pack_forward(const S* weight, int64_t hidden, int64_t depth, int gates, int units,
-                  int64_t block, F* packed) {
+                  int64_t block, W* packed) {
   constexpr int lanes = FactorGroup<F>::V::lanes, size = FactorGroup<F>::size;
   const int vectors = units * gates;
   for (int v = 0; v < vectors; ++v) {
@@ -47,10 +47,16 @@ void pack_forward(const S* weight, int64_t hidden, int64_t depth, int gates, int
       }
     }
     for (; k < packed_depth<F>(depth); ++k) {
-      F* lane = packed + (k / size * vectors + v) * lanes * size + k % size;
+      W* lane = packed + (k / size * vectors + v) * lanes * size + k % size;
       const int filled = k < depth ? count : 0;
-      for (int i = 0; i < filled; ++i) convert(source[i * depth + k], lane[i * size]);
-      for (int i = filled; i < lanes; ++i) lane[i * size] = F{};
+      if constexpr (std::is_same_v<F, W>) {
+        for (int i = 0; i < filled; ++i) convert(source[i * depth + k], lane[i * size]);
+        for (int i = filled; i < lanes; ++i) lane[i * size] = F{};
+      } else {
+        F values[lanes] = {};
+        for (int i = 0; i < filled; ++i) values[i] = source[i * depth + k];
+        Vec<F>::load(values).store(lane);
+      }
     }
   }
 }

@@ -10,6 +10,10 @@
 
 namespace fastrnn {
 
+// What packed weights are stored in: the factors of the scan's own dtype, or bfloat16, which
+// float32 scans widen as they read them.
+enum class Storage : int { kOwn, kBFloat16 };
+
 // What both passes are told.
 struct LayerArgs : ScanShape {
   const int64_t* batch_sizes;  // [T], not increasing, each <= B; null: all rows live for all steps
@@ -39,6 +43,12 @@ struct ForwardArgs : LayerArgs {
   // carries across each boundary between two of the S segments. Boundary k lies between steps (k +
   // 1) * checkpoint_every - 1 and the next.
   void* boundaries;
+
+  // All weights, as pack() wrote them before, or null: then each scan packs them for itself, or
+  // reads them as they lie. With them, weight_* only says which there are, and no sum depends on
+  // how many rows there are.
+  const void* packed;
+  Storage storage;
 };
 
 // The buffers that forward wrote are only read here, so that backward can run twice on them.

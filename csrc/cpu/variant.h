@@ -9,6 +9,8 @@ struct CpuVariant {
   const char* name;
   const char* flags;  // with which it was compiled, see CMakeLists.txt
   void (*forward)(const ForwardArgs& args, int threads);
+  // Packs the weights of a scan of no steps, unless `to` is null; returns the number of bytes.
+  int64_t (*pack)(const ForwardArgs& args, void* to);
   void (*backward)(const BackwardArgs& args, int threads);
   int64_t (*multiply_add)(int64_t rounds);  // see multiply_add.h
   int64_t (*run_tile)(int vectors, int64_t depth, bool transposed, int64_t rounds);  // tile_rate.h

@@ -8,8 +8,8 @@
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-// W [gates * columns, depth] in the forward scan: rows times W^T.
-template <class S>
+// W [gates * columns, depth] in the forward scan: rows times W^T. Packed in elements of type W.
+template <class S, class W = Factor<S>>
 class ForwardWeight {
   using T = Compute<S>;
   using F = Factor<S>;
@@ -21,12 +21,17 @@ class ForwardWeight {
   }
 
  public:
-  // Null weights: the layer has none. `rows`: those of all steps together.
+  // Null weights: the layer has none. `rows`: those of all steps together. `given`: as pack() wrote
+  // it before, or null.
   ForwardWeight(const void* const* weight, const Columns<T>& columns, int64_t depth, int directions,
-                int64_t rows, Workspace& workspace)
-      : columns(columns), depth_(depth), weight_(weight) {
-    if (weight[0] == nullptr || rows <= few_rows(depth)) return;
-    packed_ = workspace.take<F>(directions * this->columns.blocks * block_size());
+                int64_t rows, Workspace& workspace, const W* given = nullptr)
+      : columns(columns), depth_(depth), weight_(weight), is_given_(given != nullptr) {
+    if (weight[0] == nullptr) return;
+    if (is_given_) {
+      packed_ = const_cast<W*>(given);
+    } else if (rows > few_rows(depth)) {
+      packed_ = workspace.take<W>(directions * this->columns.blocks * block_size());
+    }
   }
 
   const Columns<T> columns;
@@ -34,12 +39,19 @@ class ForwardWeight {
   bool is_packed() const { return packed_ != nullptr; }
 
   void pack(int direction, Range blocks) const {
-    if (!is_packed()) return;
+    if (is_packed() && !is_given_) pack_to(direction, blocks, packed(direction, 0));
+  }
+
+  // Packs some blocks of a direction, where its first one is at `to`.
+  void pack_to(int direction, Range blocks, W* to) const {
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      pack_forward(weight(direction), columns.count, depth_, columns.gates, columns.units, b,
-                   packed(direction, b));
+      pack_forward<S, F>(weight(direction), columns.count, depth_, columns.gates, columns.units, b,
+                         to + b * block_size());
     }
   }
+
+  // The elements of a direction, packed.
+  int64_t packed_size() const { return columns.blocks * block_size(); }
 
   // sums[r * vectors + v] = rows[r] times the block's v-th vector of columns. `tile`: how many
   // tiles of this block came before.
@@ -47,10 +59,10 @@ class ForwardWeight {
                 V* sums) const {
     const int vectors = columns.vectors;
     if (is_packed()) {
-      const F* from = packed(direction, block);
-      return tile_for<Multiply<F>>(vectors, count)(rows, from, columns.width * FactorGroup<F>::size,
-                                                   prefetch_target(from, depth_, vectors, tile),
-                                                   depth_, sums);
+      const W* from = packed(direction, block);
+      return tile_for<Multiply<F, W>>(vectors, count)(
+          rows, from, columns.width * FactorGroup<F, W>::size,
+          prefetch_target<F>(from, depth_, vectors, tile), depth_, sums);
     }
     for (int v = 0; v < vectors; ++v) {
       const int64_t column = columns.column(block, v / columns.gates);
@@ -65,10 +77,11 @@ class ForwardWeight {
   }
 
   // One or two rows take several blocks together: their products fill the multipliers.
-  static constexpr int kMaxBlocks = MultiplyBlocks<F>::blocks(1);
+  using Blocks = MultiplyBlocks<F, W>;
+  static constexpr int kMaxBlocks = Blocks::blocks(1);
   int64_t blocks_at_once(int64_t rows) const {
-    const bool few = 0 < rows && rows <= MultiplyBlocks<F>::max_rows && is_packed();
-    return few ? MultiplyBlocks<F>::blocks(static_cast<int>(rows)) : 1;
+    const bool few = 0 < rows && rows <= Blocks::max_rows && is_packed();
+    return few ? Blocks::blocks(static_cast<int>(rows)) : 1;
   }
 
   // The same as multiply for the blocks [first, last), at most blocks_at_once; their sums follow
@@ -77,8 +90,8 @@ class ForwardWeight {
                        int64_t tile, V* sums) const {
     const int64_t group = last - first;
     if (group > 1 && group == blocks_at_once(count)) {
-      return tile_for<MultiplyBlocks<F>>(columns.vectors, count)(rows, packed(direction, first),
-                                                                 block_size(), depth_, sums);
+      return tile_for<Blocks>(columns.vectors, count)(rows, packed(direction, first), block_size(),
+                                                      depth_, sums);
     }
     for (int64_t b = first; b < last; ++b, sums += count * columns.vectors) {
       multiply(direction, b, rows, count, tile, sums);
@@ -94,12 +107,13 @@ class ForwardWeight {
  private:
   const int64_t depth_;
   const void* const* const weight_;
-  F* packed_ = nullptr;  // [D, blocks, depth, width]
+  const bool is_given_;
+  W* packed_ = nullptr;  // [D, blocks, depth, width]; given, it is only read
 
   const S* weight(int direction) const { return static_cast<const S*>(weight_[direction]); }
   int64_t block_size() const { return packed_depth<F>(depth_) * columns.width; }
-  F* packed(int direction, int64_t block) const {
-    return packed_ + (direction * columns.blocks + block) * block_size();
+  W* packed(int direction, int64_t block) const {
+    return packed_ + direction * packed_size() + block * block_size();
   }
 };
 
@@ -149,7 +163,7 @@ class BackwardWeight {
       }
     }
     tile_for<Multiply<F>>(columns.units, count)(
-        rows, from, stride, prefetch_target(from, depth_, columns.units, tile), depth_, sums);
+        rows, from, stride, prefetch_target<F>(from, depth_, columns.units, tile), depth_, sums);
   }
 
  private:

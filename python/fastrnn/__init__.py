@@ -7,9 +7,11 @@ from ._cell import cell
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._check import check_cell
 from ._cpu import cpu_variant, cpu_variants
+from ._freeze import freeze, unfreeze
 from ._functions import ElmanFunction, GRUFunction, LSTMFunction
 from ._modules import GRU, LSTM, RNN
 from ._replace import hook_quantization, replace, restore
+from ._states import State
 
 hook_quantization()
 
@@ -25,12 +27,15 @@ __all__ = [
     "LSTMCell",
     "LSTMFunction",
     "RNNCell",
+    "State",
     "cell",
     "cells",
     "check_cell",
     "cpu_variant",
     "cpu_variants",
+    "freeze",
     "reference",
     "replace",
     "restore",
+    "unfreeze",
 ]

@@ -41,6 +41,21 @@ class Backend(ABC):
         """int64 values of the CPU on `device`."""
         return values.to(device)
 
+    # Whether it has pack() and keep().
+    packs = False
+
+    def pack(self, layer: Layer, storage: str, /) -> Any:
+        """The layer's weights, packed once for many calls: an object with forward(layer), which is
+        that of any layer of the same sizes, and `bytes`, their size.
+
+        storage: "own", for elements of the layer's dtype, or "bfloat16".
+        """
+        raise NotImplementedError
+
+    def keep(self, layers: Sequence[Any], module: dict[str, Any], parameters: list[Tensor]) -> Any:
+        """The packed layers of a module: what runs its steps, see _cpu.PackedModel."""
+        raise NotImplementedError
+
     # What follows makes small steps of plain CPU tensors fast, and may do without.
 
     def run_module(

@@ -15,9 +15,10 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from ._backends import has_kernel
 from ._drop_in import DropIn
-from ._functions import run_layer
+from ._functions import run_layer, run_packed
 from ._layer import CELLS, Layer
 from ._onnx import run_layer as run_onnx_layer
+from ._packed import can_pack, check_frozen, forget, packed
 from ._torch import (
     GruCell,
     LstmCell,
@@ -39,9 +40,38 @@ class _CellBase(DropIn, RNNCellBase):
     _gates: int  # G
     _theirs: ClassVar[Any]
 
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [super().extra_repr(), self._shown_frozen()]))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        forget(self)
+
+    def _step_packed(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+        """The new states, (h, c or None), on packed weights: of a plain step without gradients.
+        None where it is more than that, or may be wrong."""
+        if torch.compiler.is_compiling():
+            return None
+        h, c = hx if isinstance(hx, tuple) and len(hx) == 2 else (hx, None)
+        if self._frozen is not None:
+            check_frozen(self, input, h, c)
+        elif torch.is_grad_enabled() and any(
+            w is not None and w.requires_grad for w in self._parameters.values()
+        ):
+            return None
+        own = self.__dict__
+        model = own.get("_packed")
+        if model is not None:
+            final: tuple[Any, ...] | None = model.step(own, input, h, c)
+            if final is not None or model.is_current(own):
+                return final
+        if type(input) is not Tensor or not can_pack(self):
+            return None
+        return packed(self).step(own, input, h, c)
+
     def _is_small(self, input: Tensor) -> bool:
         """Whether a batched step is for torch's operator at once: all that a small step pays."""
-        if not isinstance(input, Tensor) or input.dim() != 2:
+        if not isinstance(input, Tensor) or input.dim() != 2 or self._frozen is not None:
             return False
         if torch.compiler.is_compiling() or tracing_state() is not None:
             # A compiler fuses the operator itself; ONNX has nodes for layers only.
@@ -68,15 +98,17 @@ class _CellBase(DropIn, RNNCellBase):
         self, mode: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, ...] | None:
         """The new states from the fused layer, T = 1; None where torch's operator has to run."""
+        frozen = self._frozen
         has_cell_state = CELLS[mode].has_cell_state
         to_onnx = is_exporting_to_onnx()
         if (
             not isinstance(input, Tensor)
-            or not (is_transforming() or to_onnx if input.dim() == 1 else input.dim() == 2)
+            or input.dim() not in (1, 2)
+            or (input.dim() == 1 and not (is_transforming() or to_onnx or frozen))
             or self._is_small(input)
             or not has_kernel(input)  # before autocast, which does not know every device
             or input.size(-1) != self.input_size
-            or torch.is_autocast_enabled(input.device.type)
+            or (torch.is_autocast_enabled(input.device.type) and not frozen)
             or (hx is not None and isinstance(hx, Tensor) is has_cell_state)
         ):
             return None
@@ -90,14 +122,24 @@ class _CellBase(DropIn, RNNCellBase):
         weights = [self.weight_ih, self.weight_hh]
         if self.bias:
             weights += [self.bias_ih, self.bias_hh]
+        if frozen and torch.is_autocast_enabled(input.device.type):
+            input, *states = (t.to(self.weight_ih.dtype) for t in (input, *states))
         if any(t.dtype != input.dtype or not has_kernel(t) for t in (input, *states, *weights)):
             return None
-        rows = batch.numel()
+        rows = batch[0] if batch else 1  # numel() would fix it in an exported program
         x, *initial = (t.reshape(1, rows, t.size(-1)) for t in (input, *states))
         h_0, c_0 = (*initial, None, None)[:2]
         options = mode, 1, rows, False, 0, False, False
         layer = Layer(*options, x, h_0, c_0, None, None, None, tuple(weights))
-        final = (run_onnx_layer(layer, None, self.hidden_size) if to_onnx else run_layer(layer))[1]
+        if to_onnx:
+            final = run_onnx_layer(layer, None, self.hidden_size)[1]
+        elif frozen:
+            check_frozen(self, x, *initial)
+            traced = torch.compiler.is_compiling() or tracing_state() is not None
+            own = None if traced else packed(self).layers[0]
+            final = run_packed(layer, None, frozen, own)[1]
+        else:
+            final = run_layer(layer)[1]
         return tuple(s.reshape(shape) for s in final)
 
 
@@ -117,6 +159,7 @@ class LSTMCell(_CellBase):
 
     _theirs = LstmCell
     _gates = 4
+    cell_mode = "LSTM"
 
     def __init__(
         self,
@@ -144,6 +187,8 @@ class LSTMCell(_CellBase):
             RuntimeError: as torch.nn.LSTMCell's, with its text, for wrong shapes and dtypes.
             ValueError: the same, for a wrong number of dimensions.
         """
+        if (final := self._step_packed(input, hx)) is not None:
+            return final[0], final[1]
         if (
             hx is not None
             and self._is_small(input)
@@ -176,6 +221,7 @@ class GRUCell(_CellBase):
 
     _theirs = GruCell
     _gates = 3
+    cell_mode = "GRU"
 
     def __init__(
         self,
@@ -201,6 +247,8 @@ class GRUCell(_CellBase):
             RuntimeError: as torch.nn.GRUCell's, with its text, for wrong shapes and dtypes.
             ValueError: the same, for a wrong number of dimensions.
         """
+        if (final := self._step_packed(input, hx)) is not None:
+            return final[0]
         if hx is not None and self._is_small(input) and hx.dim() == 2:
             weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
             return torch.gru_cell(input, hx, *weights)
@@ -232,6 +280,10 @@ class RNNCell(_CellBase):
     __constants__ = RnnCell.__constants__
     nonlinearity: str
 
+    @property
+    def cell_mode(self) -> str:
+        return f"RNN_{self.nonlinearity.upper()}"
+
     def __init__(
         self,
         input_size: int,
@@ -261,6 +313,8 @@ class RNNCell(_CellBase):
         if self.nonlinearity not in _ELMAN:
             return RnnCell.forward(self, input, hx)  # type: ignore[arg-type]  # which raises
         mode, operator = _ELMAN[self.nonlinearity]
+        if (final := self._step_packed(input, hx)) is not None:
+            return final[0]
         if hx is not None and self._is_small(input) and hx.dim() == 2:
             weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
             return operator(input, hx, *weights)

@@ -110,6 +110,64 @@ def exchange() -> str:
     """How tensors come and go: "dlpack", by a table of C functions, or "attributes", in Python.
     FASTRNN_EXCHANGE=attributes in the environment forces the second."""
 
+class PackedLayer:
+    """The weights of one layer in all its directions, packed: see csrc/cpu/bind/packed.h."""
+
+    def __init__(self, layer: tuple[Any, ...], storage: str, /) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    def forward(self, layer: tuple[Any, ...], /) -> tuple[Tensor | None, ...]:
+        """As the function of this name; the layer's weights only have to be of the same sizes."""
+
+class PackedModel:
+    """The packed layers of a module, and what its parameters were then."""
+
+    def __init__(
+        self, layers: list[PackedLayer], module: dict[str, Any], parameters: list[Tensor], /
+    ) -> None: ...
+    @property
+    def layers(self) -> list[PackedLayer]: ...
+    @property
+    def bytes(self) -> int: ...
+    def is_current(self, module: dict[str, Any], /) -> bool:
+        """Whether the module's parameters are what they were."""
+
+    def step(
+        self, module: dict[str, Any], x: Any, h: Any, c: Any, /
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """One step of the first layer; None where the call is more than that, or wrong."""
+
+    def run(
+        self, module: dict[str, Any], x: Any, h: Any, c: Any, /
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """All layers over all steps; None where the call is more than that, or wrong."""
+
+    def start(
+        self,
+        module: dict[str, Any],
+        batch: int,
+        is_batched: bool,
+        h: Tensor | None,
+        c: Tensor | None,
+        /,
+    ) -> PackedState: ...
+
+class PackedState:
+    """The states of all layers between two steps."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def is_batched(self) -> bool: ...
+    def step(self, x: Any, mask: Any, /) -> PackedState | None:
+        """The state after x; None where the call is more than that, or wrong."""
+
+    def run(self, x: Any, /) -> tuple[Tensor, PackedState] | None:
+        """The top layer's outputs over x [T, B, I], and the state after it."""
+
+    def tensors(self) -> tuple[Tensor, Tensor | None]: ...
+    def h(self, layer: int, /) -> Tensor: ...
+
 def inspect(layer: tuple[Any, ...], others: tuple[Tensor | None, ...], /) -> int:
     """What an eager call on these tensors is: a fastrnn._operators.Call."""
 

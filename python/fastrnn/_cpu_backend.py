@@ -17,6 +17,9 @@ class CpuBackend(Backend):
     run_module = staticmethod(_cpu.run_module)
     record = staticmethod(_cpu.record)
     replay = staticmethod(_cpu.replay)
+    packs = True
+    pack = staticmethod(_cpu.PackedLayer)
+    keep = staticmethod(_cpu.PackedModel)
 
     def runs_cell(self, mode: str, dtype: torch.dtype) -> bool:
         return _kernels.load(mode, dtype)

@@ -26,6 +26,12 @@ class DropIn(nn.Module):
 
     # The class it stands for; None for a cell that torch.nn has not.
     _theirs: ClassVar[type[nn.Module] | None]
+    _frozen: str | None = None  # what its weights are stored in, if it is frozen: see _packed
+    _packed: Any = None  # its weights packed, if they are
+
+    def _shown_frozen(self) -> str:
+        storage = self._frozen
+        return "" if storage is None else "frozen" if storage == "own" else f"frozen={storage}"
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script takes instead: torch.nn's twin, sharing all that this holds."""

@@ -11,7 +11,17 @@ from torch import Tensor
 from . import reference
 from ._backends import backend, has_kernel, runs_cell
 from ._layer import CELLS, Layer, Results, Saved
-from ._operators import Call, filled, inspect, library, scan_backward, scan_forward, with_batch
+from ._operators import (
+    Call,
+    filled,
+    inspect,
+    library,
+    scan_backward,
+    scan_forward,
+    scan_packed,
+    with_batch,
+)
+from ._packed import stored
 from ._ragged import gather, mask_from_batch_sizes, scatter
 from ._torch import (
     below_autograd,
@@ -419,6 +429,22 @@ def run_layer(
         results = _run_watched(layer, mask, compiling, has_cell)
     output, h_n, *rest = results
     if not CELLS[layer.mode].has_cell_state:  # torch 2.6 cannot compile layer.cell
+        return output, (h_n,), None
+    return output, (h_n, rest[0]), rest[1].to(output.dtype) if layer.all_c else None
+
+
+def run_packed(
+    layer: Layer, mask: Tensor | None, storage: str, packed: Any
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """The same of a layer of packed weights, without a gradient."""
+    results: tuple[Any, ...]
+    if mask is not None or (is_transforming() and not torch.compiler.is_compiling()):
+        values = layer._replace(weights=stored(tuple(layer.weights), storage))
+        results = tuple(t.detach() for t in reference_layer(values, mask))
+    else:
+        results = tuple(scan_packed(layer, storage, packed))
+    output, h_n, *rest = results
+    if not CELLS[layer.mode].has_cell_state:
         return output, (h_n,), None
     return output, (h_n, rest[0]), rest[1].to(output.dtype) if layer.all_c else None
 

@@ -18,10 +18,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._backends import backend, takes_mask
 from ._drop_in import DropIn
-from ._functions import FUSED, run_layer
+from ._functions import FUSED, run_layer, run_packed
 from ._layer import CELLS, Layer
 from ._onnx import refuse
 from ._onnx import run_layer as run_onnx_layer
+from ._packed import check_frozen, forget, packed
 from ._ragged import (
     as_lengths,
     check_lengths,
@@ -32,6 +33,7 @@ from ._ragged import (
     scatter,
     segment_starts,
 )
+from ._states import State, start
 from ._torch import Gru, Lstm, Rnn, is_exporting_to_onnx, is_tracing, is_transforming
 
 States = tuple[Tensor, ...]  # (h,) or (h, c), each [L * D, B, H]
@@ -58,6 +60,7 @@ class _RNNBase(DropIn, RNNBase):
     """What LSTM, GRU and RNN share. States are a tuple here, (h,) or (h, c)."""
 
     checkpoint_every: int | None = None  # also of modules that replace() turned
+    _takes_directly = True  # whether it has _run_directly
 
     def __init__(
         self, mode: str, *args: Any, checkpoint_every: int | None = None, **kwargs: Any
@@ -74,8 +77,8 @@ class _RNNBase(DropIn, RNNBase):
             self.checkpoint_every = every
 
     def extra_repr(self) -> str:
-        own = self._without_twin()
-        return super().extra_repr() + (own and f", {own}")
+        own = [self._without_twin(), self._shown_frozen()]
+        return ", ".join([super().extra_repr(), *filter(None, own)])
 
     def _without_twin(self) -> str:
         every = self.checkpoint_every
@@ -132,8 +135,33 @@ class _RNNBase(DropIn, RNNBase):
         wrong."""
         if torch.compiler.is_compiling():
             return None
+        if self._frozen is not None:
+            return self._run_frozen(input, hx)
         every = self.checkpoint_every or 0
         return backend("cpu").run_module(self.__dict__, input, hx, every, FUSED)
+
+    def _run_frozen(self, input: Any, hx: Any) -> Any:
+        """The same of a frozen module."""
+        model = self._packed
+        has_pair = CELLS[self.mode].has_cell_state
+        if model is None or self.training or type(input) is not Tensor or input.dim() != 3:
+            return None
+        h, c = hx if isinstance(hx, tuple) and len(hx) == 2 else (hx, None)
+        if h is not None and (c is None) is has_pair:
+            return None
+        x = input.transpose(0, 1) if self.batch_first else input
+        result = model.run(self.__dict__, x, h, c)
+        if result is None:
+            return None
+        output, h_n, c_n = result
+        if self.batch_first:
+            output = output.transpose(0, 1)
+        return output, (h_n, c_n) if has_pair else h_n
+
+    @property
+    def cell_mode(self) -> str:
+        """The cell of its layers: Layer.mode."""
+        return self.mode
 
     def _weights(self) -> list[Tensor]:
         """The weights by their names, right whatever a user put in a parameter's place; or those of
@@ -168,21 +196,46 @@ class _RNNBase(DropIn, RNNBase):
         Returns output, final states and, if asked for, the states of every step and layer: c_t of
         an LSTM, else h_t.
         """
+        if states is None and rows.batch_sizes is not None and is_tracing():
+            # The one argument by which the traced operator knows B.
+            states = self._zeros(x, rows.batch)
+        own: list[States] | None = None
+        if states is not None:
+            own = [states]
+            if self.num_layers > 1:
+                directions = 2 if self.bidirectional else 1
+                parts = [
+                    slice(k * directions, (k + 1) * directions) for k in range(self.num_layers)
+                ]
+                own = [tuple(s[part] for s in states) for part in parts]
+        x, finals, sequences = self._run_layers(x, own, rows, all_states)
+        final = finals[0] if self.num_layers == 1 else tuple(map(torch.cat, zip(*finals)))
+        return x, final, sequences
+
+    def _run_layers(
+        self,
+        x: Tensor,
+        states: Sequence[States] | None,
+        rows: _Rows,
+        all_states: bool,
+    ) -> tuple[Tensor, list[States], list[Tensor]]:
+        """The same with the states of each layer by themselves, [D, B, H]."""
         weights = self._weights()
         output_dtype = None
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        model = None
+        if self._frozen is not None:
+            x, states = self._as_frozen(x, states)
+            model = None if torch.compiler.is_compiling() or is_tracing() else packed(self)
+        elif not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             if self.mode == "GRU" and x.device.type == "cpu":  # as torch.nn.GRU
-                state_dtype = x.dtype if states is None else states[0].dtype
+                state_dtype = x.dtype if states is None else states[0][0].dtype
                 output_dtype = torch.promote_types(dtype, state_dtype)
             x, *weights = _autocast(dtype, x, *weights)
             if rows.inputs is not None:
                 rows = rows._replace(inputs=_autocast(dtype, *rows.inputs))
-            states = None if states is None else _autocast(dtype, *states)
+            states = None if states is None else [_autocast(dtype, *each) for each in states]
         directions = 2 if self.bidirectional else 1
-        if states is None and rows.batch_sizes is not None and is_tracing():
-            # The one argument by which the traced operator knows B.
-            states = self._zeros(x, rows.batch)
         to_onnx = is_exporting_to_onnx()
         # Without gradients there is nothing to save.
         every = (self.checkpoint_every or 0) if torch.is_grad_enabled() else 0
@@ -193,15 +246,15 @@ class _RNNBase(DropIn, RNNBase):
             h_0: Tensor | None = None
             c_0: Tensor | None = None
             if states is not None:
-                h_0, c_0 = (*states, None)[:2]
-                if h_0 is not None and self.num_layers > 1:
-                    part = slice(k * directions, (k + 1) * directions)
-                    h_0, c_0 = h_0[part], None if c_0 is None else c_0[part]
+                h_0, c_0 = (*states[k], None)[:2]
             own_weights = tuple(weights[k * each : (k + 1) * each])
             inputs = None if rows.inputs is None else rows.inputs[k]
             layer = Layer(*options, x, h_0, c_0, rows.batch_sizes, rows.resets, inputs, own_weights)
             if to_onnx:
                 x, final, cells = run_onnx_layer(layer, rows.lengths, self.hidden_size)
+            elif self._frozen is not None:
+                own = None if model is None else model.layers[k]
+                x, final, cells = run_packed(layer, rows.mask, self._frozen, own)
             else:
                 x, final, cells = run_layer(layer, rows.mask)
             finals.append(final)
@@ -209,17 +262,59 @@ class _RNNBase(DropIn, RNNBase):
                 sequences += self._states_of(x, cells)
             if self.dropout and self.training and k < self.num_layers - 1:
                 x = torch.nn.functional.dropout(x, self.dropout)
-        final = finals[0] if self.num_layers == 1 else tuple(map(torch.cat, zip(*finals)))
         if output_dtype is not None:
             x, *sequences = (t.to(output_dtype) for t in (x, *sequences))
-            final = tuple(s.to(output_dtype) for s in final)
-        return x, final, sequences
+            finals = [tuple(s.to(output_dtype) for s in final) for final in finals]
+        return x, finals, sequences
+
+    def _as_frozen(
+        self, x: Tensor, states: Sequence[States] | None
+    ) -> tuple[Tensor, Sequence[States] | None]:
+        """Input and states of a frozen layer, which autocast does not concern."""
+        check_frozen(self, x, *(s for each in states or () for s in each))
+        dtype = self._weights()[0].dtype
+        if x.dtype == dtype or not torch.is_autocast_enabled(x.device.type):
+            return x, states
+        own = None if states is None else [tuple(s.to(dtype) for s in each) for each in states]
+        return x.to(dtype), own
+
+    def _state_sizes(self) -> list[int]:
+        """The features of h and of the other states."""
+        others = CELLS[self.mode].states * self.hidden_size
+        return [self.proj_size or self.hidden_size, *([others] if others else [])]
 
     def _zeros(self, x: Tensor, batch: Any) -> States:
         entries = self.num_layers * (2 if self.bidirectional else 1)
-        sizes = [self.proj_size or self.hidden_size]
-        sizes += [self.hidden_size] if CELLS[self.mode].has_cell_state else []
-        return tuple(x.new_zeros(entries, batch, size) for size in sizes)
+        return tuple(x.new_zeros(entries, batch, size) for size in self._state_sizes())
+
+    def initial_state(self, hx: Any = None, *, batch: int | None = None) -> State:
+        """The state before the first step, for taking one step at a time: see fastrnn.State.
+
+        Without gradients, on the CPU, it packs the weights, once for the module.
+
+        Args:
+            hx: as in forward, with B or without; None means zeros.
+            batch: B, for inputs [B, I]. None without hx: unbatched, for inputs [I].
+
+        Raises:
+            ValueError: if the module is bidirectional, whose second direction begins at the last
+                step; or hx or batch is of another type or shape than these.
+        """
+        return start(self, hx, batch)
+
+    def _wants_gradient(self, *tensors: Tensor) -> bool:
+        """Whether a step on these has one; a frozen module has none."""
+        if self._frozen is not None or not torch.is_grad_enabled():
+            return False
+        return any(t.requires_grad for t in (*tensors, *self.parameters()))
+
+    def _advance(
+        self, x: Tensor, states: Sequence[States], inputs: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, list[States]]:
+        """All layers over x [T, B, I], from the states of each layer: the output and the states
+        after it."""
+        output, finals, _ = self._run_layers(x, states, _Rows(x.shape[1], inputs=inputs), False)
+        return output, finals
 
     def _states_of(self, output: Tensor, others: Tensor | None) -> list[Tensor]:
         """What return_states gives of one layer."""
@@ -235,6 +330,10 @@ class _RNNBase(DropIn, RNNBase):
             super().check_input(input, batch_sizes)
         finally:
             self._flat_weights = flat
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        forget(self)
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
         self.check_forward_args(input, states[0], batch_sizes)

@@ -21,6 +21,8 @@ from ._backends import backend, backend_of
 from ._flops import register as register_flops
 from ._layer import Layer, Results, Saved
 from ._load import _cpu
+from ._packed import packed_layer
+from ._torch import below_autograd
 
 _SCHEMA_TYPES = {
     str: "str",
@@ -38,10 +40,11 @@ def _schema(*records: type) -> str:
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in fields)
 
 
+_RESULTS = ", ".join(["Tensor"] * len(Results._fields))
 library = torch.library.Library("fastrnn", "DEF")
-library.define(
-    f"scan_forward({_schema(Layer)}) -> ({', '.join(['Tensor'] * len(Results._fields))})"
-)
+library.define(f"scan_forward({_schema(Layer)}) -> ({_RESULTS})")
+# The forward scan on packed weights, packed in the first call; of frozen layers, no gradient.
+library.define(f"scan_packed(str storage, {_schema(Layer)}) -> ({_RESULTS})")
 library.define(f"scan_backward({_schema(Layer, Saved)}) -> Tensor[]")
 
 
@@ -86,6 +89,27 @@ def _(*args):  # type: ignore[no-untyped-def]
     return tuple(filled(layer.x, layer.make_results()))
 
 
+@torch.library.register_fake("fastrnn::scan_packed")
+def _(storage, *args):  # type: ignore[no-untyped-def]
+    layer = _layer(args)
+    return tuple(filled(layer.x, layer.make_results()))
+
+
+def _scan_packed_cpu(storage: str, *args: Any) -> tuple[Tensor, ...]:
+    layer = _layer(args)
+    results = Results._make(packed_layer(layer, storage).forward(layer))
+    return tuple(filled(layer.x, results))
+
+
+def _scan_packed_autograd(storage: str, *args: Any) -> tuple[Tensor, ...]:
+    with below_autograd():
+        return tuple(_scan_packed(storage, *args))
+
+
+library.impl("scan_packed", _scan_packed_cpu, "CPU")
+library.impl("scan_packed", _scan_packed_autograd, "Autograd")
+
+
 @torch.library.register_fake("fastrnn::scan_backward")
 def _(*args):  # type: ignore[no-untyped-def]
     layer = _layer(args)
@@ -96,6 +120,7 @@ register_flops()
 
 _scan_forward = torch.ops.fastrnn.scan_forward.default
 _scan_backward = torch.ops.fastrnn.scan_backward.default
+_scan_packed = torch.ops.fastrnn.scan_packed.default
 
 
 class Call(IntEnum):
@@ -122,6 +147,13 @@ def scan_forward(layer: Layer) -> Results:
     if not torch.compiler.is_compiling() and inspect(layer):
         return backend("cpu").forward(layer)
     return Results(*_scan_forward(*layer))
+
+
+def scan_packed(layer: Layer, storage: str, packed: Any) -> Results:
+    """The layer on its weights that are packed; None: which the operator packs, or finds."""
+    if packed is not None and not torch.compiler.is_compiling() and inspect(layer):
+        return Results._make(packed.forward(layer))
+    return Results(*_scan_packed(storage, *layer))
 
 
 def scan_backward(layer: Layer, saved: Saved) -> list[Tensor | None]:

@@ -44,6 +44,7 @@ __all__ = [
     "tracing_state",
     "unwrap_dead_wrappers",
     "unwrapped",
+    "version_of",
     "wrap_quantizers",
 ]
 
@@ -137,6 +138,11 @@ def no_value(graph: Any) -> Any:
     value = graph.op("prim::Constant")
     value.setType(torch._C.OptionalType.ofTensor())
     return value
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; -1 where torch does not count, in inference mode."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def wrap_quantizers(wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

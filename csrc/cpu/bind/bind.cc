@@ -15,6 +15,7 @@
 #include "inspector.h"
 #include "int8_layer.h"
 #include "modules.h"
+#include "packed.h"
 #include "run_function.h"
 #include "run_layer.h"
 #include "run_module.h"
@@ -123,6 +124,37 @@ PYBIND11_MODULE(_cpu, m) {
         [](py::handle layer, py::handle saved) { read_saved(read_layer(layer), saved); });
   m.def("forward", [](py::handle layer) { return forward(read_layer(layer)).tuple(); });
   m.def("backward", &backward_of);
+  py::class_<PackedLayer, std::shared_ptr<PackedLayer>>(m, "PackedLayer")
+      .def(py::init([](py::handle layer, const std::string& storage) {
+        return pack(read_layer(layer), storage);
+      }))
+      .def_property_readonly("bytes", &PackedLayer::bytes)
+      .def("forward", [](const PackedLayer& packed, py::handle layer) {
+        return forward(read_layer(layer), packed).tuple();
+      });
+  py::class_<PackedModel, std::shared_ptr<PackedModel>>(m, "PackedModel")
+      .def(py::init<std::vector<std::shared_ptr<PackedLayer>>, const py::dict&, const py::list&>())
+      .def_property_readonly("layers", &PackedModel::layers)
+      .def_property_readonly("bytes", &PackedModel::bytes)
+      .def("is_current", &PackedModel::is_current)
+      .def("step", &PackedModel::step)
+      .def("run", &PackedModel::run)
+      .def("start",
+           [](std::shared_ptr<PackedModel> model, py::dict module, int64_t batch, bool is_batched,
+              py::handle h, py::handle c) {
+             return PackedState(std::move(model), std::move(module), batch, is_batched, h, c);
+           })
+      // What is packed for this processor and these parameters is no part of a copy.
+      .def("__reduce__", [](const PackedModel&) {
+        return py::make_tuple(py::type::of(py::none()), py::tuple());
+      });
+  py::class_<PackedState>(m, "PackedState")
+      .def_property_readonly("batch", &PackedState::batch)
+      .def_property_readonly("is_batched", &PackedState::is_batched)
+      .def("step", &PackedState::step)
+      .def("run", &PackedState::run)
+      .def("tensors", &PackedState::tensors)
+      .def("h", &PackedState::h);
   m.def("record", &record);
   m.def("replay", &replay);
 }

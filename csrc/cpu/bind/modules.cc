@@ -20,7 +20,7 @@ void load_cell(const std::string& mode, uintptr_t address) {
     throw py::import_error("expected the cell " + mode + ", got " + module.traits.mode);
   }
   const int cell = add_cell(module.traits).index;
-  loaded()[{cell, module.dtype}] = {module.forward, module.backward};
+  loaded()[{cell, module.dtype}] = {module.forward, module.pack, module.backward};
 }
 
 bool has_module(int cell, DType dtype) { return loaded().count({cell, dtype}) > 0; }

@@ -11,6 +11,7 @@ namespace fastrnn {
 
 struct Kernels {
   void (*forward)(const ForwardArgs& args, int threads);
+  int64_t (*pack)(const ForwardArgs& args, void* to);
   void (*backward)(const BackwardArgs& args, int threads);
 };
 

@@ -69,14 +69,17 @@ void set_layer(LayerArgs& args, const LayerCall& layer, Contiguous& contiguous) 
 Kernels kernels_of(const LayerCall& layer) {
   if (layer.cell < Cells::size) {
     const CpuVariant& variant = active_variant();
-    return {variant.forward, variant.backward};
+    return {variant.forward, variant.pack, variant.backward};
   }
   return module_kernels(layer.cell, layer.shape.dtype);
 }
 
 void run_forward(const ForwardArgs& args, const LayerCall& layer) {
+  run_forward(args, layer, kernels_of(layer).forward);
+}
+
+void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& scan) {
   const int threads = torch_threads();
-  const Kernels kernels = kernels_of(layer);
   py::gil_scoped_release release;
   const int64_t features = layer.rows * args.directions * size_of(args.dtype);
   prefer_large_pages(args.output, features * args.proj);
@@ -85,10 +88,12 @@ void run_forward(const ForwardArgs& args, const LayerCall& layer) {
     prefer_large_pages(args.gates[d],
                        layer.traits().saves * features * args.hidden / args.directions);
   }
-  kernels.forward(args, threads);
+  scan(args, threads);
 }
 
-Results forward(const LayerCall& layer) {
+Results forward(const LayerCall& layer) { return forward(layer, kernels_of(layer).forward); }
+
+Results forward(const LayerCall& layer, const Scan& scan) {
   expect_cpu(layer);
   const ScanShape& shape = layer.shape;
   Contiguous contiguous;
@@ -115,7 +120,7 @@ Results forward(const LayerCall& layer) {
   args.h_n = results.h_n.tensor.data;
   args.c_n = results.c_n.tensor.data;
   args.extra = results.extra.tensor.data;
-  run_forward(args, layer);
+  run_forward(args, layer, scan);
   return results;
 }
 

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <vector>
 
 #include "../../python/layer.h"
 #include "../scan.h"
+#include "modules.h"
 
 namespace fastrnn {
 
@@ -58,10 +60,17 @@ struct Results {
   }
 };
 
+// What runs a forward scan of so many threads.
+using Scan = std::function<void(const ForwardArgs& args, int threads)>;
+
+Kernels kernels_of(const LayerCall& layer);
+
 Results forward(const LayerCall& layer);
+Results forward(const LayerCall& layer, const Scan& scan);
 
 // The same into memory that is there.
 void run_forward(const ForwardArgs& args, const LayerCall& layer);
+void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& scan);
 
 // The gradients of x, h_0, c_0, inputs and each weight, None where not wanted.
 std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given);

@@ -1,0 +1,457 @@
+#include "packed.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "../../cells/registry.h"
+#include "../workspace.h"
+#include "inspector.h"
+#include "modules.h"
+
+namespace fastrnn {
+
+namespace {
+
+// Below so many multiply-adds a step, to let other Python threads run takes too long.
+constexpr int64_t kShort = int64_t{1} << 19;
+
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory allocate(int64_t bytes) {
+  constexpr int64_t kLine = 64, kLargePage = int64_t{2} << 20;
+  const int64_t alignment = bytes >= 2 * kLargePage ? kLargePage : kLine;
+  const int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  Memory memory(static_cast<char*>(std::aligned_alloc(alignment, rounded)));
+  if (memory == nullptr) throw std::bad_alloc();
+  prefer_large_pages(memory.get(), rounded);
+  return memory;
+}
+
+// In the order in which the tiles of the active variant read them.
+class PackedTiles : public PackedLayer {
+ public:
+  PackedTiles(const LayerCall& layer, Storage storage)
+      : PackedLayer(layer.shape), kernels_(kernels_of(layer)), storage_(storage) {
+    Contiguous contiguous;
+    ForwardArgs args{};
+    set_layer(args, layer, contiguous);
+    args.steps = args.batch = 0;
+    args.batch_sizes = nullptr;
+    args.storage = storage;
+    bytes_ = kernels_.pack(args, nullptr);
+    memory_ = allocate(bytes_);
+    kernels_.pack(args, memory_.get());
+    const CellTraits& traits = layer.traits();
+    const int64_t gates = traits.gates * args.hidden, recurrent = traits.recurrent * args.hidden;
+    for (int d = 0; d < args.directions; ++d) {
+      has_hr_ = args.weight_hr[d] != nullptr;
+      vectors_.push_back(copy(args.bias_ih[d], gates));
+      vectors_.push_back(copy(args.bias_hh[d], recurrent));
+      for (size_t q = 0; q < layer.weights[d].parameters.size(); ++q) {
+        parameters_[d].push_back(copy(args.parameters[d][q], args.hidden));
+        pointers_[d].push_back(parameters_[d].back().data());
+      }
+    }
+  }
+
+  void run(ForwardArgs args, int threads) const override {
+    args.packed = memory_.get();
+    args.storage = storage_;
+    const auto data = [](const std::vector<char>& vector) -> const void* {
+      return vector.empty() ? nullptr : vector.data();
+    };
+    for (int d = 0; d < args.directions; ++d) {
+      args.weight_ih[d] = args.weight_hh[d] = memory_.get();
+      args.weight_hr[d] = has_hr_ ? memory_.get() : nullptr;
+      args.bias_ih[d] = data(vectors_[2 * d]);
+      args.bias_hh[d] = data(vectors_[2 * d + 1]);
+      args.parameters[d] = pointers_[d].data();
+    }
+    kernels_.forward(args, threads);
+  }
+
+  int64_t bytes() const override { return bytes_; }
+
+ private:
+  const Kernels kernels_;
+  const Storage storage_;
+  int64_t bytes_;
+  Memory memory_;
+  bool has_hr_ = false;
+  std::vector<std::vector<char>> vectors_;  // of each direction both biases, perhaps empty
+  std::vector<std::vector<char>> parameters_[kMaxDirections];
+  std::vector<const void*> pointers_[kMaxDirections];
+
+  std::vector<char> copy(const void* from, int64_t count) const {
+    if (from == nullptr) return {};
+    const char* const bytes = static_cast<const char*>(from);
+    return {bytes, bytes + count * size_of(shape().dtype)};
+  }
+};
+
+int64_t version_of(py::handle tensor) {
+  static const Attribute version("_version");
+  try {
+    return version(tensor).cast<int64_t>();
+  } catch (py::error_already_set& error) {  // tensors of inference mode have none
+    if (!error.matches(PyExc_RuntimeError)) throw;
+    return -1;
+  }
+}
+
+py::handle item_of(const py::dict& dict, const char* name) {
+  PyObject* const item = PyDict_GetItemString(dict.ptr(), name);
+  if (item == nullptr) throw py::value_error(std::string("module: expected ") + name);
+  return item;
+}
+
+// The work of one step, in multiply-adds.
+int64_t work_of(const ScanShape& shape) {
+  return cell_traits(shape.cell).gates * shape.hidden * (shape.input + shape.proj);
+}
+
+template <class Byte>
+Byte* at(Byte* memory, int64_t offset) {
+  return memory == nullptr ? nullptr : memory + offset;
+}
+
+void run(const PackedLayer& layer, const ForwardArgs& args, int threads) {
+  if (work_of(args) * args.batch * args.steps < kShort) return layer.run(args, threads);
+  py::gil_scoped_release release;
+  layer.run(args, threads);
+}
+
+}  // namespace
+
+std::shared_ptr<PackedLayer> pack(const LayerCall& layer, const std::string& storage) {
+  if (storage == "own") return std::make_shared<PackedTiles>(layer, Storage::kOwn);
+  if (storage == "bfloat16" && layer.element() == Element::kFloat32) {
+    return std::make_shared<PackedTiles>(layer, Storage::kBFloat16);
+  }
+  throw py::value_error("storage: expected own, or bfloat16 for torch.float32, got " + storage +
+                        " for " + describe(layer.element()));
+}
+
+Results forward(const LayerCall& layer, const PackedLayer& packed) {
+  const ScanShape &given = layer.shape, &own = packed.shape();
+  if (given.cell != own.cell || given.dtype != own.dtype || given.input != own.input ||
+      given.hidden != own.hidden || given.proj != own.proj || given.directions != own.directions) {
+    throw py::value_error("packed: expected the weights of a layer of these sizes");
+  }
+  return forward(layer, [&](const ForwardArgs& args, int threads) { packed.run(args, threads); });
+}
+
+PackedModel::PackedModel(std::vector<std::shared_ptr<PackedLayer>> layers, const py::dict& module,
+                         const py::list& parameters)
+    : layers_(std::move(layers)) {
+  if (layers_.empty() || parameters.empty()) {
+    throw py::value_error("layers, parameters: expected at least one");
+  }
+  for (const py::handle tensor : parameters) {
+    watched_.push_back(
+        {py::reinterpret_borrow<py::object>(tensor), view(tensor).data, version_of(tensor)});
+  }
+  const auto own = py::reinterpret_borrow<py::dict>(item_of(module, "_parameters"));
+  for (const auto& [name, tensor] : own) {
+    named_.push_back(
+        {py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(tensor)});
+  }
+  if (PyObject* const flat = PyDict_GetItemString(module.ptr(), "_flat_weights")) {
+    for (const py::handle tensor : py::reinterpret_borrow<py::list>(flat)) {
+      listed_.push_back(py::reinterpret_borrow<py::object>(tensor));
+    }
+  }
+}
+
+bool PackedModel::is_current(const py::dict& module) const {
+  static PyObject* const parameters = PyUnicode_InternFromString("_parameters");
+  static PyObject* const flat_weights = PyUnicode_InternFromString("_flat_weights");
+  PyObject* const own = PyDict_GetItemWithError(module.ptr(), parameters);
+  if (own == nullptr || !PyDict_Check(own) ||
+      PyDict_GET_SIZE(own) != static_cast<Py_ssize_t>(named_.size())) {
+    return false;
+  }
+  for (const Named& each : named_) {
+    if (PyDict_GetItemWithError(own, each.name.ptr()) != each.tensor.ptr()) return false;
+  }
+  if (!listed_.empty()) {
+    PyObject* const listed = PyDict_GetItemWithError(module.ptr(), flat_weights);
+    const auto size = static_cast<Py_ssize_t>(listed_.size());
+    if (listed == nullptr || !PyList_Check(listed) || PyList_GET_SIZE(listed) != size) return false;
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      if (PyList_GET_ITEM(listed, i) != listed_[i].ptr()) return false;
+    }
+  }
+  for (const Watched& each : watched_) {
+    if (view(each.tensor).data != each.data || version_of(each.tensor) != each.version) {
+      return false;
+    }
+  }
+  return true;
+}
+
+int64_t PackedModel::bytes() const {
+  int64_t sum = 0;
+  for (const auto& layer : layers_) sum += layer->bytes();
+  return sum;
+}
+
+py::object PackedModel::step(const py::dict& module, py::handle x, py::handle h,
+                             py::handle c) const {
+  const PackedLayer& layer = *layers_[0];
+  const ScanShape& shape = layer.shape();
+  const int64_t cells = cell_traits(shape.cell).states * shape.hidden;
+  Inspector inspector;
+  for (const py::handle tensor : {x, h, c}) inspector.add(tensor);
+  if (inspector.call() != Call::kPlain) return py::none();
+  const Tensor given = inspector.tensors()[0];
+  const int dims = given.shape.dims();
+  if (given.element != element_of(shape.dtype) || dims < 1 || dims > 2 ||
+      given.shape[dims - 1] != shape.input) {
+    return py::none();
+  }
+  const int64_t batch = dims == 2 ? given.shape[0] : 1;
+  const auto sizes = [&](int64_t features) {
+    return dims == 2 ? Shape{batch, features} : Shape{features};
+  };
+  Contiguous contiguous;
+  const void* states[2] = {};
+  const py::handle objects[2] = {h, c};
+  const int64_t features[2] = {shape.proj, cells};
+  for (int i = 0; i < 2; ++i) {
+    if (objects[i].is_none()) continue;
+    const Tensor state = view(objects[i]);
+    if (!(state.shape == sizes(features[i])) || features[i] == 0) return py::none();
+    states[i] = contiguous(state);
+  }
+  if (!is_current(module)) return py::none();
+  const py::object h_n = make_tensor(given, sizes(shape.proj), given.element);
+  const py::object c_n =
+      cells > 0 ? make_tensor(given, sizes(cells), given.element) : py::object(py::none());
+  thread_local std::vector<char> unused;  // T = 1: output and h_n are the same
+  unused.resize(batch * shape.proj * size_of(shape.dtype));
+  ForwardArgs args{};
+  static_cast<ScanShape&>(args) = shape;
+  args.steps = batch == 0 ? 0 : 1;
+  args.batch = batch;
+  args.x = contiguous(given);
+  args.h_0 = states[0];
+  args.c_0 = states[1];
+  args.output = unused.data();
+  args.h_n = view(h_n).data;
+  args.c_n = cells > 0 ? view(c_n).data : nullptr;
+  fastrnn::run(layer, args, torch_threads());
+  return py::make_tuple(h_n, c_n);
+}
+
+py::object PackedModel::run_layers(const Tensor& x, int64_t steps, int64_t batch,
+                                   const Shape& outputs, const char* h_0, const char* c_0,
+                                   char* h_n, char* c_n) const {
+  Contiguous contiguous;
+  const int threads = torch_threads();
+  const void* from = contiguous(x);
+  py::object output, before;
+  for (size_t k = 0; k < layers_.size(); ++k) {
+    const PackedLayer& layer = *layers_[k];
+    ForwardArgs args{};
+    static_cast<ScanShape&>(args) = layer.shape();
+    const int64_t entries = args.directions * batch * size_of(args.dtype);
+    const int64_t h = k * entries * args.proj;
+    const int64_t c = k * entries * args.hidden * cell_traits(args.cell).states;
+    Shape shape = outputs;
+    shape.push(args.directions * args.proj);
+    before = output;  // what `from` points into
+    output = make_tensor(x, shape, x.element);
+    args.steps = batch == 0 ? 0 : steps;
+    args.batch = batch;
+    args.x = from;
+    args.h_0 = at(h_0, h);
+    args.c_0 = at(c_0, c);
+    args.output = view(output).data;
+    args.h_n = h_n + h;
+    args.c_n = at(c_n, c);
+    prefer_large_pages(args.output, shape.count() * size_of(args.dtype));
+    fastrnn::run(layer, args, threads);
+    from = args.output;
+  }
+  return output;
+}
+
+py::object PackedModel::run(const py::dict& module, py::handle x, py::handle h,
+                            py::handle c) const {
+  const ScanShape& shape = layers_[0]->shape();
+  Inspector inspector;
+  for (const py::handle tensor : {x, h, c}) inspector.add(tensor);
+  if (inspector.call() != Call::kPlain) return py::none();
+  const Tensor given = inspector.tensors()[0];
+  if (given.element != element_of(shape.dtype) || given.shape.dims() != 3 ||
+      given.shape.count() == 0 || given.shape[2] != shape.input) {
+    return py::none();
+  }
+  const int64_t steps = given.shape[0], batch = given.shape[1];
+  const int64_t entries = static_cast<int64_t>(layers_.size()) * shape.directions;
+  const int64_t cells = cell_traits(shape.cell).states * shape.hidden;
+  Contiguous contiguous;
+  const char* states[2] = {};
+  const py::handle objects[2] = {h, c};
+  const int64_t features[2] = {shape.proj, cells};
+  for (int i = 0; i < 2; ++i) {
+    if (objects[i].is_none()) continue;
+    const Tensor state = view(objects[i]);
+    if (!(state.shape == Shape{entries, batch, features[i]}) || features[i] == 0) {
+      return py::none();
+    }
+    states[i] = static_cast<const char*>(contiguous(state));
+  }
+  if (!is_current(module)) return py::none();
+  const py::object h_n = make_tensor(given, {entries, batch, shape.proj}, given.element);
+  const py::object c_n = cells > 0 ? make_tensor(given, {entries, batch, cells}, given.element)
+                                   : py::object(py::none());
+  const py::object output = run_layers(given, steps, batch, {steps, batch}, states[0], states[1],
+                                       static_cast<char*>(view(h_n).data),
+                                       cells > 0 ? static_cast<char*>(view(c_n).data) : nullptr);
+  return py::make_tuple(output, h_n, c_n);
+}
+
+int64_t PackedState::cells() const { return cell_traits(shape().cell).states * shape().hidden; }
+int64_t PackedState::h_bytes() const { return batch_ * shape().proj * size_of(shape().dtype); }
+int64_t PackedState::c_bytes() const { return batch_ * cells() * size_of(shape().dtype); }
+
+PackedState::PackedState(std::shared_ptr<const PackedModel> model, py::dict module, int64_t batch,
+                         bool is_batched, py::handle h, py::handle c)
+    : model_(std::move(model)),
+      module_(std::move(module)),
+      batch_(batch),
+      is_batched_(is_batched),
+      memory_(new char[layers() * (h_bytes() + c_bytes())]) {
+  Contiguous contiguous;
+  const auto fill = [&](py::handle tensor, char* to, int64_t bytes) {
+    if (bytes == 0) return;
+    if (tensor.is_none()) {
+      std::memset(to, 0, bytes);
+      return;
+    }
+    const Tensor given = view(tensor);
+    if (given.shape.count() * size_of(shape().dtype) != bytes ||
+        given.element != element_of(shape().dtype) || !given.is_on_cpu()) {
+      throw py::value_error("hx: expected states of the module's sizes, got " + describe(tensor));
+    }
+    std::memcpy(to, contiguous(given), bytes);
+  };
+  fill(h, h_of(0), layers() * h_bytes());
+  fill(c, c_of(0), layers() * c_bytes());
+}
+
+PackedState::PackedState(const PackedState& before, bool)
+    : model_(before.model_),
+      module_(before.module_),
+      batch_(before.batch_),
+      is_batched_(before.is_batched_),
+      memory_(new char[layers() * (h_bytes() + c_bytes())]) {}
+
+bool PackedState::takes(py::handle x, const Shape& expected, Tensor& viewed) const {
+  if (!is_tensor(x) || is_watched() || !is_plain(x)) return false;
+  static const Attribute requires_grad("requires_grad");
+  if (is_grad_enabled() && requires_grad.is_true(x)) return false;
+  try {
+    viewed = view(x);
+  } catch (const std::exception&) {  // no memory
+    return false;
+  }
+  return viewed.is_on_cpu() && viewed.element == element_of(shape().dtype) &&
+         viewed.shape == expected && model_->is_current(module_);
+}
+
+py::object PackedState::step(py::handle x, py::handle mask) const {
+  const int64_t input = shape().input;
+  Tensor given, rows;
+  if (!takes(x, is_batched_ ? Shape{batch_, input} : Shape{input}, given)) return py::none();
+  if (!mask.is_none()) {
+    if (!is_batched_ || !is_tensor(mask) || !is_plain(mask)) return py::none();
+    rows = view(mask);
+    if (!rows.is_on_cpu() || rows.element != Element::kBool || !(rows.shape == Shape{batch_})) {
+      return py::none();
+    }
+  }
+  Contiguous contiguous;
+  std::unique_ptr<PackedState> next(new PackedState(*this, true));
+  const int threads = torch_threads();
+  const void* from = contiguous(given);
+  thread_local std::vector<char> unused;  // T = 1: output and h_n are the same
+  unused.resize(h_bytes());
+  for (int64_t k = 0; k < layers(); ++k) {
+    const PackedLayer& layer = *model_->layers()[k];
+    ForwardArgs args{};
+    static_cast<ScanShape&>(args) = layer.shape();
+    args.steps = batch_ == 0 ? 0 : 1;
+    args.batch = batch_;
+    args.x = from;
+    args.h_0 = h_of(k);
+    args.c_0 = cells() > 0 ? c_of(k) : nullptr;
+    args.output = unused.data();
+    args.h_n = next->h_of(k);
+    args.c_n = cells() > 0 ? next->c_of(k) : nullptr;
+    fastrnn::run(layer, args, threads);
+    from = args.h_n;
+  }
+  if (rows) {
+    const bool* const valid = static_cast<const bool*>(contiguous(rows));
+    for (int64_t b = 0; b < batch_; ++b) {
+      if (valid[b]) continue;
+      for (int64_t k = 0; k < layers(); ++k) {
+        const int64_t h = h_bytes() / batch_, c = c_bytes() / batch_;
+        std::memcpy(next->h_of(k) + b * h, h_of(k) + b * h, h);
+        std::memcpy(next->c_of(k) + b * c, c_of(k) + b * c, c);
+      }
+    }
+  }
+  return py::cast(std::move(next));
+}
+
+py::object PackedState::run(py::handle x) const {
+  const int64_t steps = is_tensor(x) ? PyObject_Size(x.ptr()) : -1;
+  if (steps < 0) {  // no tensor, or one without dimensions
+    PyErr_Clear();
+    return py::none();
+  }
+  Tensor given;
+  const int64_t input = shape().input;
+  if (!takes(x, is_batched_ ? Shape{steps, batch_, input} : Shape{steps, input}, given)) {
+    return py::none();
+  }
+  std::unique_ptr<PackedState> next(new PackedState(*this, true));
+  Shape outputs{steps};
+  if (is_batched_) outputs.push(batch_);
+  const py::object output =
+      model_->run_layers(given, steps, batch_, outputs, h_of(0), cells() > 0 ? c_of(0) : nullptr,
+                         next->h_of(0), cells() > 0 ? next->c_of(0) : nullptr);
+  return py::make_tuple(output, py::cast(std::move(next)));
+}
+
+py::object PackedState::tensor_of(const Shape& shape, const char* from) const {
+  py::object tensor = make_tensor(model_->like(), shape, element_of(this->shape().dtype));
+  const int64_t bytes = shape.count() * size_of(this->shape().dtype);
+  if (bytes > 0) std::memcpy(view(tensor).data, from, bytes);
+  return tensor;
+}
+
+py::tuple PackedState::tensors() const {
+  const auto all = [this](int64_t features, const char* from) {
+    return tensor_of(is_batched_ ? Shape{layers(), batch_, features} : Shape{layers(), features},
+                     from);
+  };
+  return py::make_tuple(all(shape().proj, h_of(0)),
+                        cells() > 0 ? all(cells(), c_of(0)) : py::object(py::none()));
+}
+
+py::object PackedState::h(int64_t layer) const {
+  const int64_t proj = shape().proj;
+  return tensor_of(is_batched_ ? Shape{batch_, proj} : Shape{proj}, h_of(layer));
+}
+
+}  // namespace fastrnn
