@@ -24,7 +24,8 @@ import fastrnn
 from _common import Parser, UserError, execute
 
 DISCOUNT, ENTROPY, CLIP = 0.99, 0.01, 0.5
-SEEN = [0, 2]  # of CartPole's observation: position and angle
+SEEN = [0, 2]  # of CartPole's observation: position and angle,
+SCALE = torch.tensor([1.0, 20.0])  # which is small
 REPORTS = 10
 
 
@@ -56,7 +57,7 @@ class Player:
 
     @staticmethod
     def look(observation: Any) -> Tensor:
-        return torch.as_tensor(observation, dtype=torch.float32)[:, SEEN]
+        return torch.as_tensor(observation, dtype=torch.float32)[:, SEEN] * SCALE
 
     @torch.no_grad()
     def play(self, steps: int) -> tuple[Tensor, ...]:
@@ -112,7 +113,7 @@ def make_parser() -> Parser:
     parser.number("--stretch", 64, "steps from which it learns at a time", 2)
     parser.group("policy")
     parser.number("--hidden", 32, "hidden units")
-    parser.number("--lr", 0.005, "Adam's learning rate", 0, 10)
+    parser.number("--lr", 0.01, "Adam's learning rate", 0, 10)
     parser.number("--seed", 0, "seed of all random numbers", 0, 2**31)
     return parser
 

@@ -160,7 +160,7 @@ class Translator(nn.Module):
         (read, padding), h = self.read(sources)
         first = beam * torch.arange(len(sources))[:, None]  # row of each source's first beginning
         rows = torch.arange(len(sources)).repeat_interleave(beam)
-        memory = read[:, rows], padding[:, rows]
+        memory = read[:, rows], padding[rows]
         state = begin(self.decoder, h).select(rows)
         likely = torch.full((len(sources), beam), -torch.inf)
         likely[:, 0] = 0  # they are all the same: one of them goes on

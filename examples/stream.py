@@ -94,7 +94,7 @@ def make_parser() -> Parser:
 
     parser.group("data")
     parser.number("--count", 400, "chords to learn from")
-    parser.training("chords", batch=16, lr=0.005, epochs=4)
+    parser.training("chords", batch=16, lr=0.01, epochs=12)
     return parser
 
 

@@ -37,7 +37,7 @@ def test_acting_is_what_it_learns_from():
 
 
 def test_it_learns(capsys):
-    assert policy.main(["--steps=60000", "--hidden=16", "--envs=16"]) == 0
+    assert policy.main(["--steps=80000"]) == 0
     lines = capsys.readouterr().out.splitlines()
     first, last = (float(line.split(": ")[1].split(" ")[0]) for line in (lines[0], lines[-1]))
     assert last > 1.3 * first

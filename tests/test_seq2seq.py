@@ -78,6 +78,8 @@ def test_a_text_has_its_translation_in_any_batch(backend):
         optimizer.step()
     assert model(SOURCES) == [target for _, target in PAIRS]
     assert [model([source]) for source in SOURCES] == [[target] for _, target in PAIRS]
+    for beam in (1, 3):
+        assert model.search(SOURCES, beam) == [target for _, target in PAIRS]
 
 
 def test_decoding_ends():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import _common
 import fastrnn
 import stream
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backend", ["fastrnn", "torch"])
 def test_blocks_are_the_whole(backend):
     args = stream.make_parser().parse_args(["--block=32", "--hidden=16", "--layers=2"])
-    model = stream.Denoiser(stream.library(backend), args).eval()
+    model = stream.Denoiser(_common.library(backend), args).eval()
     _, noisy = stream.chords(1, 320, 0)
     with torch.no_grad():
         expected = model(noisy)[0]
@@ -32,7 +33,7 @@ def test_chords():
 
 
 def test_it_learns(capsys):
-    options = ["--count=60", "--epochs=6", "--hidden=32", "--seconds=1", "--backend=both"]
+    options = ["--count=150", "--epochs=12", "--hidden=32", "--seconds=1", "--backend=both"]
     assert stream.main(options) == 0
     output = capsys.readouterr().out
     before = float(output.split("noisy: ")[1].split(" dB")[0])

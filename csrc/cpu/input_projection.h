@@ -59,8 +59,6 @@ class InputProjection {
     }
     phase([&](const Part& part) {
       const Range blocks = part.blocks(weight_.columns.blocks);
-      const int64_t group = weight_.blocks_at_once((part.rows.end - part.rows.begin) * count);
-      if (group > 1) return run_few(direction, part, t, count, group);
       for (int64_t block = blocks.begin; block < blocks.end; ++block) {
         run_block(direction, part, t, count, block);
       }
@@ -96,39 +94,6 @@ class InputProjection {
       if (part.splits_units && i++ % part.size != part.rank) return;
       pack_row(from, args_.input, copy_stride_, to);
     });
-  }
-
-  // One row or two in all: several blocks at once, as the scan takes them.
-  void run_few(int direction, const Part& part, int64_t t, int64_t count, int64_t group) const {
-    constexpr int kFew = ForwardWeight<S, W>::Blocks::max_rows;
-    const int vectors = weight_.columns.vectors;
-    const F* rows[kFew];
-    int64_t slots[kFew], indices[kFew];
-    int gathered = 0;
-    for_each_row(direction, part, t, count, [&](int64_t slot, int64_t row, const S* x, F* copy) {
-      if constexpr (kCopies) {
-        rows[gathered] = copy;
-      } else {
-        rows[gathered] = x;
-      }
-      slots[gathered] = slot;
-      indices[gathered++] = row;
-    });
-    if (gathered == 0) return;
-    const Range blocks = part.blocks(weight_.columns.blocks);
-    for (int64_t first = blocks.begin; first < blocks.end; first += group) {
-      const int64_t last = min_of(first + group, blocks.end);
-      V sums[ForwardWeight<S, W>::kMaxBlocks * kFew * kMaxVectors], biases[kMaxVectors];
-      weight_.multiply_blocks(direction, first, last, rows, gathered, 0, sums);
-      const V* sum = sums;
-      for (int64_t b = first; b < last; ++b) {
-        weight_.load_bias(args_.bias_ih[direction], b, biases);
-        for (int r = 0; r < gathered; ++r) {
-          T* target = at(direction, part, b, slots[r], indices[r]);
-          for (int v = 0; v < vectors; ++v) (*sum++ + biases[v]).store(target + v * V::lanes);
-        }
-      }
-    }
   }
 
   // A tile takes rows across steps, so that a small batch fills it too.

@@ -52,7 +52,7 @@ class Backend(ABC):
         """
         raise NotImplementedError
 
-    def keep(self, layers: Sequence[Any], module: dict[str, Any], parameters: list[Tensor]) -> Any:
+    def keep(self, layers: list[Any], module: dict[str, Any], parameters: list[Tensor], /) -> Any:
         """The packed layers of a module: what runs its steps, see _cpu.PackedModel."""
         raise NotImplementedError
 

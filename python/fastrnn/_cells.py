@@ -123,7 +123,8 @@ class _CellBase(DropIn, RNNCellBase):
         if self.bias:
             weights += [self.bias_ih, self.bias_hh]
         if frozen and torch.is_autocast_enabled(input.device.type):
-            input, *states = (t.to(self.weight_ih.dtype) for t in (input, *states))
+            dtype = self.weight_ih.dtype
+            input, states = input.to(dtype), tuple(s.to(dtype) for s in states)
         if any(t.dtype != input.dtype or not has_kernel(t) for t in (input, *states, *weights)):
             return None
         rows = batch[0] if batch else 1  # numel() would fix it in an exported program

@@ -80,7 +80,7 @@ def freeze(model: M, weights: torch.dtype | None = None) -> M:
         raise ValueError(f"weights: expected a torch.dtype or None, got {type(weights).__name__}")
     turned = [swap.path for swap in replace(model).swapped]
     modules = dict(model.named_modules())
-    layers = [(path, m) for path, m in modules.items() if isinstance(m, _LAYERS)]
+    layers: list[tuple[str, Any]] = [p for p in modules.items() if isinstance(p[1], _LAYERS)]
     try:
         storages = [_checked(path, module, weights) for path, module in layers]
     except ValueError:
@@ -88,10 +88,10 @@ def freeze(model: M, weights: torch.dtype | None = None) -> M:
             restore(modules[path])
         raise
     for path in turned:
-        vars(modules[path])[_TURNED] = True
+        modules[path].__dict__[_TURNED] = True
     for (_, module), storage in zip(layers, storages):
         forget(module)
-        vars(module)["_frozen"] = storage
+        module.__dict__["_frozen"] = storage
         packed(module)
     return model
 

@@ -389,7 +389,7 @@ def _of(rnn: Any, layers: tuple[Pair, ...], batch: int | None, is_packed: bool) 
     if is_packed and can_pack(rnn):
         model = packed(rnn)
         parts = [torch.cat(each).detach() for each in zip(*layers)]
-        h, c = (*parts, None)[:2]
+        h, c = parts[0], parts[1] if len(parts) > 1 else None
         rows = 1 if batch is None else batch
         if h.dtype == next(rnn.parameters()).dtype:
             state._core = model.start(vars(rnn), rows, batch is not None, h, c)
@@ -439,9 +439,9 @@ def _read_hx(
         raise ValueError(f"batch: expected that of hx, {rows}, or None, got {batch}")
     features = [sizes[0], *[rnn.hidden_size] * (len(names) - 1)]
     for name, state, size in zip(names, given, features):
-        expected = [rnn.num_layers, *([rows] if is_batched else []), size]
-        if not isinstance(state, Tensor) or list(state.shape) != expected:
-            raise ValueError(f"hx: expected {name} of {expected}, got {_shown(state)}")
+        sizes_of = [rnn.num_layers, *([rows] if is_batched else []), size]
+        if not isinstance(state, Tensor) or list(state.shape) != sizes_of:
+            raise ValueError(f"hx: expected {name} of {sizes_of}, got {_shown(state)}")
         if state.dtype != w.dtype or state.device != w.device:
             got = f"{state.dtype} on {state.device}"
             raise ValueError(f"hx: expected {name} in {w.dtype} on {w.device}, got {got}")
