@@ -174,8 +174,12 @@ def test_bfloat16_weights(cell):
 
 
 def test_weights_of_no_kernel():
-    with pytest.raises(ValueError, match=r"weights: expected None, or torch.bfloat16 .*torch.int8"):
-        fastrnn.freeze(fastrnn.GRU(F, H).eval(), weights=torch.int8)
+    with pytest.raises(
+        ValueError, match=r"weights: expected None, or torch.bfloat16 .*float16 for"
+    ):
+        fastrnn.freeze(fastrnn.GRU(F, H).eval(), weights=torch.float16)
+    with pytest.raises(ValueError, match=r"weights: expected .*torch\.int8 for a MinGRU"):
+        fastrnn.freeze(fastrnn.cells.MinGRU(F, H).eval(), weights=torch.int8)
     with pytest.raises(ValueError, match=r"got torch\.bfloat16 for a GRU in torch\.float64"):
         fastrnn.freeze(fastrnn.GRU(F, H, dtype=torch.float64).eval(), weights=torch.bfloat16)
     with pytest.raises(ValueError, match=r"weights: expected a torch\.dtype or None, got str"):

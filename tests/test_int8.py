@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastrnn
 from fastrnn import _cpu
-from fastrnn._int8 import Int8Layers, attach, detach, quantize
+from fastrnn._int8 import pack, quantize
 from fastrnn._layer import CELLS, Layer
 
 MODES = ["LSTM", "GRU", "RNN_TANH", "RNN_RELU"]
@@ -50,6 +50,38 @@ def float_weights(mode: str, F: int, H: int, *, bias=True, directions=1, layers=
                     weight[shape[0] // 2] *= shape[0] > 1
                 weights[f"{name}_l{k}{end}"] = weight
     return weights
+
+
+class Int8Layers:
+    """The layers of an LSTM, GRU or RNN."""
+
+    def __init__(self, mode: str, directions: int, layers: list[_cpu.Int8Layer]) -> None:
+        self.mode, self.directions, self.layers = mode, directions, layers
+
+    @classmethod
+    def of(cls, mode: str, directions: int, count: int, weights: dict[str, Tensor]) -> "Int8Layers":
+        """Of float weights, named and ordered as in torch.nn.RNNBase."""
+        values, each = list(weights.values()), len(weights) // count
+        parts = [values[k * each : (k + 1) * each] for k in range(count)]
+        return cls(mode, directions, [pack(mode, directions, part) for part in parts])
+
+    @property
+    def bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers)
+
+    def run(self, x, states, batch, batch_sizes=None, resets=None, all_states=False):
+        """Output, final states, and of each layer, if asked for, the states of every step."""
+        finals, sequences = [], []
+        for k, layer in enumerate(self.layers):
+            part = slice(k * self.directions, (k + 1) * self.directions)
+            h_0, c_0 = (*(s[part].contiguous() for s in states or ()), None, None)[:2]
+            options = self.mode, self.directions, batch, False, 0, False, all_states
+            record = Layer(*options, x, h_0, c_0, batch_sizes, resets, None, ())
+            x, h_n, c_n, extra, _ = layer.forward(record)
+            finals.append((h_n,) if c_n is None else (h_n, c_n))
+            if all_states:
+                sequences.append(x if extra is None else extra)
+        return x, tuple(map(torch.cat, zip(*finals))), sequences
 
 
 def make(mode: str, F: int, H: int, *, layers=1, directions=1, **options) -> Int8Layers:
@@ -145,17 +177,9 @@ def test_the_largest_sums_are_exact(depth):
     """Every product is as large as can be: no instruction may saturate or wrap."""
     weight = torch.full((2, depth), 127, dtype=torch.int8)
     weight[1] = -127
-    layer = Int8Layers.from_state_dict(
-        "RNN_RELU",
-        1,
-        1,
-        {
-            "weight_ih_l0": weight,
-            "weight_ih_l0_scale": torch.ones(2),
-            "weight_hh_l0": torch.zeros(2, 2, dtype=torch.int8),
-            "weight_hh_l0_scale": torch.zeros(2),
-        },
-    )
+    weights = weight, torch.zeros(2, 2, dtype=torch.int8)
+    packed = _cpu.Int8Layer("RNN_RELU", 1, weights, (torch.ones(2), torch.zeros(2)))
+    layer = Int8Layers("RNN_RELU", 1, [packed])
     for sign in (1, -1):
         for rows in (1, 2, 7):
             output, _, _ = layer.run(torch.full((1, rows, depth), sign * 127.0), None, rows)
@@ -285,8 +309,9 @@ def results_hash() -> str:
             layers = make(mode, F, H, directions=2, proj=2 if mode == "LSTM" and H > 2 else 0)
             for result in run(layers, torch.randn(T, B, F), states_of(layers, B)):
                 digest.update(result.numpy().tobytes())
-            for tensor in layers.state_dict().values():
-                digest.update(tensor.numpy().tobytes())
+            for layer in layers.layers:
+                for tensor in (*layer.weights, *layer.scales):
+                    digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -377,7 +402,7 @@ def with_part(index, i, value, **options):
         ("LSTM", 3, parts(), "directions: expected 1 or 2, got 3"),
         ("LSTM", 1, [None, []], "weights: expected a sequence"),
         ("LSTM", 1, [[], []], "weights: expected 2 to 5 tensors per direction, got 0"),
-        ("LSTM", 2, parts(), "weights: expected"),
+        ("LSTM", 2, parts(), "scales: expected 4 tensors, got 2"),
         ("LSTM", 1, with_part(0, 0, None), "weights: expected tensors, got None"),
         ("LSTM", 1, with_part(0, 0, torch.zeros(16, 3)), "weight_ih: expected a torch.int8"),
         (
@@ -425,9 +450,9 @@ def test_too_deep():
 def test_errors_of_a_call(change, words):
     layer = make("LSTM", 3, 4).layers[0]
     record = Layer("LSTM", 1, 5, False, 0, False, False, torch.zeros(2, 5, 3), *[None] * 5, ())
-    assert layer.run(record)[0].shape == (2, 5, 4)
+    assert layer.forward(record)[0].shape == (2, 5, 4)
     with pytest.raises(ValueError, match=words):
-        layer.run(record._replace(**change))
+        layer.forward(record._replace(**change))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -451,38 +476,7 @@ def test_nothing_in_nothing_out(mode):
     assert_same(final, states)
 
 
-# -- What is saved ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("mode", [*MODES, "projection"])
-def test_saved_and_loaded(mode, bias):
-    torch.manual_seed(6)
-    proj, mode = (3, "LSTM") if mode == "projection" else (0, mode)
-    weights = float_weights(mode, 5, 7, bias=bias, directions=2, layers=2, proj=proj)
-    layers = Int8Layers.of(mode, 2, 2, weights)
-    state = layers.state_dict()
-    assert [name for name in state if not name.endswith("_scale")] == [*weights]
-    for name, weight in weights.items():
-        if name.startswith("bias"):
-            assert torch.equal(state[name], weight)
-            continue
-        integers, scale = state[name], state[name + "_scale"]
-        assert integers.dtype == torch.int8
-        assert ((integers * scale[:, None] - weight).abs() <= scale[:, None] * 0.501).all()
-        assert torch.equal(scale, weight.abs().amax(1) / 127)
-    x = torch.randn(3, 2, 5)
-    expected = run(layers, x)
-    file = io.BytesIO()
-    torch.save(layers, file)
-    file.seek(0)
-    again = [
-        Int8Layers.from_state_dict(mode, 2, 2, state),
-        copy.deepcopy(layers),
-        torch.load(file, weights_only=False),
-    ]
-    for other in again:
-        assert_same(run(other, x), expected)
+# -- Modules ---------------------------------------------------------------------------------------
 
 
 def test_weights_take_a_quarter():
@@ -490,9 +484,6 @@ def test_weights_take_a_quarter():
     layers = Int8Layers.of("LSTM", 1, 2, dict(model.named_parameters()))
     floats = sum(p.nbytes for p in model.parameters())
     assert floats / 4 < layers.bytes < floats / 3.8
-
-
-# -- Modules ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -504,7 +495,8 @@ def test_a_module_runs_on_them(name, batch_first):
     x = torch.randn(B, T, 5) if batch_first else torch.randn(T, B, 5)
     with torch.no_grad():
         floats = model(x)
-        layers = attach(model)
+        layers = Int8Layers.of(model.mode, 2, 2, dict(model.named_parameters()))
+        fastrnn.freeze(model.eval(), torch.int8)
         output, final = model(x)
         by_step = x.transpose(0, 1) if batch_first else x
         expected, states, _ = layers.run(by_step, None, B)
@@ -537,8 +529,27 @@ def test_a_module_runs_on_them(name, batch_first):
             model(torch.randn(2, 2, 6))
         again = copy.deepcopy(model)
         assert torch.equal(again(x)[0], output)
-        detach(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(x)[0], output)
+        fastrnn.unfreeze(model)
         assert torch.equal(model(x)[0], floats[0])
+
+
+def test_unpacked_weights_are_those_that_were_packed():
+    torch.manual_seed(6)
+    weights = float_weights("LSTM", 5, 7, directions=2, proj=3)
+    layer = pack("LSTM", 2, list(weights.values()))
+    scales = iter(layer.scales)
+    for weight, stored in zip(weights.values(), layer.weights, strict=True):
+        if weight.dim() == 1:
+            assert torch.equal(stored, weight)
+            continue
+        scale = next(scales)
+        assert stored.dtype == torch.int8
+        assert ((stored * scale[:, None] - weight).abs() <= scale[:, None] * 0.501).all()
+        assert torch.equal(scale, weight.abs().amax(1) / 127)
 
 
 # -- Beside float32 --------------------------------------------------------------------------------

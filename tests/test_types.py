@@ -15,7 +15,11 @@ STUB = Path(fastrnn.__file__).with_name("_cpu.pyi")
 # What pybind11 adds to a class that Python cannot make: a metaclass and a constructor that raises.
 CLASSES = ["CellInfo", "PackedState"]
 NOT_IN_THE_STUB = [f"fastrnn._cpu.{name}{end}" for name in CLASSES for end in ("", ".__init__")]
-NOT_IN_THE_STUB += ["fastrnn._cpu.PackedLayer", "fastrnn._cpu.PackedModel"]
+NOT_IN_THE_STUB += [
+    "fastrnn._cpu.PackedLayer",
+    "fastrnn._cpu.PackedModel",
+    "fastrnn._cpu.Int8Layer",
+]
 
 
 def test_names_and_kinds(tmp_path):

@@ -43,35 +43,6 @@ def load_cell(mode: str, address: int, /) -> None:
     """Takes up the kernel of a cell for one dtype: the address of a CellModule, see
     csrc/cpu/cell_module.h."""
 
-class Int8Layer:
-    """A layer with weights of 8 bits, packed once; see csrc/cpu/bind/int8_layer.h."""
-
-    def __init__(
-        self, mode: str, directions: int, weights: Sequence[Tensor], scales: Sequence[Tensor], /
-    ) -> None:
-        """weights: as in a Layer, matrices as torch.int8 in [-127, 127] and biases as
-        torch.float32; scales: of the rows of each matrix."""
-
-    def run(self, layer: tuple[Any, ...], /) -> tuple[Any, ...]:
-        """The fields of fastrnn._layer.Results; the record's own weights are not read."""
-
-    @property
-    def weights(self) -> tuple[Tensor, ...]: ...
-    @property
-    def scales(self) -> tuple[Tensor, ...]: ...
-    @property
-    def mode(self) -> str: ...
-    @property
-    def directions(self) -> int: ...
-    @property
-    def input_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def proj_size(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-
 def int8_variant() -> str:
     """How integers are multiplied: the best of "avx512vnni", "avx512", "avxvnni", "avx2",
     "dotprod" and "baseline" that this processor can run and FASTRNN_CPU, if it is set, allows."""
@@ -116,8 +87,30 @@ class PackedLayer:
     def __init__(self, layer: tuple[Any, ...], storage: str, /) -> None: ...
     @property
     def bytes(self) -> int: ...
+    @property
+    def mode(self) -> str: ...
+    @property
+    def input_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def proj_size(self) -> int: ...
     def forward(self, layer: tuple[Any, ...], /) -> tuple[Tensor | None, ...]:
-        """As the function of this name; the layer's weights only have to be of the same sizes."""
+        """As the function of this name; the record's own weights are not read."""
+
+class Int8Layer(PackedLayer):
+    """The same with weights of 8 bits; see csrc/cpu/bind/int8_layer.h."""
+
+    def __init__(
+        self, mode: str, directions: int, weights: Sequence[Tensor], scales: Sequence[Tensor], /
+    ) -> None:
+        """weights: as in a Layer, matrices as torch.int8 in [-127, 127] and biases as
+        torch.float32; scales: of the rows of each matrix."""
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]: ...
+    @property
+    def scales(self) -> tuple[Tensor, ...]: ...
 
 class PackedModel:
     """The packed layers of a module, and what its parameters were then."""

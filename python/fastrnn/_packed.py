@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import _int8
 from ._backends import DTYPES, backend_of, runs_cell
 from ._layer import Layer
 from ._torch import is_intercepted, version_of
 
 OWN = "own"  # what weights are stored in: the layer's dtype,
-BFLOAT16 = "bfloat16"  # or, of float32 layers, this one
+BFLOAT16 = "bfloat16"  # or, of float32 layers, this one,
+INT8 = "int8"  # or integers of 8 bits: see _int8
 
 
 def stored(weights: tuple[Tensor, ...], storage: str) -> tuple[Tensor, ...]:
@@ -25,6 +27,8 @@ def stored(weights: tuple[Tensor, ...], storage: str) -> tuple[Tensor, ...]:
     packed layer runs on. Biases and vectors stay what they are."""
     if storage == OWN:
         return weights
+    if storage == INT8:
+        return tuple(_int8.rounded(w) if w.dim() == 2 else w for w in weights)
     return tuple(w.bfloat16().to(w.dtype) if w.dim() == 2 else w for w in weights)
 
 
@@ -60,6 +64,8 @@ def packed_layer(layer: Layer, storage: str) -> Any:
 
 
 def _pack(mode: str, directions: int, weights: tuple[Tensor, ...], storage: str) -> Any:
+    if storage == INT8:
+        return _int8.pack(mode, directions, weights)
     w = weights[0]
     x = w.new_empty(0, 1, w.shape[1])  # of the weights alone, for calls of any rows
     options = mode, directions, 1, False, 0, False, False

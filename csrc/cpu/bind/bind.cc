@@ -94,17 +94,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("cells") = cells;
   m.attr("layer_fields") = layer_fields();
 
-  py::class_<Int8Layer>(m, "Int8Layer")
-      .def(py::init<py::handle, int, py::handle, py::handle>())
-      .def("run", &Int8Layer::run)
-      .def_property_readonly("weights", &Int8Layer::weights)
-      .def_property_readonly("scales", &Int8Layer::scales)
-      .def_property_readonly("mode", &Int8Layer::mode)
-      .def_property_readonly("directions", &Int8Layer::directions)
-      .def_property_readonly("input_size", &Int8Layer::input_size)
-      .def_property_readonly("hidden_size", &Int8Layer::hidden_size)
-      .def_property_readonly("proj_size", &Int8Layer::proj_size)
-      .def_property_readonly("bytes", &Int8Layer::bytes);
   m.def("int8_variant", [] { return std::string(active_int8_kernels().name); });
 
   m.def("cpu_variant", [] { return std::string(active_variant().name); });
@@ -129,9 +118,18 @@ PYBIND11_MODULE(_cpu, m) {
         return pack(read_layer(layer), storage);
       }))
       .def_property_readonly("bytes", &PackedLayer::bytes)
+      .def_property_readonly("mode",
+                             [](const PackedLayer& p) { return cell_traits(p.shape().cell).mode; })
+      .def_property_readonly("input_size", [](const PackedLayer& p) { return p.shape().input; })
+      .def_property_readonly("hidden_size", [](const PackedLayer& p) { return p.shape().hidden; })
+      .def_property_readonly("proj_size", [](const PackedLayer& p) { return p.shape().proj; })
       .def("forward", [](const PackedLayer& packed, py::handle layer) {
-        return forward(read_layer(layer), packed).tuple();
+        return forward(layer, packed).tuple();
       });
+  py::class_<Int8Layer, PackedLayer, std::shared_ptr<Int8Layer>>(m, "Int8Layer")
+      .def(py::init<py::handle, int, py::handle, py::handle>())
+      .def_property_readonly("weights", &Int8Layer::weights)
+      .def_property_readonly("scales", &Int8Layer::scales);
   py::class_<PackedModel, std::shared_ptr<PackedModel>>(m, "PackedModel")
       .def(py::init<std::vector<std::shared_ptr<PackedLayer>>, const py::dict&, const py::list&>())
       .def_property_readonly("layers", &PackedModel::layers)

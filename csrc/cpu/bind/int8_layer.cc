@@ -9,7 +9,6 @@
 
 #include "../../cells/registry.h"
 #include "../workspace.h"
-#include "run_layer.h"
 
 namespace fastrnn {
 
@@ -93,7 +92,8 @@ Int8Layer::Matrix Int8Layer::pack(const char* name, const Tensor& weight, const 
   return matrix;
 }
 
-Int8Layer::Int8Layer(py::handle mode, int directions, py::handle weights, py::handle scales) {
+Int8Layer::Int8Layer(py::handle mode, int directions, py::handle weights, py::handle scales)
+    : PackedLayer(ScanShape{}) {
   shape_.cell = find_cell(mode);
   shape_.dtype = DType::kFloat32;
   if (shape_.cell >= Cells::size) {
@@ -147,13 +147,7 @@ Int8Layer::Int8Layer(py::handle mode, int directions, py::handle weights, py::ha
   like_ = py::reinterpret_borrow<py::object>(given_scales[0].object);
 }
 
-py::tuple Int8Layer::run(py::handle record) const {
-  const LayerCall layer = read_layer(record, shape_);
-  expect_cpu(layer);
-  if (layer.keep) fail("keep", "expected False for a layer without gradients, got True");
-  Contiguous contiguous;
-  ForwardArgs args{};
-  set_layer(args, layer, contiguous);
+void Int8Layer::run(ForwardArgs args, int threads) const {
   for (int d = 0; d < shape_.directions; ++d) {
     const Direction& own = direction_[d];
     args.weight_ih[d] = own.ih.packed.get();
@@ -162,26 +156,7 @@ py::tuple Int8Layer::run(py::handle record) const {
     args.bias_ih[d] = own.bias_ih.empty() ? nullptr : own.bias_ih.data();
     args.bias_hh[d] = own.bias_hh.empty() ? nullptr : own.bias_hh.data();
   }
-  Results results;
-  results.output = make(layer, layer.steps(shape_.directions * shape_.proj));
-  results.h_n = make(layer, layer.states(shape_.proj));
-  const CellTraits& traits = layer.traits();
-  const int64_t others = traits.states * shape_.hidden;
-  results.c_n = make_if(traits.has_cell_state(), layer, layer.states(others));
-  results.extra = make_if(layer.keeps_extra(), layer, layer.steps(shape_.directions * others));
-  args.output = results.output.tensor.data;
-  args.h_n = results.h_n.tensor.data;
-  args.c_n = results.c_n.tensor.data;
-  args.extra = results.extra.tensor.data;
-  {
-    const int threads = torch_threads();
-    py::gil_scoped_release release;
-    const int64_t rows = layer.rows * args.directions * size_of(args.dtype);
-    prefer_large_pages(args.output, rows * args.proj);
-    prefer_large_pages(args.extra, rows * others);
-    active_int8_kernels().forward(args, threads);
-  }
-  return results.tuple();
+  active_int8_kernels().forward(args, threads);
 }
 
 py::object Int8Layer::new_tensor(const Shape& shape, Element element) const {

@@ -4,31 +4,24 @@
 #include <memory>
 #include <vector>
 
-#include "../../python/layer.h"
 #include "../int8.h"
+#include "packed.h"
 
 namespace fastrnn {
 
-class Int8Layer {
+class Int8Layer : public PackedLayer {
  public:
   // weights: direction by direction as in a layer's record, matrices as torch.int8 in [-127, 127]
   // and biases as torch.float32. scales: torch.float32, one for each row of a matrix, in the
   // matrices' order. Throws ValueError, naming the argument, for what does not fit together.
   Int8Layer(py::handle mode, int directions, py::handle weights, py::handle scales);
 
-  // The fields of Results. The record's own weights are not read.
-  py::tuple run(py::handle record) const;
+  void run(ForwardArgs args, int threads) const override;
+  int64_t bytes() const override;
 
   // The same as the constructor takes them, in new tensors.
   py::tuple weights() const;
   py::tuple scales() const;
-
-  const char* mode() const { return cell_traits(shape_.cell).mode; }
-  int directions() const { return shape_.directions; }
-  int64_t input_size() const { return shape_.input; }
-  int64_t hidden_size() const { return shape_.hidden; }
-  int64_t proj_size() const { return shape_.proj; }
-  int64_t bytes() const;  // of all weights
 
  private:
   struct Free {
@@ -44,7 +37,6 @@ class Int8Layer {
     std::vector<float> bias_ih, bias_hh;
   };
 
-  ScanShape shape_{};
   py::object like_;  // a tensor from which others are made
   Direction direction_[kMaxDirections];
 

@@ -115,6 +115,9 @@ int64_t work_of(const ScanShape& shape) {
   return cell_traits(shape.cell).gates * shape.hidden * (shape.input + shape.proj);
 }
 
+// Whether a step takes more than x and states.
+bool has_inputs(const ScanShape& shape) { return cell_traits(shape.cell).inputs > 0; }
+
 template <class Byte>
 Byte* at(Byte* memory, int64_t offset) {
   return memory == nullptr ? nullptr : memory + offset;
@@ -137,12 +140,9 @@ std::shared_ptr<PackedLayer> pack(const LayerCall& layer, const std::string& sto
                         " for " + describe(layer.element()));
 }
 
-Results forward(const LayerCall& layer, const PackedLayer& packed) {
-  const ScanShape &given = layer.shape, &own = packed.shape();
-  if (given.cell != own.cell || given.dtype != own.dtype || given.input != own.input ||
-      given.hidden != own.hidden || given.proj != own.proj || given.directions != own.directions) {
-    throw py::value_error("packed: expected the weights of a layer of these sizes");
-  }
+Results forward(py::handle record, const PackedLayer& packed) {
+  const LayerCall layer = read_layer(record, packed.shape());
+  if (layer.keep) throw py::value_error("keep: expected False of packed weights, got True");
   return forward(layer, [&](const ForwardArgs& args, int threads) { packed.run(args, threads); });
 }
 
@@ -208,7 +208,7 @@ py::object PackedModel::step(const py::dict& module, py::handle x, py::handle h,
   const int64_t cells = cell_traits(shape.cell).states * shape.hidden;
   Inspector inspector;
   for (const py::handle tensor : {x, h, c}) inspector.add(tensor);
-  if (inspector.call() != Call::kPlain) return py::none();
+  if (inspector.call() != Call::kPlain || has_inputs(shape)) return py::none();
   const Tensor given = inspector.tensors()[0];
   const int dims = given.shape.dims();
   if (given.element != element_of(shape.dtype) || dims < 1 || dims > 2 ||
@@ -287,7 +287,7 @@ py::object PackedModel::run(const py::dict& module, py::handle x, py::handle h,
   const ScanShape& shape = layers_[0]->shape();
   Inspector inspector;
   for (const py::handle tensor : {x, h, c}) inspector.add(tensor);
-  if (inspector.call() != Call::kPlain) return py::none();
+  if (inspector.call() != Call::kPlain || has_inputs(shape)) return py::none();
   const Tensor given = inspector.tensors()[0];
   if (given.element != element_of(shape.dtype) || given.shape.dims() != 3 ||
       given.shape.count() == 0 || given.shape[2] != shape.input) {
@@ -355,6 +355,7 @@ PackedState::PackedState(const PackedState& before, bool)
       memory_(new char[layers() * (h_bytes() + c_bytes())]) {}
 
 bool PackedState::takes(py::handle x, const Shape& expected, Tensor& viewed) const {
+  if (has_inputs(this->shape())) return false;
   if (!is_tensor(x) || is_watched() || !is_plain(x)) return false;
   static const Attribute requires_grad("requires_grad");
   if (is_grad_enabled() && requires_grad.is_true(x)) return false;

@@ -16,6 +16,8 @@ namespace fastrnn {
 class PackedLayer {
  public:
   virtual ~PackedLayer() = default;
+  PackedLayer(const PackedLayer&) = delete;
+  PackedLayer& operator=(const PackedLayer&) = delete;
 
   // The layer's sizes, dtype and directions, without rows and steps.
   const ScanShape& shape() const { return shape_; }
@@ -27,16 +29,15 @@ class PackedLayer {
  protected:
   explicit PackedLayer(const ScanShape& shape) : shape_(shape) {}
 
- private:
-  const ScanShape shape_;
+  ScanShape shape_;
 };
 
 // Packs the weights of a layer, of any rows and steps. storage: "own", elements of the layer's
 // dtype, or "bfloat16", of a float32 layer. Throws ValueError for another one.
 std::shared_ptr<PackedLayer> pack(const LayerCall& layer, const std::string& storage);
 
-// Runs a layer on packed weights, which must be those of a layer of its sizes: ValueError else.
-Results forward(const LayerCall& layer, const PackedLayer& packed);
+// Runs a layer on packed weights; those of its record are not read.
+Results forward(py::handle record, const PackedLayer& packed);
 
 // All layers of a module, and what its parameters were when they were packed.
 class PackedModel {
