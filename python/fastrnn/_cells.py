@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from ._backends import has_kernel
@@ -56,7 +56,8 @@ class _CellBase(DropIn, RNNCellBase):
         if self._frozen is not None:
             check_frozen(self, input, h, c)
         elif torch.is_grad_enabled() and any(
-            w is not None and w.requires_grad for w in self._parameters.values()
+            w is not None and (type(w) is not nn.Parameter or w.requires_grad)
+            for w in self._parameters.values()
         ):
             return None
         own = self.__dict__
