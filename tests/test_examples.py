@@ -12,7 +12,9 @@ import torch
 import _common
 import cell_search
 import char_lm
+import policy
 import seq2seq
+import stream
 import surnames
 import tagging
 import visualise
@@ -21,7 +23,7 @@ from example_data import write_names, write_pairs, write_sentences
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BACKENDS = ["fastrnn", "torch"]
-PROGRAMS = cell_search, char_lm, seq2seq, surnames, tagging, visualise
+PROGRAMS = cell_search, char_lm, policy, seq2seq, stream, surnames, tagging, visualise
 MODULES = {module.__name__: module for module in PROGRAMS}
 DATA = {
     "seq2seq": (write_pairs, ["--data={}/pairs.tsv"]),
