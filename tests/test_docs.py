@@ -251,6 +251,7 @@ VARIANT = [
     "-DFASTRNN_REGISTERS=16",
     '-DFASTRNN_FLAGS=""',
 ]
+INT8 = ["-DFASTRNN_INT8=baseline", "-DFASTRNN_VARIANT=int8_baseline", *VARIANT[1:3]]
 # Without the finder of an editable install, which would bring the sources of this tree.
 PYTEST = """
 import sys
@@ -281,12 +282,13 @@ def compile_baseline(root: Path) -> None:
     import pybind11
 
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", *VARIANT, *includes]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", *includes]
     compiler = os.environ.get("CXX", "c++")
 
     def compile_one(source: Path) -> str:
         target = root / f"{source.stem}.o"
-        subprocess.run([compiler, *flags, "-c", str(source), "-o", str(target)], check=True)
+        own = INT8 if source.stem == "int8" else VARIANT
+        subprocess.run([compiler, *flags, *own, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -52,8 +52,8 @@ class State:
         >>> s.output().shape
         torch.Size([3, 16])
         >>> a, b = s.add_input(torch.zeros(3, 8)), s.add_input(torch.ones(3, 8))  # two branches
-        >>> [h.shape for h in a.select([2, 0]).h()]
-        [torch.Size([2, 16])]
+        >>> a.select([2, 0]).output().shape
+        torch.Size([2, 16])
     """
 
     __slots__ = ("__weakref__", "_batch", "_core", "_layers", "_prev", "_rnn")
