@@ -607,6 +607,14 @@ def test_tools(tool, tmp_path, monkeypatch):
     torch.testing.assert_close((output, h_n), model(x), rtol=0, atol=0)
 
 
+def test_torch_compiles_after_cells_were_generated_at_once():
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(generate, [OwnLSTM.definition, OwnGRU.definition] * 2):
+            pass
+    compiled = torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)) == 1
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_what_torch_has_no_class_for():
     model = torch.nn.Sequential(cells.MinGRU(3, 4))

@@ -7,6 +7,7 @@ may have put ours in their place since.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
@@ -211,6 +212,11 @@ def bind_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
+# A trace sets what torch keeps for the whole process, and puts back what it found: two traces at
+# once may leave torch believing for good that it is traced.
+_tracing = threading.Lock()
+
+
 def trace_pointwise(
     function: Callable[..., Any], arguments: tuple[Any, ...], composite: tuple[Any, ...]
 ) -> torch.fx.Graph:
@@ -223,7 +229,8 @@ def trace_pointwise(
 
     table: Any = {**core_aten_decompositions(), **get_decompositions(composite)}
     functional = torch.func.functionalize(function, remove="mutations_and_views")
-    graph: torch.fx.Graph = make_fx(functional, decomposition_table=table)(*arguments).graph
+    with _tracing:
+        graph: torch.fx.Graph = make_fx(functional, decomposition_table=table)(*arguments).graph
     return graph
 
 
