@@ -1,6 +1,8 @@
 // What a cell is, for code that knows it by its index alone.
 #pragma once
 
+#include <cstdint>
+
 namespace fastrnn {
 
 struct CellTraits {
@@ -23,6 +25,11 @@ struct CellTraits {
   // Tensors per direction.
   int least_weights() const { return (recurrent > 0 ? 2 : 1) + parameters; }
   int most_weights() const { return (recurrent > 0 ? 5 : 2) + parameters; }
+  // Whether that many are those of so many directions.
+  bool has_weights(int64_t count, int64_t entries) const {
+    return count % entries == 0 && least_weights() <= count / entries &&
+           count / entries <= most_weights();
+  }
 };
 
 }  // namespace fastrnn

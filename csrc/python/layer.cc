@@ -90,14 +90,8 @@ void read_weights(LayerCall& layer, py::handle sequence) {
   layer.own_weights = py::reinterpret_steal<py::tuple>(items);
   const auto count = static_cast<int64_t>(layer.own_weights.size());
   const CellTraits& traits = layer.traits();
+  expect_weights(traits, count, layer.directions);
   const int64_t each = count / layer.directions;
-  if (count % layer.directions != 0 || each < traits.least_weights() ||
-      each > traits.most_weights()) {
-    fail("weights", "expected ", std::to_string(traits.least_weights()), " to ",
-         std::to_string(traits.most_weights()), " tensors per direction, got ",
-         std::to_string(count), " for ", std::to_string(layer.directions),
-         layer.directions == 1 ? " direction" : " directions");
-  }
   Py_ssize_t next = 0;
   for (int d = 0; d < layer.directions; ++d) {
     read_direction(layer.weights[d], traits, each, [&](const char* name, const char* reverse) {
@@ -301,6 +295,13 @@ void check_wanted(const LayerCall& layer, const SavedCall& given) {
 }
 
 }  // namespace
+
+void expect_weights(const CellTraits& traits, int64_t count, int directions) {
+  if (traits.has_weights(count, directions)) return;
+  fail("weights", "expected ", std::to_string(traits.least_weights()), " to ",
+       std::to_string(traits.most_weights()), " tensors per direction, got ", std::to_string(count),
+       " for ", std::to_string(directions), directions == 1 ? " direction" : " directions");
+}
 
 const CellTraits& cell_traits(int cell) { return all_traits()[cell]; }
 

@@ -65,6 +65,9 @@ struct LayerCall {
   void complete(const ScanShape& own);
 };
 
+// Throws ValueError where a layer of the cell cannot have so many weights.
+void expect_weights(const CellTraits& traits, int64_t count, int directions);
+
 // The weights of one direction, `each` of them: w_ih, w_hh, perhaps both biases, perhaps w_hr, as
 // in torch.nn.RNNBase, and the cell's learned vectors. Without recurrent gates there is neither
 // w_hh nor b_hh. take(name, name in the second direction) -> the next tensor.

@@ -48,7 +48,7 @@ class Backend(ABC):
         """The layer's weights, packed once for many calls: an object with forward(layer), which is
         that of any layer of the same sizes, and `bytes`, their size.
 
-        storage: "own", for elements of the layer's dtype, or "bfloat16".
+        storage: "own", for elements of the layer's dtype, "bfloat16" or "int8".
         """
         raise NotImplementedError
 

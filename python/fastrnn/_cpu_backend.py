@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import _kernels
+from . import _int8, _kernels, _packed
 from ._backends import Backend, register
 from ._layer import Layer, Results
 from ._load import _cpu
@@ -18,11 +18,15 @@ class CpuBackend(Backend):
     record = staticmethod(_cpu.record)
     replay = staticmethod(_cpu.replay)
     packs = True
-    pack = staticmethod(_cpu.PackedLayer)
     keep = staticmethod(_cpu.PackedModel)
 
     def runs_cell(self, mode: str, dtype: torch.dtype) -> bool:
         return _kernels.load(mode, dtype)
+
+    def pack(self, layer: Layer, storage: str, /) -> _cpu.PackedLayer:
+        if storage == _packed.INT8:
+            return _int8.pack(layer.mode, layer.directions, layer.weights)
+        return _cpu.PackedLayer(layer, storage)
 
     def forward(self, layer: Layer) -> Results:
         return Results._make(_cpu.forward(layer))

@@ -60,7 +60,6 @@ class _RNNBase(DropIn, RNNBase):
     """What LSTM, GRU and RNN share. States are a tuple here, (h,) or (h, c)."""
 
     checkpoint_every: int | None = None  # also of modules that replace() turned
-    _takes_directly = True  # whether it has _run_directly
 
     def __init__(
         self, mode: str, *args: Any, checkpoint_every: int | None = None, **kwargs: Any

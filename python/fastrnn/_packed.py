@@ -64,8 +64,6 @@ def packed_layer(layer: Layer, storage: str) -> Any:
 
 
 def _pack(mode: str, directions: int, weights: tuple[Tensor, ...], storage: str) -> Any:
-    if storage == INT8:
-        return _int8.pack(mode, directions, weights)
     w = weights[0]
     x = w.new_empty(0, 1, w.shape[1])  # of the weights alone, for calls of any rows
     options = mode, directions, 1, False, 0, False, False

@@ -94,7 +94,7 @@ class State:
         elif mask is None and inputs is None and self._batch is not None:
             # A single layer has the states that its module takes and returns.
             rnn = self._rnn
-            if rnn._takes_directly and rnn.num_layers == 1 and type(x) is Tensor:
+            if rnn.num_layers == 1 and type(x) is Tensor:
                 hx = self._layers[0]
                 row = x.unsqueeze(1 if rnn.batch_first else 0)
                 result = rnn._run_directly(row, hx[0] if len(hx) == 1 else hx)

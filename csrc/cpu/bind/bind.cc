@@ -120,7 +120,6 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("bytes", &PackedLayer::bytes)
       .def_property_readonly("mode",
                              [](const PackedLayer& p) { return cell_traits(p.shape().cell).mode; })
-      .def_property_readonly("input_size", [](const PackedLayer& p) { return p.shape().input; })
       .def_property_readonly("hidden_size", [](const PackedLayer& p) { return p.shape().hidden; })
       .def_property_readonly("proj_size", [](const PackedLayer& p) { return p.shape().proj; })
       .def("forward", [](const PackedLayer& packed, py::handle layer) {

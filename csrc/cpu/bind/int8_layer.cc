@@ -2,13 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <string>
 
 #include "../../cells/registry.h"
-#include "../workspace.h"
 
 namespace fastrnn {
 
@@ -51,17 +48,6 @@ std::vector<float> values_of(const char* name, const Tensor& tensor, int64_t cou
   return {values, values + count};
 }
 
-// Large pages begin at multiples of their size.
-char* allocate(size_t bytes) {
-  constexpr size_t kLine = 64, kLargePage = size_t{2} << 20;
-  const size_t unit = bytes < 2 * kLargePage ? kLine : kLargePage;
-  const size_t whole = (bytes + unit - 1) / unit * unit;
-  auto* const memory = static_cast<char*>(std::aligned_alloc(unit, whole));
-  if (memory == nullptr) throw std::bad_alloc();
-  prefer_large_pages(memory, whole);
-  return memory;
-}
-
 }  // namespace
 
 Int8Layer::Matrix Int8Layer::pack(const char* name, const Tensor& weight, const Tensor& scales,
@@ -87,7 +73,7 @@ Int8Layer::Matrix Int8Layer::pack(const char* name, const Tensor& weight, const 
   Matrix matrix;
   matrix.shape = shape;
   matrix.bytes = active_int8_kernels().packed_bytes(shape);
-  matrix.packed.reset(allocate(matrix.bytes));
+  matrix.packed = allocate(matrix.bytes);
   active_int8_kernels().pack(shape, integers, of_rows.data(), matrix.packed.get());
   return matrix;
 }
@@ -108,11 +94,8 @@ Int8Layer::Int8Layer(py::handle mode, int directions, py::handle weights, py::ha
                   scale_items = as_tuple("scales", scales);
   const std::vector<Tensor> given = tensors_of("weights", weight_items);
   const std::vector<Tensor> given_scales = tensors_of("scales", scale_items);
+  expect_weights(traits, given.size(), directions);
   const size_t each = given.size() / directions;
-  if (given.size() % directions != 0 || each < 2 || each > 5) {
-    fail("weights", "expected 2 to 5 tensors per direction, got ", std::to_string(given.size()),
-         " for ", std::to_string(directions), directions == 1 ? " direction" : " directions");
-  }
   const bool has_biases = each > 3, projects = each % 2 == 1;
   if (projects && !traits.can_project()) {
     fail("weight_hr", "expected None for ", traits.mode, ", which has no projection, got ",

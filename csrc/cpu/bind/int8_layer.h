@@ -1,7 +1,6 @@
 // A layer with weights of 8 bits, which are packed once: see ../int8.h.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "../int8.h"
@@ -24,13 +23,10 @@ class Int8Layer : public PackedLayer {
   py::tuple scales() const;
 
  private:
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
   struct Matrix {
     Int8Shape shape{};
     int64_t bytes = 0;
-    std::unique_ptr<char[], Free> packed;
+    Memory packed;
   };
   struct Direction {
     Matrix ih, hh, hr;

@@ -17,21 +17,6 @@ namespace {
 // Below so many multiply-adds a step, to let other Python threads run takes too long.
 constexpr int64_t kShort = int64_t{1} << 19;
 
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory allocate(int64_t bytes) {
-  constexpr int64_t kLine = 64, kLargePage = int64_t{2} << 20;
-  const int64_t alignment = bytes >= 2 * kLargePage ? kLargePage : kLine;
-  const int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
-  Memory memory(static_cast<char*>(std::aligned_alloc(alignment, rounded)));
-  if (memory == nullptr) throw std::bad_alloc();
-  prefer_large_pages(memory.get(), rounded);
-  return memory;
-}
-
 // In the order in which the tiles of the active variant read them.
 class PackedTiles : public PackedLayer {
  public:
@@ -118,6 +103,19 @@ int64_t work_of(const ScanShape& shape) {
 // Whether a step takes more than x and states.
 bool has_inputs(const ScanShape& shape) { return cell_traits(shape.cell).inputs > 0; }
 
+// The memory of h and c, null for None; false where one has other sizes. No features: none is
+// taken.
+bool read_states(const py::handle (&objects)[2], const Shape (&sizes)[2], Contiguous& contiguous,
+                 const char* (&states)[2]) {
+  for (int i = 0; i < 2; ++i) {
+    if (objects[i].is_none()) continue;
+    const Tensor state = view(objects[i]);
+    if (!(state.shape == sizes[i]) || sizes[i][sizes[i].dims() - 1] == 0) return false;
+    states[i] = static_cast<const char*>(contiguous(state));
+  }
+  return true;
+}
+
 template <class Byte>
 Byte* at(Byte* memory, int64_t offset) {
   return memory == nullptr ? nullptr : memory + offset;
@@ -130,6 +128,16 @@ void run(const PackedLayer& layer, const ForwardArgs& args, int threads) {
 }
 
 }  // namespace
+
+Memory allocate(int64_t bytes) {
+  constexpr int64_t kLine = 64, kLargePage = int64_t{2} << 20;
+  const int64_t alignment = bytes >= 2 * kLargePage ? kLargePage : kLine;
+  const int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  Memory memory(static_cast<char*>(std::aligned_alloc(alignment, rounded)));
+  if (memory == nullptr) throw std::bad_alloc();
+  prefer_large_pages(memory.get(), rounded);
+  return memory;
+}
 
 std::shared_ptr<PackedLayer> pack(const LayerCall& layer, const std::string& storage) {
   if (storage == "own") return std::make_shared<PackedTiles>(layer, Storage::kOwn);
@@ -220,14 +228,9 @@ py::object PackedModel::step(const py::dict& module, py::handle x, py::handle h,
     return dims == 2 ? Shape{batch, features} : Shape{features};
   };
   Contiguous contiguous;
-  const void* states[2] = {};
-  const py::handle objects[2] = {h, c};
-  const int64_t features[2] = {shape.proj, cells};
-  for (int i = 0; i < 2; ++i) {
-    if (objects[i].is_none()) continue;
-    const Tensor state = view(objects[i]);
-    if (!(state.shape == sizes(features[i])) || features[i] == 0) return py::none();
-    states[i] = contiguous(state);
+  const char* states[2] = {};
+  if (!read_states({h, c}, {sizes(shape.proj), sizes(cells)}, contiguous, states)) {
+    return py::none();
   }
   if (!is_current(module)) return py::none();
   const py::object h_n = make_tensor(given, sizes(shape.proj), given.element);
@@ -296,22 +299,16 @@ py::object PackedModel::run(const py::dict& module, py::handle x, py::handle h,
   const int64_t steps = given.shape[0], batch = given.shape[1];
   const int64_t entries = static_cast<int64_t>(layers_.size()) * shape.directions;
   const int64_t cells = cell_traits(shape.cell).states * shape.hidden;
+  const auto sizes = [&](int64_t features) { return Shape{entries, batch, features}; };
   Contiguous contiguous;
   const char* states[2] = {};
-  const py::handle objects[2] = {h, c};
-  const int64_t features[2] = {shape.proj, cells};
-  for (int i = 0; i < 2; ++i) {
-    if (objects[i].is_none()) continue;
-    const Tensor state = view(objects[i]);
-    if (!(state.shape == Shape{entries, batch, features[i]}) || features[i] == 0) {
-      return py::none();
-    }
-    states[i] = static_cast<const char*>(contiguous(state));
+  if (!read_states({h, c}, {sizes(shape.proj), sizes(cells)}, contiguous, states)) {
+    return py::none();
   }
   if (!is_current(module)) return py::none();
-  const py::object h_n = make_tensor(given, {entries, batch, shape.proj}, given.element);
-  const py::object c_n = cells > 0 ? make_tensor(given, {entries, batch, cells}, given.element)
-                                   : py::object(py::none());
+  const py::object h_n = make_tensor(given, sizes(shape.proj), given.element);
+  const py::object c_n =
+      cells > 0 ? make_tensor(given, sizes(cells), given.element) : py::object(py::none());
   const py::object output = run_layers(given, steps, batch, {steps, batch}, states[0], states[1],
                                        static_cast<char*>(view(h_n).data),
                                        cells > 0 ? static_cast<char*>(view(c_n).data) : nullptr);

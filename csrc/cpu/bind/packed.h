@@ -3,6 +3,7 @@
 // it is in Python, and its states are no tensors until somebody asks for them.
 #pragma once
 
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -10,6 +11,13 @@
 #include "run_layer.h"
 
 namespace fastrnn {
+
+// Memory for packed weights, on large pages where these pay.
+struct FreeMemory {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, FreeMemory>;
+Memory allocate(int64_t bytes);
 
 // The weights of a layer in all its directions, in a form of their own. What a row's results are
 // does not depend on how many rows or threads there are.

@@ -81,11 +81,7 @@ std::optional<Model> read_model(py::handle module) {
   }
   const int64_t entries = int64_t{model.layers} * model.directions;
   const auto count = static_cast<int64_t>(model.weights.size());
-  const CellTraits& traits = cell_traits(model.cell);
-  if (count % entries != 0 || count / entries < traits.least_weights() ||
-      count / entries > traits.most_weights()) {
-    return std::nullopt;
-  }
+  if (!cell_traits(model.cell).has_weights(count, entries)) return std::nullopt;
   return model;
 }
 
