@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastrnn
+from fastrnn._layer import Layer
 from helpers import assert_close, inputs, make, run, seeded, unpack
 
 OLD = torch.__version__ < (2, 8)
@@ -219,6 +220,6 @@ def test_opcheck_with_gradients(cell, bidirectional, ragged, keep):
     x, sizes = (x.flatten(0, 1)[:8], torch.tensor([3, 3, 2, 0])) if ragged else (x, None)
     resets = torch.rand(x.shape[:-1]) < 0.4
     x = x.detach().requires_grad_()
-    options = cell, 1 + bidirectional, 3, False, 0, keep, not keep
-    args = (*options, x, h_0, c_0, sizes, resets, None, params)
-    torch.library.opcheck(torch.ops.fastrnn.scan_forward, args)
+    own = x, h_0, c_0, params, sizes, resets
+    layer = Layer.plain(cell, 1 + bidirectional, 3, *own, keep=keep, all_c=not keep)
+    torch.library.opcheck(torch.ops.fastrnn.scan_forward, (*layer[:-1], params))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fastrnn
+from fastrnn._layer import Layer
 from helpers import TOLERANCE, inputs, make, make_mask, pair, unpack
 
 T, B, F, H = 7, 5, 12, 37
@@ -305,9 +306,11 @@ def test_exports():
 
 def test_the_operator():
     weights = list(make(fastrnn, "LSTM", F, H).parameters())
-    args = ("LSTM", 1, B, False, 0, False, False, torch.randn(T, B, F), *(None,) * 5, weights)
+    layer = Layer.plain("LSTM", 1, B, torch.randn(T, B, F), None, None, weights)
     for storage in ("own", "bfloat16"):
-        torch.library.opcheck(torch.ops.fastrnn.scan_packed.default, (storage, *args))
+        torch.library.opcheck(
+            torch.ops.fastrnn.scan_packed.default, (storage, *layer[:-1], weights)
+        )
 
 
 # -- What is not for a frozen layer ----------------------------------------------------------------

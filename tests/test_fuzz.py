@@ -32,7 +32,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastrnn
 from fastrnn._functions import FUSED
-from fastrnn._layer import BUILT_IN, CELLS, Layer, Results
+from fastrnn._layer import BUILT_IN, CELLS, CONSTANTS, OPTIONS, TENSORS, Layer, Results
 from fastrnn._load import _cpu, set_torch
 from fastrnn._torch import WATCHERS
 
@@ -76,6 +76,7 @@ def right_layer(r: Random) -> list[Any]:
     mode, D = r.choice(BUILT_IN), r.choice((1, 2))
     T, B, I, H = (r.choice(sizes) for sizes in ((0, 1, 3, 9), (0, 1, 2, 5), (1, 3, 17), (1, 4, 33)))  # noqa: E741
     dtype = r.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+    states = torch.float64 if dtype == torch.float64 else torch.float32
     is_guarded, is_ragged = r.random() < 0.5, r.random() < 0.4
     G, has_cell_state = CELLS[mode].gates, CELLS[mode].has_cell_state
     P = max(1, H // 2) if has_cell_state and r.random() < 0.3 else H
@@ -100,11 +101,17 @@ def right_layer(r: Random) -> list[Any]:
         r.choice((0, 0, 2, 100)),
         r.random() < 0.5,
         r.random() < 0.5,
+        r.choice((0.0, 0.0, 0.1)),
+        r.choice((0.0, 0.0, 0.3)),
+        r.choice((0.0, 0.0, 0.3)) if mode == "LSTM" else 0.0,
         new(*steps, I),
         new(D, B, P) if r.random() < 0.5 else None,
         new(D, B, H) if has_cell_state and r.random() < 0.5 else None,
         sizes if is_ragged else None,
         torch.rand(steps) < 0.3 if r.random() < 0.3 else None,
+        torch.rand(steps, dtype=states) if r.random() < 0.3 else None,
+        new(D, B, P) if r.random() < 0.3 else None,
+        torch.randint(2**40, (1,)) if r.random() < 0.5 else None,
         None,
         weights,
     ]
@@ -138,13 +145,13 @@ class Context:
 
 
 def flat(fields: list[Any]) -> list[Any]:
-    return [*fields[7:13], *fields[13]]
+    return [*fields[OPTIONS:-1], *fields[-1]]
 
 
 def replayed(fields: list[Any], saved: list[Any]) -> list[Any]:
     wanted = saved[7]
-    needed = [False, *wanted[:3], False, False, *wanted[3:]]
-    state = [fields[:7], [*saved[:3], *flat(fields)], needed]
+    needed = [False, *wanted[:3], *(False for _ in CONSTANTS), *wanted[3:]]
+    state = [fields[:OPTIONS], [*saved[:3], *flat(fields)], needed]
     gradients = saved[3:5] if not CELLS[fields[0]].has_cell_state else saved[3:7]
     return [state, *gradients]
 
@@ -471,12 +478,13 @@ def layer_of(fields: tuple[Any, ...]) -> Layer:
     layer = Layer._make(fields)
     mode = layer.mode.decode() if isinstance(layer.mode, bytes) else layer.mode  # as torch does
     sizes = {name: index(getattr(layer, name)) for name in ("directions", "batch")}
-    return layer._replace(mode=mode, checkpoint_every=index(layer.checkpoint_every), **sizes)
+    sizes["checkpoint_every"] = index(layer.checkpoint_every)
+    return layer._replace(mode=mode, **sizes)
 
 
 def of_operator(args: tuple[Any, ...]) -> Layer:
     """The tensors say what the batch is, where they can."""
-    layer = layer_of(args[:14])
+    layer = layer_of(args[: len(Layer._fields)])
     if layer.batch_sizes is None:
         return layer._replace(batch=layer.x.shape[1])
     return layer if layer.h_0 is None else layer._replace(batch=layer.h_0.shape[1])
@@ -521,7 +529,8 @@ def check_inspect(args: tuple[Any, ...], result: Any) -> None:
 def check_record(args: tuple[Any, ...], results: Any) -> None:
     if any(type(t) is Lying for t in tensors_in(args)):
         return
-    layer = layer_of((*args[1], *args[2:8], args[8:]))
+    first = 2 + TENSORS
+    layer = layer_of((*args[1], *args[2:first], args[first:]))
     expected = layer.make_results()[: 2 + layer.cell.has_cell_state + bool(layer.all_c)]
     assert [t.shape for t in results] == [t.shape for t in expected if t is not None]
 
@@ -558,7 +567,7 @@ def backward_args(r: Random) -> list[Any]:
 
 def record_args(r: Random) -> list[Any]:
     fields = right_layer(r)
-    return [[], fields[:7], *flat(fields)]
+    return [[], fields[:OPTIONS], *flat(fields)]
 
 
 def replay_args(r: Random) -> list[Any]:

@@ -75,8 +75,8 @@ class Int8Layers:
         for k, layer in enumerate(self.layers):
             part = slice(k * self.directions, (k + 1) * self.directions)
             h_0, c_0 = (*(s[part].contiguous() for s in states or ()), None, None)[:2]
-            options = self.mode, self.directions, batch, False, 0, False, all_states
-            record = Layer(*options, x, h_0, c_0, batch_sizes, resets, None, ())
+            own = x, h_0, c_0, (), batch_sizes, resets
+            record = Layer.plain(self.mode, self.directions, batch, *own, all_c=all_states)
             x, h_n, c_n, extra, _ = layer.forward(record)
             finals.append((h_n,) if c_n is None else (h_n, c_n))
             if all_states:
@@ -449,7 +449,7 @@ def test_too_deep():
 )
 def test_errors_of_a_call(change, words):
     layer = make("LSTM", 3, 4).layers[0]
-    record = Layer("LSTM", 1, 5, False, 0, False, False, torch.zeros(2, 5, 3), *[None] * 5, ())
+    record = Layer.plain("LSTM", 1, 5, torch.zeros(2, 5, 3), None, None, ())
     assert layer.forward(record)[0].shape == (2, 5, 4)
     with pytest.raises(ValueError, match=words):
         layer.forward(record._replace(**change))

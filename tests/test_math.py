@@ -14,7 +14,7 @@ def gates_of(mode: str, x: torch.Tensor) -> torch.Tensor:
     """The activated gates, x being their sums: one step from zero states with identity weights."""
     wide = x.shape[1]
     weights = [torch.eye(wide, dtype=x.dtype), x.new_zeros(wide, 1)]
-    layer = Layer(mode, 1, len(x), False, 0, True, False, x.unsqueeze(0), *(None,) * 5, weights)
+    layer = Layer.plain(mode, 1, len(x), x.unsqueeze(0), None, None, weights, keep=True)
     output, _, _, _, gates = torch.ops.fastrnn.scan_forward(*layer)
     return output[0] if mode.startswith("RNN") else gates[0]
 

@@ -314,11 +314,12 @@ def test_inter_op_threads():
 
     @torch.jit.script
     def both(x: torch.Tensor, weights: list[torch.Tensor], batch: int):
-        options = ("LSTM", 1, batch, False, 0, False, False)
-        other = torch.jit.fork(
-            torch.ops.fastrnn.scan_forward, *options, x, None, None, None, None, None, weights
-        )
-        own = torch.ops.fastrnn.scan_forward(*options, x, None, None, None, None, None, weights)
+        options = ("LSTM", 1, batch, False, 0, False, False, 0.0, 0.0, 0.0)
+        states = (None, None)
+        others = (None, None, None, None, None, None)
+        arguments = (*options, x, *states, *others, weights)
+        other = torch.jit.fork(torch.ops.fastrnn.scan_forward, *arguments)
+        own = torch.ops.fastrnn.scan_forward(*arguments)
         return own[0], torch.jit.wait(other)[0]
 
     model = make(fastrnn, "LSTM", *SIZES)

@@ -28,7 +28,7 @@ constexpr bool is_general = requires { Cell::parameters; };
 template <class Cell>
 struct General : Cell {
   static constexpr int extras = Cell::states;
-  static constexpr bool projects = false;
+  static constexpr bool projects = false, rebuilds_cell_state = false;
 };
 
 template <class Cell>
@@ -43,6 +43,7 @@ struct General<Cell> {
   static constexpr bool has_direct_path = Cell::has_direct_path;
   static constexpr bool reads_output = !Cell::saves_gates;
   static constexpr bool projects = Cell::has_cell_state && !Cell::has_direct_path;
+  static constexpr bool rebuilds_cell_state = Cell::has_cell_state;
 
   template <class V>
   [[gnu::always_inline]] static constexpr V forward(const V* x, const V* r, const V*, const V*,
@@ -82,13 +83,32 @@ struct General<Cell> {
     for (int g = 0; g < gates; ++g) gate[g] = saved[g];
     return Cell::hidden(gate, extra[0]);
   }
+
+  // The cell state after the step, from the one before.
+  template <class V>
+  [[gnu::always_inline]] static constexpr V cell_state(const V* saved, V before) {
+    V gate[gates];
+#pragma GCC unroll 4
+    for (int g = 0; g < gates; ++g) gate[g] = saved[g];
+    return Cell::cell_state(gate, before);
+  }
 };
 
 template <class Cell>
 constexpr CellTraits traits_of(int index) {
   using C = General<Cell>;
-  return {C::mode,  index,     C::gates,      C::recurrent,       C::states,         C::extras,
-          C::saves, C::inputs, C::parameters, C::splits_gradient, C::has_direct_path};
+  return {C::mode,
+          index,
+          C::gates,
+          C::recurrent,
+          C::states,
+          C::extras,
+          C::saves,
+          C::inputs,
+          C::parameters,
+          C::splits_gradient,
+          C::has_direct_path,
+          C::rebuilds_cell_state};
 }
 
 }  // namespace fastrnn

@@ -31,6 +31,11 @@ struct Lstm {
   }
 
   template <class V>
+  [[gnu::always_inline]] static constexpr V cell_state(const V (&gate)[4], V c_prev) {
+    return gate[1] * c_prev + gate[0] * gate[2];
+  }
+
+  template <class V>
   [[gnu::always_inline]] static constexpr V backward(const V (&gate)[4], V, V, V c_prev, V c, V dh,
                                                      V& dc, V (&dx)[4], V (&dr)[4]) {
     const V i = gate[0], f = gate[1], g = gate[2], o = gate[3];

@@ -16,6 +16,8 @@
 //       extra: the cell state in and out, or only out
 //   hidden(gate, extra) -> h
 //       as forward returned it; only of cells with saved gates and without a direct path
+//   cell_state(gate, before) -> extra
+//       the cell state that forward left; only of cells with one
 //   backward(gate, h_prev, h, extra_prev, extra, dh, d_extra, dx, dr) -> direct part of dh_{t-1}
 //       d_extra: gradient of the cell state in, of the previous one out; dx[G], dr[G]: gradients of
 //       x, r

@@ -16,6 +16,7 @@ struct CellTraits {
   int inputs;      // Z, those of each step and unit that no weight multiplies
   int parameters;  // Q, learned vectors [H]
   bool splits_gradient, has_direct_path;
+  bool rebuilds_cell_state;  // from what forward saves and the state before: see lstm.h
 
   bool has_cell_state() const { return states > 0; }
   bool has_extra() const { return extras > 0; }

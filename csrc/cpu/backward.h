@@ -25,6 +25,7 @@ class BackwardScan {
   // Rows of gate gradients in a chunk: a panel of as many rows, one register tile wide, fits into
   // L1.
   static constexpr int64_t kChunkRows = 128;
+  static constexpr int64_t kNoStep = -1;
 
  public:
   BackwardScan(const BackwardArgs& args, const Steps& steps, int threads, Workspace& workspace)
@@ -73,7 +74,7 @@ class BackwardScan {
     }
     runner.last_phase([&](const Part& part) {
       const auto no_d_gates = [](int64_t) { return nullptr; };
-      write_initial(direction, part, false, no_d_gates, steps_.rows(0), args_.batch);
+      write_initial(direction, part, kNoStep, no_d_gates, steps_.rows(0), args_.batch);
       layer_gradients_.write(direction, part);
     });
   }
@@ -184,16 +185,24 @@ class BackwardScan {
     // in the other they begin later.
     const int64_t middle = rows_after > 0 && rows_after < rows ? rows_after : rows_before;
     const auto step = [&](bool has_after, bool has_before) -> BackwardStep<S> {
-      return {t, before, has_after, has_before, d_gates_after, chunk, saved};
+      return {t, before, next, has_after, has_before, d_gates_after, chunk, saved};
     };
     const BackwardStep<S> first_rows = step(rows_after > 0, rows_before > 0);
     const BackwardStep<S> other_rows = step(rows_after == rows, rows_before == rows);
+    using Kept = Zoneout<S>;
+    const auto draw = [&](typename Kept::State state, const Part& part, Range columns) {
+      const Range own{part.rows.begin, min_of(part.rows.end, rows)};
+      cell_.zoneout().draw(state, direction, t, own, columns);
+    };
     phase([&](const Part& part) {
+      draw(Kept::kH, part, hh_.columns.range(part.blocks(hh_.columns.blocks)));
+      if (!projects_) draw(Kept::kC, part, unit_range(part));
       run_rows(direction, part, first_rows, 0, middle);
       run_rows(direction, part, other_rows, middle, rows);
     });
     if (projects_) {
       phase([&](const Part& part) {
+        draw(Kept::kC, part, unit_range(part));
         run_projected_rows(direction, part, first_rows, 0, middle);
         run_projected_rows(direction, part, other_rows, middle, rows);
       });
@@ -205,7 +214,7 @@ class BackwardScan {
       const auto first_d_gates = [&](int64_t row) {
         return steps_.resets_before(direction, t, row) ? zeros_ : d_gates + row * stride_;
       };
-      write_initial(direction, part, true, first_d_gates, rows_before, rows);
+      write_initial(direction, part, t, first_d_gates, rows_before, rows);
     });
   }
 
@@ -231,6 +240,9 @@ class BackwardScan {
           fetch(row, count, columns.column(block, 0));
           const TileRows<F> left(count, [&](int r) { return d_gates(row + r); });
           hh_.multiply(direction, block, left.rows, count, i, sums);
+          if (args_.h_mask != nullptr) [[unlikely]] {
+            mask_sums(direction, row, count, columns.column(block, 0), sums);
+          }
         } else {
           for (int j = 0; j < count * columns.units; ++j) sums[j] = V(T(0));
         }
@@ -248,6 +260,15 @@ class BackwardScan {
         if (own < args_.proj) body(r, u, own, min_of(args_.proj - own, V::lanes));
       }
     }
+  }
+
+  // W_hh multiplied a masked h.
+  void mask_sums(int direction, int64_t row, int count, int64_t column, V* sums) const {
+    for_each_vector(count, column, [&](int r, int u, int64_t own, int64_t left) {
+      const int64_t place = steps_.state_offset(direction, row + r, args_.proj) + own;
+      V& sum = sums[r * hh_.columns.units + u];
+      sum = sum * V::load(at<S>(args_.h_mask, place), left);
+    });
   }
 
   void run_rows(int direction, const Part& part, const BackwardStep<S>& step, int64_t begin,
@@ -282,6 +303,13 @@ class BackwardScan {
     for_each_vector(tile.count, tile.column, [&](int r, int u, int64_t column, int64_t left) {
       const int64_t row = tile.row + r, local = step.chunk_row(steps_, row);
       V dh = tile.sums[r * tile.vectors + u];
+      const int64_t own_state = steps_.state_offset(tile.direction, row, args_.proj) + column;
+      T* carried = at(cell_.carry_h(), own_state);
+      if (step.has_after) {
+        if (carried != nullptr) dh = dh + V::load(carried, left);
+        const Edge<S>& edge = cell_.edge();
+        if (!edge.is_plain()) dh = edge(dh, steps_.offset(step.after) + row);
+      }
       if (args_.d_output != nullptr) {
         const int64_t feature = steps_.feature_offset(tile.direction, step.t, row, args_.proj);
         dh = dh + V::load(at<S>(args_.d_output, feature + column), left);
@@ -291,6 +319,13 @@ class BackwardScan {
         dh = dh + V::load(at<S>(args_.d_h_n, state + column), left);
       }
       if (left < V::lanes) dh = first_lanes(dh, left);
+      if (carried != nullptr) {
+        const T* weights = cell_.zoneout().weights(Zoneout<S>::kH, tile.direction, row);
+        const V kept = V::load(weights + column) * dh;
+        dh = dh - kept;
+        const bool reset = steps_.resets_before(tile.direction, step.t, row);
+        (reset ? V(T(0)) : kept).store(carried, left);
+      }
       dh.store(rows.values(tile.direction, local) + column);
       if constexpr (ChunkRows<S>::kNarrows) {
         dh.store(rows.factors(tile.direction, local) + column);
@@ -317,11 +352,13 @@ class BackwardScan {
     }
   }
 
-  // The gradients of the initial states of rows whose first step is done; d_gates(row) are those of
-  // the row's first step. Rows without steps have none: their final states were the initial ones.
+  // The gradients of the initial states of rows whose first step, t, is done; d_gates(row) are
+  // those of the row's first step. Rows without steps have none: their final states were the
+  // initial ones.
   template <class DGates>
-  void write_initial(int direction, const Part& part, bool had_steps, DGates d_gates, int64_t begin,
+  void write_initial(int direction, const Part& part, int64_t t, DGates d_gates, int64_t begin,
                      int64_t end) const {
+    const bool had_steps = t != kNoStep;
     if (args_.d_h_0 != nullptr) {
       const auto fetch = [](int64_t, int, int64_t) {};
       const auto finish = [&](int64_t row, int count, int64_t column, const V* sums) {
@@ -330,8 +367,10 @@ class BackwardScan {
           V dh = sums[r * hh_.columns.units + u];
           if (!had_steps) {
             dh = args_.d_h_n == nullptr ? V(T(0)) : V::load(at<S>(args_.d_h_n, state), left);
-          } else if constexpr (C::has_direct_path) {
-            dh = dh + V::load(cell_.carry_h() + state, left);
+          } else {
+            if (cell_.carry_h() != nullptr) dh = dh + V::load(cell_.carry_h() + state, left);
+            const Edge<S>& edge = cell_.edge();
+            if (!edge.is_plain()) dh = edge(dh, steps_.offset(t) + row + r);
           }
           dh.store(static_cast<S*>(args_.d_h_0) + state, left);
         });

@@ -5,13 +5,38 @@
 #include "chunk_gradients.h"
 #include "math.h"
 #include "saved.h"
+#include "zoneout.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
+
+// What a step hands to the one before it, through any of the states: scaled by the step's own
+// scale, and held to a magnitude.
+template <class S>
+class Edge {
+  using T = Compute<S>;
+  using V = Vec<T>;
+
+ public:
+  explicit Edge(const BackwardArgs& args)
+      : scale_(static_cast<const T*>(args.grad_scale)), clip_(static_cast<T>(args.grad_clip)) {}
+
+  bool is_plain() const { return scale_ == nullptr && clip_ == 0; }
+
+  // n: the row of the step in the layer.
+  V operator()(V gradient, int64_t n) const {
+    if (scale_ != nullptr) gradient = scale_[n] == 0 ? V(T(0)) : gradient * V(scale_[n]);
+    return clip_ > 0 ? clamp(gradient, -clip_, clip_) : gradient;
+  }
+
+ private:
+  const T* scale_;  // [N] or null
+  T clip_;          // 0: none
+};
 
 // Step t among its neighbours in the order of the direction, as some of its rows have them.
 template <class S>
 struct BackwardStep {
-  int64_t t, before;
+  int64_t t, before, after;
   bool has_after, has_before;
   const Factor<S>* d_gates_after;  // the gate gradients of the step after t
   const Chunk& chunk;
@@ -47,16 +72,23 @@ class BackwardCell {
       : args_(args),
         steps_(steps),
         chunk_gradients_(chunk_gradients),
-        projects_(args.weight_hr[0] != nullptr) {
-    const size_t size = args.directions * args.batch * args.hidden;
-    carry_h_ = workspace.take<T>(C::has_direct_path ? size : 0);
-    carry_c_ = workspace.take<T>(C::states * size);
+        projects_(args.weight_hr[0] != nullptr),
+        zoneout_(args, odd_lines<T>(max_of(args.hidden, args.proj)), workspace),
+        zoneout_stride_(odd_lines<T>(max_of(args.hidden, args.proj))),
+        edge_(args) {
+    const int64_t rows = args.directions * args.batch;
+    if (C::has_direct_path || args.zoneout_h > 0) carry_h_ = workspace.take<T>(rows * args.proj);
+    carry_c_ = workspace.take<T>(C::states * rows * args.hidden);
   }
 
-  // What a step hands to the one before it: the direct part of the gradient of h, of cells with a
-  // direct path, [D, B, H], and the gradients of the other states, [D, B, C*H].
-  const T* carry_h() const { return carry_h_; }
+  // What a step hands to the one before it: the direct part of the gradient of h, [D, B, P], null
+  // where there is no direct path, and the gradients of the other states, [D, B, C*H]. The edge is
+  // still before the first, and behind the others.
+  T* carry_h() const { return carry_h_; }
   const T* carry_c() const { return carry_c_; }
+
+  const Edge<S>& edge() const { return edge_; }
+  const Zoneout<S>& zoneout() const { return zoneout_; }
 
   void run(const BackwardStep<S>& step, const BackwardTile<S>& tile) const {
     const int64_t left = args_.hidden - tile.column;
@@ -70,7 +102,10 @@ class BackwardCell {
   const Steps& steps_;
   const ChunkGradients<Cell, S>& chunk_gradients_;
   const bool projects_;
-  T* carry_h_;
+  const Zoneout<S> zoneout_;
+  const int64_t zoneout_stride_;
+  const Edge<S> edge_;
+  T* carry_h_ = nullptr;
   T* carry_c_;
 
   // Where the first row of a tile lies, and how far the rows are from each other. Null: nothing
@@ -78,7 +113,7 @@ class BackwardCell {
   struct Rows {
     const S *gates, *output, *output_before, *h_0, *c_0, *d_output, *d_h_n, *d_c_n, *inputs;
     const S* parameters[room(Q)];
-    const T *extra, *extra_before, *d_extra;
+    const T *extra, *extra_before, *d_extra, *keep_h, *keep_c;
     T *carry_h, *carry_c, *d_input, *d_recurrent;
     F *d_input_factors, *d_recurrent_factors, *hidden;
     S* d_inputs;
@@ -118,7 +153,11 @@ class BackwardCell {
     if (!step.has_after) rows.d_c_n = at<S>(args_.d_c_n, states);
     rows.d_extra =
         at<T>(args_.d_extra, steps_.feature_offset(direction, step.t, tile.row, width) + column);
-    rows.carry_h = carry_h_ + state;
+    if (!projects_) {
+      rows.carry_h = at(carry_h_, state);
+      rows.keep_h = at(zoneout_.weights(Zoneout<S>::kH, direction, tile.row), column);
+    }
+    rows.keep_c = at(zoneout_.weights(Zoneout<S>::kC, direction, tile.row), column);
     rows.carry_c = carry_c_ + states;
     if constexpr (Z > 0) {
       const int64_t inputs =
@@ -158,6 +197,9 @@ class BackwardCell {
                 int end) const {
     const Rows rows = rows_of(step, tile);
     const bool has_after = step.has_after, has_before = step.has_before;
+    const bool is_plain = edge_.is_plain(), keeps = zoneout_.is_on();
+    const int64_t n = steps_.offset(step.t) + tile.row;
+    const int64_t n_after = has_after ? steps_.offset(step.after) + tile.row : 0;
     for (int r = 0; r < tile.count; ++r) {
       const bool reset = steps_.resets_before(tile.direction, step.t, tile.row + r);
       for (int v = begin; v < end; ++v) {
@@ -165,9 +207,25 @@ class BackwardCell {
         CellInputs in;
         CellGradients d;
         in.dh = tile.sums[r * tile.vectors + v];
+        if (has_after && rows.carry_h != nullptr) {
+          const T* carried = rows.carry_h + r * rows.hidden_units + column;
+          in.dh = in.dh + (Full ? V::load(carried) : V::load(carried, left));
+        }
+        if (!is_plain && !projects_ && has_after) [[unlikely]]
+          in.dh = edge_(in.dh, n_after + r);
         load_inputs<Full>(rows, r, column, left, reset, has_after, has_before, in, d);
+        Kept kept;
+        if (keeps) [[unlikely]]
+          kept = keep_states<Full>(rows, r, column, left, reset, has_before, in, d);
         d.direct = C::backward(in.saved, in.inputs, in.parameters, in.h_prev, in.h, in.extra_prev,
                                in.extra, in.dh, d.extra, d.x, d.r, d.inputs, d.parameters);
+        if (keeps) [[unlikely]] {
+          d.direct = d.direct + kept.h;
+          d.extra[0] = d.extra[0] + kept.c;
+        }
+        if (!is_plain) [[unlikely]] {
+          for (int k = 0; k < C::states; ++k) d.extra[k] = edge_(d.extra[k], n + r);
+        }
         if constexpr (C::projects) {
           if (rows.hidden != nullptr) {
             C::hidden(in.saved, in.extra).store(rows.hidden + r * rows.chunk_stride + column);
@@ -176,6 +234,44 @@ class BackwardCell {
         store_outputs<Full>(rows, r, column, left, reset, d);
       }
     }
+  }
+
+  // What goes past the cell.
+  struct Kept {
+    V h, c;
+  };
+
+  // Zoneout: splits the gradients of the states between the step before and the cell, which it
+  // gives the states as the cell's forward left them.
+  template <bool Full>
+  [[gnu::always_inline]] Kept keep_states(const Rows& rows, int r, int64_t column, int64_t left,
+                                          bool reset, bool has_before, CellInputs& in,
+                                          CellGradients& d) const {
+    Kept kept{V(T(0)), V(T(0))};
+    const int64_t place = r * zoneout_stride_ + column;
+    if (rows.keep_h != nullptr) {
+      const V weight = V::load(rows.keep_h + place);
+      kept.h = weight * in.dh;
+      in.dh = in.dh - kept.h;
+      if constexpr (C::reads_output) {
+        const int64_t feature = r * rows.feature_stride + column;
+        const S* before = has_before ? at(rows.output_before, feature)
+                                     : at(rows.h_0, r * rows.hidden_units + column);
+        const V h_prev =
+            reset || before == nullptr ? V(T(0)) : V::load(before, min_of(left, V::lanes));
+        const V one(T(1)), rest = one - weight;
+        // Where all is kept, no gradient asks for it.
+        in.h = where(rest > V(T(0)), (in.h - weight * h_prev) / rest, in.h);
+      }
+    }
+    if constexpr (C::rebuilds_cell_state) {
+      if (rows.keep_c != nullptr) {
+        in.extra[0] = C::cell_state(in.saved, in.extra_prev[0]);
+        kept.c = V::load(rows.keep_c + place) * d.extra[0];
+        d.extra[0] = d.extra[0] - kept.c;
+      }
+    }
+    return kept;
   }
 
   // Of the tile's r-th row. Reset: nothing of the step before goes into this one.
@@ -230,7 +326,6 @@ class BackwardCell {
     for (int q = 0; q < Q; ++q) in.parameters[q] = load(rows.parameters[q] + column);
     if (rows.d_output != nullptr) in.dh = in.dh + load(rows.d_output + feature);
     if (rows.d_h_n != nullptr) in.dh = in.dh + load(rows.d_h_n + state);
-    if (C::has_direct_path && has_after) in.dh = in.dh + load(rows.carry_h + state);
   }
 
   template <bool Full>
@@ -264,7 +359,7 @@ class BackwardCell {
               d.inputs[z]);
       }
     }
-    if constexpr (C::has_direct_path) store(rows.carry_h + state, reset ? V(T(0)) : d.direct);
+    if (rows.carry_h != nullptr) store(rows.carry_h + state, reset ? V(T(0)) : d.direct);
 #pragma GCC unroll 4
     for (int k = 0; k < C::states; ++k) {
       const int64_t own = C::states * r * rows.hidden_units + k * rows.hidden_units + column;

@@ -34,7 +34,8 @@ class ForwardScan {
         hr_(args.weight_hr, Columns<T>(args.proj), args.hidden, args.directions, steps.total(),
             workspace, given(args, input_size() + hidden_size())),
         states_(args, workspace),
-        cell_(args, steps, states_, hh_.columns) {}
+        zoneout_(args, states_.stride, workspace),
+        cell_(args, steps, states_, zoneout_, hh_.columns) {}
 
   Work work() const {
     const Columns<T>& columns = input_.columns();
@@ -95,8 +96,12 @@ class ForwardScan {
                   reset ? nullptr : state_row(args_.c_0, direction, row, C::states * args_.hidden));
       // Rows without any step keep their initial states.
       if (row >= steps_.rows(0) && args_.h_n != nullptr) {
-        write_final(direction, part, row,
-                    states_.h(0) + states_.offset(direction, row) + features.begin);
+        const int64_t own = states_.offset(direction, row) + features.begin;
+        if (states_.direct() != nullptr) {
+          write_final(direction, part, row, states_.direct() + own);
+        } else {
+          write_final(direction, part, row, states_.h(0) + own);
+        }
       }
     }
   }
@@ -129,6 +134,9 @@ class ForwardScan {
           if (args_.boundaries != nullptr) keep_states(direction, part, t + stride, i + 1);
         };
         phase([&](const Part& part) {
+          const Range own{part.rows.begin, min_of(rows, part.rows.end)};
+          zoneout_.draw(Zoneout<S>::kC, direction, t, own, unit_range(part));
+          if (!projects_) zoneout_.draw(Zoneout<S>::kH, direction, t, own, unit_range(part));
           run_rows(direction, part, {t, i, saved}, rows);
           if (!projects_) finish(part);
         });
@@ -149,6 +157,7 @@ class ForwardScan {
   const InputProjection<S, W> input_;
   const ForwardWeight<S, W> hh_, hr_;
   const States<Cell, S> states_;
+  const Zoneout<S> zoneout_;
   const ForwardCell<Cell, S> cell_;
 
   // Packed weights lie one after the other: those of x, of h, and of the projection.
@@ -289,6 +298,8 @@ class ForwardScan {
   void project_hidden(int direction, const Part& part, int64_t t, int64_t i, int64_t end) const {
     const Columns<T>& columns = hr_.columns;
     const Range blocks = hr_blocks(part);
+    zoneout_.draw(Zoneout<S>::kH, direction, t, {part.rows.begin, min_of(part.rows.end, end)},
+                  feature_range(part));
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const auto run_tile = [&](int64_t row, int count, int64_t index) {
         V sums[kMaxRows * kMaxVectors];
@@ -297,18 +308,8 @@ class ForwardScan {
         });
         hr_.multiply(direction, block, unprojected.rows, count, index, sums);
         for (int r = 0; r < count; ++r) {
-          S* output = output_row(direction, t, row + r, args_.proj);
-          F* h_next = states_.h(i + 1) + states_.offset(direction, row + r);
-          const bool reset = steps_.resets_after(direction, t, row + r);
-          for (int u = 0; u < columns.units; ++u) {
-            const int64_t column = columns.column(block, u);
-            const int64_t left = min_of(args_.proj - column, V::lanes);
-            if (left <= 0) break;
-            V h = sums[r * columns.units + u];
-            if (left < V::lanes) h = first_lanes(h, left);
-            if (output != nullptr) h.store(output + column, left);
-            (reset ? V(T(0)) : h).store(h_next + column);
-          }
+          cell_.store_projected({t, i, direction, row + r}, columns, block,
+                                sums + r * columns.units);
         }
       };
       for_each_tile(part.rows.begin, min_of(end, part.rows.end), max_rows(columns.units), run_tile);

@@ -6,6 +6,7 @@
 #include "math.h"
 #include "saved.h"
 #include "states.h"
+#include "zoneout.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
@@ -39,10 +40,11 @@ class ForwardCell {
  public:
   // `columns`: of the products from which tiles are made.
   ForwardCell(const ForwardArgs& args, const Steps& steps, const States<Cell, S>& states,
-              const Columns<T>& columns)
+              const Zoneout<S>& zoneout, const Columns<T>& columns)
       : args_(args),
         steps_(steps),
         states_(states),
+        zoneout_(zoneout),
         projects_(args.weight_hr[0] != nullptr),
         units_(columns.units) {}
 
@@ -75,10 +77,44 @@ class ForwardCell {
     }
   }
 
+  // A row of step t, the i-th of those that run.
+  struct Row {
+    int64_t t, i;
+    int direction;
+    int64_t row;
+  };
+
+  // h_t of a row as it comes out of the projection, for a block of its features.
+  void store_projected(const Row& at_row, const Columns<T>& columns, int64_t block,
+                       const V* projected) const {
+    const auto [t, i, direction, row] = at_row;
+    const int64_t state = states_.offset(direction, row);
+    S* const output =
+        at(static_cast<S*>(args_.output), steps_.feature_offset(direction, t, row, args_.proj));
+    F* const h_next = states_.h(i + 1) + state;
+    T* const direct = at(states_.direct(), state);
+    const S* const mask = states_.h_mask(direction, row);
+    const T* const keep = zoneout_.weights(Zoneout<S>::kH, direction, row);
+    const bool reset = steps_.resets_after(direction, t, row);
+    for (int u = 0; u < columns.units; ++u) {
+      const int64_t column = columns.column(block, u);
+      const int64_t left = min_of(args_.proj - column, V::lanes);
+      if (left <= 0) break;
+      V h = projected[u];
+      if (left < V::lanes) h = first_lanes(h, left);
+      if (keep != nullptr) h = mix(V::load(keep + column), V::load(direct + column), h);
+      if (output != nullptr) h.store(output + column, left);
+      const V next = reset ? V(T(0)) : h;
+      if (direct != nullptr) next.store(direct + column);
+      (mask == nullptr ? next : next * V::load(mask + column, left)).store(h_next + column);
+    }
+  }
+
  private:
   const ForwardArgs& args_;
   const Steps& steps_;
   const States<Cell, S>& states_;
+  const Zoneout<S>& zoneout_;
   const bool projects_;
   const int units_;  // vectors of units in a block
 
@@ -87,6 +123,7 @@ class ForwardCell {
   struct Rows {
     const F* h_prev;
     F* h_next;
+    const T* before;  // h of the direct path
     T* direct;
     T* cell;
     F* unprojected;
@@ -95,6 +132,8 @@ class ForwardCell {
     T* extra;
     const S* inputs;
     const S* parameters[room(Q)];
+    const S* h_mask;
+    const T *keep_h, *keep_c;
     int64_t state_stride, output_stride, extra_stride, hidden;
     int units;
   };
@@ -108,7 +147,8 @@ class ForwardCell {
     const auto& saved = step.saved;
     Rows rows{states_.h(step.i) + state,
               states_.h(step.i + 1) + state,
-              states_.direct() + state,
+              nullptr,
+              at(states_.direct(), state),
               states_.cell(tile.direction, tile.row) + tile.unit,
               states_.unprojected() + state,
               at(static_cast<S*>(args_.output), feature),
@@ -116,11 +156,24 @@ class ForwardCell {
               saved.extra == nullptr ? nullptr : saved.extra_row(n) + tile.unit,
               nullptr,
               {},
+              nullptr,
+              nullptr,
+              nullptr,
               states_.stride,
               args_.directions * args_.hidden,
               saved.extra_stride,
               args_.hidden,
               kBlockVectors / G <= 1 ? 1 : units_};
+    if constexpr (std::is_same_v<F, T>) {
+      rows.before = rows.direct == nullptr ? rows.h_prev : rows.direct;
+    } else {
+      rows.before = rows.direct;
+    }
+    if (!projects_) {
+      rows.h_mask = at(states_.h_mask(tile.direction, tile.row), tile.unit);
+      rows.keep_h = at(zoneout_.weights(Zoneout<S>::kH, tile.direction, tile.row), tile.unit);
+    }
+    rows.keep_c = at(zoneout_.weights(Zoneout<S>::kC, tile.direction, tile.row), tile.unit);
     if constexpr (Z > 0) {
       rows.inputs = static_cast<const S*>(args_.inputs) + tile.unit +
                     steps_.feature_offset(tile.direction, step.t, tile.row, Z * args_.hidden);
@@ -141,6 +194,7 @@ class ForwardCell {
   template <bool Full>
   void run_rows(const ForwardStep<S>& step, const ForwardTile<S>& tile, int begin, int end) const {
     const Rows rows = rows_of(step, tile);
+    const bool keeps = zoneout_.is_on();
     for (int r = 0; r < tile.count; ++r) {
       const bool reset = steps_.resets_after(tile.direction, step.t, tile.row + r);
       for (int u = begin; u < end; ++u) {
@@ -149,6 +203,8 @@ class ForwardCell {
         load<Full>(tile, rows, r, u, left, cell);
         cell.h = C::forward(cell.x, cell.recurrent, cell.inputs, cell.parameters, cell.h_prev,
                             cell.extra, cell.saved);
+        if (keeps) [[unlikely]]
+          keep_states(rows, r, u, cell);
         if constexpr (!Full) cell.h = first_lanes(cell.h, left);
         store<Full>(rows, r, u, left, reset, cell);
       }
@@ -179,14 +235,26 @@ class ForwardCell {
     }
     for (int q = 0; q < Q; ++q) cell.parameters[q] = load_lanes(rows.parameters[q] + unit);
     cell.h_prev = cell.extra[0] = V(T(0));
-    if constexpr (States<Cell, S>::kKeepsDirect) {
-      cell.h_prev = V::load(rows.direct + state);
-    } else if constexpr (C::has_direct_path) {
-      cell.h_prev = V::load(rows.h_prev + state);
-    }
+    if constexpr (C::has_direct_path) cell.h_prev = V::load(rows.before + state);
 #pragma GCC unroll 4
     for (int k = 0; k < C::states; ++k) {
       cell.extra[k] = V::load(rows.cell + (r * C::states + k) * rows.state_stride + unit);
+    }
+  }
+
+  [[gnu::always_inline]] static V mix(V weight, V before, V after) {
+    return weight * before + (V(T(1)) - weight) * after;
+  }
+
+  // Zoneout: mixes the new states with those before the step.
+  [[gnu::always_inline]] void keep_states(const Rows& rows, int r, int u, CellValues& cell) const {
+    const int64_t state = r * rows.state_stride + u * V::lanes;
+    if (rows.keep_h != nullptr) {
+      cell.h = mix(V::load(rows.keep_h + state), V::load(rows.direct + state), cell.h);
+    }
+    if constexpr (C::rebuilds_cell_state) {
+      if (rows.keep_c == nullptr) return;
+      cell.extra[0] = mix(V::load(rows.keep_c + state), V::load(rows.cell + state), cell.extra[0]);
     }
   }
 
@@ -222,8 +290,13 @@ class ForwardCell {
       if (rows.output != nullptr) {
         store_lanes(rows.output + r * rows.output_stride + unit, cell.h);
       }
-      next.store(rows.h_next + state);
-      if constexpr (States<Cell, S>::kKeepsDirect) next.store(rows.direct + state);
+      if (rows.direct != nullptr) next.store(rows.direct + state);
+      if (rows.h_mask == nullptr) {
+        next.store(rows.h_next + state);
+      } else {
+        const V mask = V::load(rows.h_mask + r * args_.hidden + unit, min_of(left, V::lanes));
+        (next * mask).store(rows.h_next + state);
+      }
     }
 #pragma GCC unroll 4
     for (int k = 0; k < C::states; ++k) {

@@ -62,7 +62,8 @@ class Int8Scan {
         hh_({args.hidden, G, args.proj}, args.weight_hh),
         hr_({args.proj, 1, args.hidden}, args.weight_hr),
         states_(args, workspace),
-        cell_(args, steps, states_, hh_.columns),
+        zoneout_(args, states_.stride, workspace),
+        cell_(args, steps, states_, zoneout_, hh_.columns),
         x_(ih_.rows, steps_ahead_ * args.batch, args.directions, threads, workspace),
         h_(hh_.rows, args.batch, args.directions, threads, workspace),
         hidden_(hr_.rows, projects_ ? args.batch : 0, args.directions, threads, workspace),
@@ -96,6 +97,7 @@ class Int8Scan {
   const int64_t steps_ahead_;
   const Int8Weight ih_, hh_, hr_;
   const States<Cell, float> states_;
+  const Zoneout<float> zoneout_;
   const ForwardCell<Cell, float> cell_;
   const Int8Copies x_, h_, hidden_;
   float* const projected_;  // W_ih x + b_ih of some steps
@@ -117,6 +119,10 @@ class Int8Scan {
     phase([&](const Part& part) {
       if (!shares) prepare(part);
       if (projects_input) project_input(direction, part, t, ahead);
+      zoneout_.draw(Zoneout<float>::kC, direction, t, rows_of(part, rows), unit_range(part));
+      if (!projects_) {
+        zoneout_.draw(Zoneout<float>::kH, direction, t, rows_of(part, rows), unit_range(part));
+      }
       run_rows(direction, part, t, i, rows);
       if (!projects_) finish_rows(direction, part, t, rows);
     });
@@ -290,6 +296,7 @@ class Int8Scan {
     const Columns<float>& columns = hr_.columns;
     const Range blocks = part.blocks(columns.blocks);
     const int height = Int8Tile::tallest(columns.units);
+    zoneout_.draw(Zoneout<float>::kH, direction, t, rows_of(part, end), feature_range(part));
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const auto run_tile = [&](int64_t row, int count, int64_t tile) {
         V sums[kMaxRows * kMaxVectors];
@@ -297,17 +304,8 @@ class Int8Scan {
             count, [&](int r) { return hidden_.row(direction, part, row + r); });
         hr_.multiply(direction, block, hidden.rows, count, tile, sums);
         for (int r = 0; r < count; ++r) {
-          float* const output = output_row(direction, t, row + r);
-          float* const h_next = states_.h(i + 1) + states_.offset(direction, row + r);
-          const bool reset = steps_.resets_after(direction, t, row + r);
-          for (int u = 0; u < columns.units; ++u) {
-            const int64_t column = columns.column(block, u);
-            const int64_t left = min_of(args_.proj - column, V::lanes);
-            if (left <= 0) break;
-            const V h = sums[r * columns.units + u];
-            h.store(output + column, left);
-            (reset ? V(0.0f) : h).store(h_next + column, left);
-          }
+          cell_.store_projected({t, i, direction, row + r}, columns, block,
+                                sums + r * columns.units);
         }
       };
       for_each_tile(part.rows.begin, min_of(end, part.rows.end), height, run_tile);
@@ -319,6 +317,10 @@ class Int8Scan {
   // The part's own hidden units, and features of h.
   Range unit_range(const Part& part) const {
     return hh_.columns.range(part.blocks(hh_.columns.blocks));
+  }
+  // Of the part's rows those that are alive, where the first `end` are.
+  static Range rows_of(const Part& part, int64_t end) {
+    return {part.rows.begin, min_of(end, part.rows.end)};
   }
   Range feature_range(const Part& part) const {
     return projects_ ? hr_.columns.range(part.blocks(hr_.columns.blocks)) : unit_range(part);

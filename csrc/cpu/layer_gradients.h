@@ -38,6 +38,9 @@ class LayerGradients {
     bias_hh_ = C::splits_gradient ? workspace.take<T>(biases) : bias_ih_;
     panels_ = workspace.take<F>(args.directions * max_parts * panel_size());
     sources_ = workspace.take<const S*>(args.directions * max_parts * chunk_gradients.rows);
+    if (args.h_mask != nullptr) {
+      masked_ = workspace.take<S>(args.directions * max_parts * masked_size());
+    }
   }
 
   void start(int direction, const Part& part) const {
@@ -59,10 +62,11 @@ class LayerGradients {
     const int64_t scratch = direction * max_parts_ + part.rank;
     F* panel = panels_ + scratch * panel_size();
     const S** sources = sources_ + scratch * chunk_gradients_.rows;
+    S* masked = at(masked_, scratch * masked_size());
     for_each_share(
         direction, part,
         [&](const WeightGradient<F>& gradient, Weight weight, int64_t block, Range rows) {
-          pack_panel(direction, chunk, gradient, weight, block, sources, panel);
+          pack_panel(direction, chunk, gradient, weight, block, sources, masked, panel);
           const F* left = rows_of(weight).zipped(direction);
           if (is_one_chunk_) {
             gradient.assign(block, rows, left, chunk_gradients_.stride, panel, chunk.rows,
@@ -120,8 +124,11 @@ class LayerGradients {
   const WeightGradient<F> ih_, hh_, hr_;
   T* bias_ih_;  // [D, stride]; after them the learned vectors
   T* bias_hh_;
-  F* panels_;          // of each direction and part, what one block is multiplied with
-  const S** sources_;  // and where its rows lie
+  F* panels_;            // of each direction and part, what one block is multiplied with
+  const S** sources_;    // and where its rows lie
+  S* masked_ = nullptr;  // or they themselves, where h is masked
+
+  int64_t masked_size() const { return chunk_gradients_.rows * hh_.columns().width; }
 
   int64_t panel_size() const {
     return packed_depth<F>(chunk_gradients_.rows) * kMaxVectors * V::lanes;
@@ -173,10 +180,10 @@ class LayerGradients {
 
   // A block of columns of what the weight was multiplied with in forward.
   void pack_panel(int direction, const Chunk& chunk, const WeightGradient<F>& gradient,
-                  Weight weight, int64_t block, const S** sources, F* panel) const {
+                  Weight weight, int64_t block, const S** sources, S* masked, F* panel) const {
     if (weight == Weight::kProjection) {
-      const auto hidden = [&](int64_t k) -> const F* {
-        return chunk_gradients_.hidden(direction, k);
+      const auto hidden = [&](int64_t k, int64_t first) -> const F* {
+        return chunk_gradients_.hidden(direction, k) + first;
       };
       return gradient.pack(block, hidden, chunk.rows, panel);
     }
@@ -186,7 +193,34 @@ class LayerGradients {
       const S* x = static_cast<const S*>(args_.x) + chunk.begin * args_.input;
       for (int64_t k = 0; k < chunk.rows; ++k) sources[k] = x + k * args_.input;
     }
-    gradient.pack(block, [&](int64_t k) { return sources[k]; }, chunk.rows, panel);
+    if (weight == Weight::kRecurrent && args_.h_mask != nullptr) {
+      mask_rows(direction, chunk, gradient.columns(), block, sources, masked);
+      const int64_t width = gradient.columns().width;
+      const auto masked_row = [&](int64_t k, int64_t) -> const S* {
+        return sources[k] == nullptr ? nullptr : masked + k * width;
+      };
+      return gradient.pack(block, masked_row, chunk.rows, panel);
+    }
+    const auto source = [&](int64_t k, int64_t first) { return at(sources[k], first); };
+    gradient.pack(block, source, chunk.rows, panel);
+  }
+
+  // masked[k]: the block's columns of sources[k], masked as in forward.
+  void mask_rows(int direction, const Chunk& chunk, const Columns<T>& columns, int64_t block,
+                 const S* const* sources, S* masked) const {
+    const int64_t first = block * columns.width;
+    const int64_t count = min_of(columns.width, columns.count - first);
+    const S* masks = static_cast<const S*>(args_.h_mask);
+    for (int64_t t = chunk.first; t <= chunk.last; ++t) {
+      for (int64_t row = 0; row < steps_.rows(t); ++row, ++sources, masked += columns.width) {
+        if (*sources == nullptr) continue;
+        const S* mask = masks + steps_.state_offset(direction, row, args_.proj) + first;
+        for (int64_t i = 0; i < count; i += V::lanes) {
+          const int64_t left = min_of(count - i, V::lanes);
+          (V::load(*sources + first + i, left) * V::load(mask + i, left)).store(masked + i, left);
+        }
+      }
+    }
   }
 
   // Where h_{t-1} of each row of the chunk lies; null for zeros.

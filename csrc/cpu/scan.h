@@ -28,6 +28,11 @@ struct LayerArgs : ScanShape {
   const void* h_0;                        // [D, B, P] or null for zeros
   const void* c_0;                        // [D, B, C*H] or null; only cells with such states
   const void* inputs;                     // [N, D*Z*H], only of cells with inputs
+  const void* h_mask;  // [D, B, P] or null: multiplies the h that W_hh multiplies
+  // With these probabilities a unit keeps its state in a step; without a seed the state is the mean
+  // of both, weighted so. See zoneout.h.
+  double zoneout_h, zoneout_c;
+  const int64_t* seed;                            // one number, or null
   const void* const* parameters[kMaxDirections];  // Q of [H]
 };
 
@@ -58,6 +63,11 @@ struct BackwardArgs : LayerArgs {
   const void* gates[kMaxDirections];
   const void* extra;
   const void* boundaries;
+
+  // What flows back from a step to the one before it, through all states, is multiplied by the
+  // step's scale and then held to a magnitude.
+  const void* grad_scale;  // [N] or null, in the type that states are carried in
+  double grad_clip;        // 0: any magnitude
 
   // Incoming gradients; null means zero.
   const void* d_output;  // [N, D*P]

@@ -16,17 +16,21 @@ class States {
   static constexpr int C = General<Cell>::states;
 
  public:
-  // Where h is rounded to be a factor, the direct path has an h of its own, unrounded.
+  // Where h is rounded to be a factor, the direct path has an h of its own, unrounded. So have
+  // cells of which units keep their states, or whose factor is a masked h.
   static constexpr bool kKeepsDirect = General<Cell>::has_direct_path && !std::is_same_v<F, T>;
 
   States(const LayerArgs& args, Workspace& workspace)
       : stride(odd_lines<T>(max_of(args.hidden, args.proj))),
         batch_(args.batch),
         hidden_(args.hidden),
-        proj_(args.proj) {
+        proj_(args.proj),
+        h_mask_(static_cast<const S*>(args.h_mask)) {
     const int64_t size = args.directions * args.batch * stride;
     for (F*& h : h_) h = workspace.take<F>(size);
-    direct_ = workspace.take<T>(kKeepsDirect ? size : 0);
+    if (kKeepsDirect || args.zoneout_h > 0 || args.h_mask != nullptr) {
+      direct_ = workspace.take<T>(size);
+    }
     cell_ = workspace.take<T>(C * size);
     unprojected_ = workspace.take<F>(args.weight_hr[0] != nullptr ? size : 0);
   }
@@ -37,7 +41,10 @@ class States {
   int64_t offset(int direction, int64_t row) const { return (direction * batch_ + row) * stride; }
 
   F* h(int64_t i) const { return h_[i % 2]; }  // the i-th step reads h(i) and writes h(i + 1)
-  T* direct() const { return direct_; }        // h of the direct path, if kKeepsDirect
+  T* direct() const { return direct_; }        // h itself, where that is not enough; else null
+  const S* h_mask(int direction, int64_t row) const {
+    return at(h_mask_, (direction * batch_ + row) * proj_);
+  }
   // The C states of a row beside h, `stride` apart.
   T* cell(int direction, int64_t row) const { return cell_ + C * offset(direction, row); }
   F* unprojected() const { return unprojected_; }  // of the current step: h before its projection
@@ -48,7 +55,7 @@ class States {
     const auto copy = [begin](const auto* from, Range own, T* to) {
       convert(from + begin + own.begin, to + own.begin, own.end - own.begin);
     };
-    if constexpr (kKeepsDirect) {
+    if (direct_ != nullptr) {
       copy(direct_, features, h);
     } else {
       copy(this->h(i), features, h);
@@ -65,8 +72,11 @@ class States {
   void set(int direction, int64_t row, Range features, const Element* h, Range units,
            const Element* c) const {
     const int64_t begin = offset(direction, row);
-    for (F* buffer : h_) fill(buffer + begin, features, proj_, h);
-    if constexpr (kKeepsDirect) fill(direct_ + begin, features, proj_, h);
+    for (F* buffer : h_) {
+      fill(buffer + begin, features, proj_, h);
+      if (h_mask_ != nullptr) multiply(buffer + begin, features, h_mask(direction, row));
+    }
+    if (direct_ != nullptr) fill(direct_ + begin, features, proj_, h);
     for (int k = 0; k < C; ++k) {
       fill(cell(direction, row) + k * stride, units, hidden_,
            c == nullptr ? nullptr : c + k * hidden_);
@@ -75,10 +85,19 @@ class States {
 
  private:
   const int64_t batch_, hidden_, proj_;
+  const S* const h_mask_;
   F* h_[2];
-  T* direct_;
+  T* direct_ = nullptr;
   T* cell_;  // [D, B, C, stride]
   F* unprojected_;
+
+  static void multiply(F* row, Range own, const S* mask) {
+    using V = Vec<T>;
+    for (int64_t i = own.begin; i < own.end; i += V::lanes) {
+      const int64_t left = min_of(own.end - i, V::lanes);
+      (V::load(row + i, left) * V::load(mask + i, left)).store(row + i, left);
+    }
+  }
 
   // The part with the last column sets what lies beyond it, too.
   template <class From, class To>

@@ -29,16 +29,15 @@ class WeightGradient {
                 (rows.end - rows.begin) * columns_.width * sizeof(T));
   }
 
-  // panel[k] = the block's columns of source(k), zeros where that is null; zipped like the rows on
-  // the left.
+  const Columns<T>& columns() const { return columns_; }
+
+  // panel[k] = source(k, the block's first column), as many as the block has, zeros where that is
+  // null; zipped like the rows on the left.
   template <class Source>
   void pack(int64_t block, Source source, int64_t depth, F* panel) const {
     const int64_t first = block * columns_.width;
     const int64_t count = min_of(columns_.width, columns_.count - first);
-    const auto columns_of = [&](int64_t k) {
-      const auto* row = k < depth ? source(k) : nullptr;
-      return row == nullptr ? nullptr : row + first;
-    };
+    const auto columns_of = [&](int64_t k) { return k < depth ? source(k, first) : nullptr; };
     for (int64_t k = 0; k < depth;
          k += FactorGroup<F>::size, panel += FactorGroup<F>::size * columns_.width) {
       if constexpr (FactorGroup<F>::size == 1) {

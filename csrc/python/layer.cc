@@ -58,6 +58,20 @@ int64_t to_int(const char* name, py::handle object, int64_t least) {
   return value;
 }
 
+// At least 0, and below `limit`.
+double to_float(const char* name, py::handle object, double limit) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    fail(name, "expected a number, got ", describe(object));
+  }
+  if (!(value >= 0 && value < limit)) {
+    const std::string most = limit <= 1 ? "in [0, 1)" : "of at least 0";
+    fail(name, "expected a finite number ", most, ", got ", std::string(py::repr(object)));
+  }
+  return value;
+}
+
 bool to_bool(const char* name, py::handle object) {
   const int value = PyObject_IsTrue(object.ptr());
   if (value < 0) {
@@ -120,12 +134,22 @@ constexpr Field kFields[] = {
      [](LayerCall& l, py::handle v) { l.checkpoint_every = to_int("checkpoint_every", v, 0); }},
     {"keep", [](LayerCall& l, py::handle v) { l.keep = to_bool("keep", v); }},
     {"all_c", [](LayerCall& l, py::handle v) { l.all_c = to_bool("all_c", v); }},
+    {"grad_clip",
+     [](LayerCall& l, py::handle v) {
+       l.grad_clip = to_float("grad_clip", v, std::numeric_limits<double>::infinity());
+     }},
+    {"zoneout_h", [](LayerCall& l, py::handle v) { l.zoneout_h = to_float("zoneout_h", v, 1); }},
+    {"zoneout_c", [](LayerCall& l, py::handle v) { l.zoneout_c = to_float("zoneout_c", v, 1); }},
     {"x", [](LayerCall& l, py::handle v) { l.x = view_field("x", v); }},
     {"h_0", [](LayerCall& l, py::handle v) { l.h_0 = view_optional("h_0", v); }},
     {"c_0", [](LayerCall& l, py::handle v) { l.c_0 = view_optional("c_0", v); }},
     {"batch_sizes",
      [](LayerCall& l, py::handle v) { l.batch_sizes = view_optional("batch_sizes", v); }},
     {"resets", [](LayerCall& l, py::handle v) { l.resets = view_optional("resets", v); }},
+    {"grad_scale",
+     [](LayerCall& l, py::handle v) { l.grad_scale = view_optional("grad_scale", v); }},
+    {"h_mask", [](LayerCall& l, py::handle v) { l.h_mask = view_optional("h_mask", v); }},
+    {"seed", [](LayerCall& l, py::handle v) { l.seed = view_optional("seed", v); }},
     {"inputs", [](LayerCall& l, py::handle v) { l.inputs = view_optional("inputs", v); }},
     {"weights", read_weights},
 };
@@ -197,16 +221,29 @@ void check_batch(const LayerCall& layer, int64_t features) {
   }
 }
 
-// What stands beside x: resets, initial states, inputs.
+// What stands beside x: marks of steps, initial states, masks, inputs.
 void check_states(const LayerCall& layer) {
-  if (layer.resets) {
-    Shape marks;
-    for (int i = 0; i + 1 < layer.x.shape.dims(); ++i) marks.push(layer.x.shape[i]);
-    expect(layer, "resets", layer.resets, marks, Element::kBool);
+  const char* const mode = layer.traits().mode;
+  Shape marks;
+  for (int i = 0; i + 1 < layer.x.shape.dims(); ++i) marks.push(layer.x.shape[i]);
+  if (layer.resets) expect(layer, "resets", layer.resets, marks, Element::kBool);
+  if (layer.grad_scale) {
+    expect(layer, "grad_scale", layer.grad_scale, marks, layer.state_element());
+  }
+  if (layer.h_mask && layer.traits().recurrent == 0) {
+    fail("h_mask", "expected None for ", mode, ", which has no weight_hh, got ",
+         describe(layer.h_mask.object));
+  }
+  if (layer.h_mask) {
+    expect(layer, "h_mask", layer.h_mask, layer.states(layer.shape.proj), layer.element());
+  }
+  if (layer.seed) expect(layer, "seed", layer.seed, {1}, Element::kInt64);
+  if (layer.zoneout_c > 0 && !layer.traits().rebuilds_cell_state) {
+    fail("zoneout_c", "expected 0 for ", mode, ", got ", std::to_string(layer.zoneout_c));
   }
   if (layer.h_0) expect(layer, "h_0", layer.h_0, layer.states(layer.shape.proj), layer.element());
   if (layer.c_0 && !layer.traits().has_cell_state()) {
-    fail("c_0", "expected None for ", layer.traits().mode, ", which has no cell state, got ",
+    fail("c_0", "expected None for ", mode, ", which has no cell state, got ",
          describe(layer.c_0.object));
   }
   const int64_t hidden = layer.shape.hidden;
@@ -214,10 +251,10 @@ void check_states(const LayerCall& layer) {
     expect(layer, "c_0", layer.c_0, layer.states(layer.traits().states * hidden), layer.element());
   }
   if (const int64_t width = layer.directions * layer.traits().inputs * hidden; width > 0) {
-    if (!layer.inputs) fail("inputs", "expected a tensor for ", layer.traits().mode, ", got None");
+    if (!layer.inputs) fail("inputs", "expected a tensor for ", mode, ", got None");
     expect(layer, "inputs", layer.inputs, layer.steps(width), layer.element());
   } else if (layer.inputs) {
-    fail("inputs", "expected None for ", layer.traits().mode, ", which has none, got ",
+    fail("inputs", "expected None for ", mode, ", which has none, got ",
          describe(layer.inputs.object));
   }
 }

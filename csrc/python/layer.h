@@ -27,10 +27,15 @@ struct LayerCall {
   int64_t checkpoint_every = 0;
   bool keep = false;   // what backward reads
   bool all_c = false;  // every c_t
+  double grad_clip = 0;
+  double zoneout_h = 0, zoneout_c = 0;
   Tensor x, h_0, c_0;  // a tensor that is not given is false
   Tensor batch_sizes;  // int64 [T] on the CPU; on CUDA also a bool mask [T, B]
   Tensor resets;
-  Tensor inputs;  // of each step and unit, of cells with such
+  Tensor grad_scale;  // of each step
+  Tensor h_mask;      // on the h that W_hh multiplies
+  Tensor seed;        // of zoneout's random numbers
+  Tensor inputs;      // of each step and unit, of cells with such
   struct Weights {
     Tensor ih, hh, bias_ih, bias_hh, hr;
     std::vector<Tensor> parameters;  // learned vectors, of cells with such
@@ -88,12 +93,25 @@ void read_direction(LayerCall::Weights& w, const CellTraits& traits, int64_t eac
 }
 
 // The places of the record's tensors.
-enum class LayerField : int { kX = 7, kH0, kC0, kBatchSizes, kResets, kInputs, kWeights };
+enum class LayerField : int {
+  kX = 10,
+  kH0,
+  kC0,
+  kBatchSizes,
+  kResets,
+  kGradScale,
+  kHMask,
+  kSeed,
+  kInputs,
+  kWeights
+};
+// Those that have no gradient.
+constexpr LayerField kFirstConstant = LayerField::kBatchSizes, kLastConstant = LayerField::kSeed;
 
 // The names of the record's fields, in its order.
 py::tuple layer_fields();
 
-constexpr int kLayerFields = 14;
+constexpr int kLayerFields = 20;
 using LayerFields = std::array<py::handle, kLayerFields>;
 
 // The fields of a record; throws ValueError for what is none.

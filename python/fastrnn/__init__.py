@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import cells, reference
+from . import cells, reference, truncation
 from ._cell import cell
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._check import check_cell
@@ -37,5 +37,6 @@ __all__ = [
     "reference",
     "replace",
     "restore",
+    "truncation",
     "unfreeze",
 ]

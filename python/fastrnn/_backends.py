@@ -13,6 +13,10 @@ from ._layer import BUILT_IN, Layer, Results, Saved
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+OWN = "own"  # what packed weights are stored in: the layer's dtype,
+BFLOAT16 = "bfloat16"  # or, of float32 layers, this one,
+INT8 = "int8"  # or integers of 8 bits: see _int8
+
 
 class Backend(ABC):
     """Kernels for the tensors of one type of device.
@@ -48,7 +52,7 @@ class Backend(ABC):
         """The layer's weights, packed once for many calls: an object with forward(layer), which is
         that of any layer of the same sizes, and `bytes`, their size.
 
-        storage: "own", for elements of the layer's dtype, "bfloat16" or "int8".
+        storage: OWN, BFLOAT16 or INT8.
         """
         raise NotImplementedError
 

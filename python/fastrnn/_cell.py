@@ -44,6 +44,8 @@ class CellLayer(_RNNBase):
         dtype: of the parameters.
         checkpoint_every: keep for backward only the output and the states between segments of so
             many steps, and compute the rest again, a segment at a time.
+        weight_dropout, variational, recurrent_dropout, grad_clip: as those of fastrnn.LSTM.
+        zoneout: the same, a single probability, of the first state alone.
 
     Raises:
         ValueError: if an argument is out of range. The texts are torch.nn's.
@@ -66,6 +68,7 @@ class CellLayer(_RNNBase):
         dtype: Any = None,
         *,
         checkpoint_every: int | None = None,
+        **options: Any,
     ) -> None:
         # torch's own checks, on a cell that it knows; its parameters never get memory.
         super().__init__(
@@ -80,6 +83,7 @@ class CellLayer(_RNNBase):
             device="meta",
             dtype=dtype,
             checkpoint_every=checkpoint_every,
+            **options,
         )
         for name in list(self._parameters):
             delattr(self, name)
@@ -98,6 +102,10 @@ class CellLayer(_RNNBase):
         self._flat_weights_names = [name for names in own for name in names]
         self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
         self.reset_parameters()
+
+    @property
+    def has_recurrent_weight(self) -> bool:
+        return bool(self.definition.recurrent)
 
     def _shapes(self, features: int) -> dict[str, tuple[int, ...]]:
         """The parameters of one direction of a layer, in the order of Layer.weights."""
@@ -212,6 +220,7 @@ class CellLayer(_RNNBase):
         mask: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         return_states: bool = False,
+        grad_scale: Tensor | PackedSequence | None = None,
         inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> Any:
         """Runs all layers over all steps.
@@ -227,6 +236,8 @@ class CellLayer(_RNNBase):
             reset: bool, laid out as mask; True where a step begins a new segment of its row, which
                 zero states enter.
             return_states: whether to return the states of every step too.
+            grad_scale: a floating tensor, laid out as mask: the gradient that flows back from a
+                step to the one before it, through all states, is multiplied by it.
             inputs: for a cell with inputs, a dict of tensors laid out as the output, one for each
                 name; a list of such dicts, one for each layer, if there are several layers.
 
@@ -259,7 +270,7 @@ class CellLayer(_RNNBase):
         own = self._read_inputs(input, inputs)
         states = self._read_states(hx)
         output, final, sequences = self._forward(
-            input, states, lengths, mask, reset, return_states, own
+            input, states, lengths, mask, reset, return_states, grad_scale, own
         )
         count = len(self.definition.states)
         h_n: Any = final[0]
@@ -279,7 +290,13 @@ def _step(definition: Definition) -> Callable[..., States]:
     d, function = definition, definition.function
     expected = 1 + bool(d.recurrent) + len(d.parameters)  # weights, if there are no biases
 
-    def step(x: Tensor, state: States, *weights: Tensor, inputs: Tensor | None) -> States:
+    def step(
+        x: Tensor,
+        state: States,
+        *weights: Tensor,
+        inputs: Tensor | None,
+        masked: Tensor | None = None,
+    ) -> States:
         given = iter(weights)
         has_bias = len(weights) > expected
         w_ih = next(given)
@@ -291,7 +308,9 @@ def _step(definition: Definition) -> Callable[..., States]:
             own |= zip(d.inputs, inputs.chunk(len(d.inputs), -1))
         recurrent: dict[str, Tensor] = {}
         if w_hh is not None:
-            products = linear(state[0], w_hh, b_hh).chunk(len(d.recurrent), -1)
+            products = linear(state[0] if masked is None else masked, w_hh, b_hh).chunk(
+                len(d.recurrent), -1
+            )
             recurrent = dict(zip(d.recurrent, products))
         parameters = dict(zip(d.parameters, given))
         after = function(SimpleNamespace(**own), SimpleNamespace(**recurrent), *state, **parameters)

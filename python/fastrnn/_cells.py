@@ -131,8 +131,7 @@ class _CellBase(DropIn, RNNCellBase):
         rows = batch[0] if batch else 1  # numel() would fix it in an exported program
         x, *initial = (t.reshape(1, rows, t.size(-1)) for t in (input, *states))
         h_0, c_0 = (*initial, None, None)[:2]
-        options = mode, 1, rows, False, 0, False, False
-        layer = Layer(*options, x, h_0, c_0, None, None, None, tuple(weights))
+        layer = Layer.plain(mode, 1, rows, x, h_0, c_0, weights)
         if to_onnx:
             final = run_onnx_layer(layer, None, self.hidden_size)[1]
         elif frozen:

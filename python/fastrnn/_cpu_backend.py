@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import _int8, _kernels, _packed
-from ._backends import Backend, register
+from . import _int8, _kernels
+from ._backends import INT8, Backend, register
 from ._layer import Layer, Results
 from ._load import _cpu
 
@@ -24,7 +24,7 @@ class CpuBackend(Backend):
         return _kernels.load(mode, dtype)
 
     def pack(self, layer: Layer, storage: str, /) -> _cpu.PackedLayer:
-        if storage == _packed.INT8:
+        if storage == INT8:
             return _int8.pack(layer.mode, layer.directions, layer.weights)
         return _cpu.PackedLayer(layer, storage)
 

@@ -92,6 +92,7 @@ class CudaBackend(Backend):
 
     def forward(self, layer: Layer) -> Results:
         layer.check()
+        _refuse(layer)
         with _on(layer.x.device):
             layer = _contiguous(layer)
             if layer.segments > 1:
@@ -100,6 +101,7 @@ class CudaBackend(Backend):
 
     def backward(self, layer: Layer, saved: Saved) -> list[Tensor | None]:
         saved.check(layer)
+        _refuse(layer)
         with _on(layer.x.device):
             layer, saved = _contiguous(layer), _contiguous(saved)
             if layer.segments > 1:
@@ -201,6 +203,19 @@ class CudaBackend(Backend):
 
     def _index(self, device: torch.device) -> int:
         return self._device if device.index is None else device.index
+
+
+def _refuse(layer: Layer) -> None:
+    """NotImplementedError for what the kernels do not know."""
+    options = {
+        "zoneout": layer.zoneout_h or layer.zoneout_c,
+        "recurrent_dropout": layer.h_mask is not None,
+        "grad_scale": layer.grad_scale is not None,
+        "grad_clip": layer.grad_clip,
+    }
+    for name, is_on in options.items():
+        if is_on:
+            raise NotImplementedError(f"{name}: the CUDA kernels do not have it yet")
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

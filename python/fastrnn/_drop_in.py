@@ -58,6 +58,11 @@ class DropIn(nn.Module):
         """The options that torch.nn's class has not, as they are written; "" for none."""
         return ""
 
+    @property
+    def is_torchs_in_eval(self) -> bool:
+        """Whether torch.nn's class gives the same results in eval mode."""
+        return True
+
     def drop_options(self) -> str:
         """Puts off these options, and says which there were."""
         return ""

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ._backends import BFLOAT16, INT8, OWN
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._layer import BUILT_IN
 from ._modules import _RNNBase
-from ._packed import BFLOAT16, INT8, OWN, can_pack, forget, packed, weights_of
+from ._packed import can_pack, forget, packed, weights_of
 from ._replace import replace, restore
 
 __all__ = ["freeze", "unfreeze"]

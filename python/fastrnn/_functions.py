@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from ._backends import backend, has_kernel, runs_cell
-from ._layer import CELLS, Layer, Results, Saved
+from ._layer import CELLS, CONSTANTS, Layer, Results, Saved
 from ._operators import (
     Call,
     filled,
@@ -41,7 +42,8 @@ def reference_layer(layer: Layer, mask: Tensor | None = None) -> tuple[Tensor, .
     mask [T, B] may stand in for batch_sizes; x is [T, B, I] then.
     """
     # torch 2.6 cannot compile the properties of a NamedTuple.
-    mode, directions, batch, reverse, _, _, _, x, h_0, c_0, sizes, resets, inputs, weights = layer
+    mode, directions, batch, reverse, _, _, _, clip, p_h, p_c, x, *tensors, weights = layer
+    h_0, c_0, sizes, resets, grad_scale, h_mask, seed, inputs = tensors
     each, hidden = len(weights) // directions, weights[0].shape[0] // CELLS[mode].gates
     proj = weights[1].shape[1] if CELLS[mode].recurrent else hidden
     groups = [weights[i : i + each] for i in range(0, len(weights), each)]
@@ -56,6 +58,8 @@ def reference_layer(layer: Layer, mask: Tensor | None = None) -> tuple[Tensor, .
             inputs = scatter(inputs, index, mask.numel()).view(*mask.shape, inputs.shape[-1])
         if resets is not None:
             resets = scatter(resets, index, mask.numel()).view(mask.shape)
+        if grad_scale is not None:
+            grad_scale = scatter(grad_scale, index, mask.numel()).view(mask.shape)
     if h_0 is None:
         h_0 = x.new_zeros(directions, batch, proj)
     states: tuple[Tensor, ...] = (h_0,)
@@ -63,7 +67,10 @@ def reference_layer(layer: Layer, mask: Tensor | None = None) -> tuple[Tensor, .
         if c_0 is None:
             c_0 = x.new_zeros(directions, batch, CELLS[mode].states * hidden)
         states = (h_0, *c_0.split(hidden, -1))
-    output, final, cells = reference.layer(mode, x, states, groups, mask, resets, reverse, inputs)
+    options = reference.Options(grad_scale, clip or inf, h_mask, (p_h, p_c), seed)
+    output, final, cells = reference.layer(
+        mode, x, states, groups, mask, resets, reverse, inputs, options
+    )
     if len(final) > 2:
         final = (final[0], torch.cat(final[1:], -1))
     sequences = [output] if cells is None else [output, cells]
@@ -134,8 +141,10 @@ class LayerFunction(torch.autograd.Function):
         mode, directions, batch, batch_sizes, resets, reverse, x, h_0, c_0, *weights = args
         if mode not in cls.modes:
             raise ValueError(f"mode: expected {' or '.join(cls.modes)}, got {mode!r}")
-        options = mode, directions, batch, reverse, 0, True, True
-        layer = Layer(*options, x, h_0, c_0, batch_sizes, resets, None, tuple(weights))
+        options = {"reverse": reverse, "keep": True, "all_c": True}
+        layer = Layer.plain(
+            mode, directions, batch, x, h_0, c_0, weights, batch_sizes, resets, **options
+        )
         for name, tensor in (("x", x), *((f"weights[{i}]", w) for i, w in enumerate(weights))):
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -179,7 +188,7 @@ class LayerFunction(torch.autograd.Function):
         gives_cells = has_cells and extra.dim() > 1
         grads = grads[:4] if gives_cells else (*grads[: 2 + has_cells], None, None)
         needed = ctx.needs_input_grad[1:]
-        wanted = *needed[:3], *needed[5:]
+        wanted = _differentiated(needed)
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() or compiling or is_transforming() or is_batched(grads):
             given = output, extra, saved, *grads[:4]
@@ -194,7 +203,9 @@ class LayerFunction(torch.autograd.Function):
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         layer = Layer.of(args[0], args[1:])
         dims: Any = Layer.of(args[0], in_dims[1:])
-        if layer.batch_sizes is not None or any(dim is not None for dim in dims.weights):
+        # Zoneout draws by the place of a row, which is another in a batch of all samples.
+        by_loop = layer.batch_sizes is not None or layer.seed is not None
+        if by_loop or any(dim is not None for dim in dims.weights):
             return _vmap_by_loop(cls._apply, info.batch_size, in_dims, args)
         # All share the weights: their rows run as one batch [..., V * B, features].
         samples, batch = info.batch_size, layer.batch
@@ -213,6 +224,8 @@ class LayerFunction(torch.autograd.Function):
             h_0=fold(layer.h_0, dims.h_0),
             c_0=fold(layer.c_0, dims.c_0),
             resets=fold(layer.resets, dims.resets),
+            grad_scale=fold(layer.grad_scale, dims.grad_scale),
+            h_mask=fold(layer.h_mask, dims.h_mask),
             inputs=fold(layer.inputs, dims.inputs),
         )
         *results, saved = cls.run(folded)
@@ -236,12 +249,18 @@ class LayerFunction(torch.autograd.Function):
 
 def _differentiable(tensors: Sequence[Any]) -> list[int]:
     """The places of x, h_0, c_0, inputs and the weights among layer.tensors."""
-    return [i for i in range(len(tensors)) if i not in (3, 4)]
+    return [i for i in range(len(tensors)) if i not in CONSTANTS]
+
+
+def _differentiated(of_tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Of what there is for each of layer.tensors, that of x, h_0, c_0, inputs and the weights."""
+    return *of_tensors[: CONSTANTS.start], *of_tensors[CONSTANTS.stop :]
 
 
 def _by_input(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Gradients of x, h_0, c_0, inputs and each weight, as those of options and layer.tensors."""
-    return None, *gradients[:3], None, None, *gradients[3:]
+    start = CONSTANTS.start
+    return None, *gradients[:start], *(None,) * len(CONSTANTS), *gradients[start:]
 
 
 def _place(given: Sequence[int], present: Sequence[Tensor], others: Sequence[Any]) -> list[Any]:
@@ -311,6 +330,12 @@ class LayerBackward(torch.autograd.Function):
         """The gradients asked for by the reference implementation, as a function of the tensors at
         some places; these places; all tensors."""
         tensors = list(ctx.saved_tensors)
+        if Layer.of(ctx.options, tensors[4:]).grad_clip:
+            # It would depend on which parts of a gradient flow together, as a clamp is not linear.
+            raise RuntimeError(
+                "grad_clip: expected None where gradients are differentiated again, as those that "
+                "were clipped have no derivative"
+            )
         inputs = [4 + i for i in _differentiable(tensors[4:])]
         given = [i for i in (*range(4), *inputs) if tensors[i] is not None]
 
@@ -389,8 +414,7 @@ class FusedLayer(torch.autograd.Function):
         if gradients is not None:
             return gradients
         *saved, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        needed = ctx.needs_input_grad
-        wanted = *needed[1:4], *needed[6:]  # all but batch_sizes and resets
+        wanted = _differentiated(ctx.needs_input_grad[1:])
         given = *filled(tensors[0], *saved), *grads, *(None,) * (4 - len(grads))
         return _by_input(LayerBackward.run(ctx.options, wanted, *given, *tensors))
 
@@ -409,6 +433,15 @@ def add_function(mode: str, name: str) -> None:
     FUSED[mode] = bind_apply(type(f"Fused{name}Function", (FusedLayer,), {}))
 
 
+def _loses_what_it_needs(layer: Layer) -> bool:
+    """Whether backward would need an h that only its mean with the one before is kept of.
+
+    It could be computed from that, but for rounding, and a relu's derivative is another beside 0.
+    """
+    is_mean = layer.zoneout_h > 0 and layer.seed is None and torch.is_grad_enabled()
+    return is_mean and layer.mode not in ("LSTM", "GRU", "RNN_TANH")
+
+
 def run_layer(
     layer: Layer, mask: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
@@ -417,7 +450,7 @@ def run_layer(
     mask [T, B] may stand in for batch_sizes where no kernel is to run.
     """
     compiling = torch.compiler.is_compiling()
-    has_cell = runs_cell(layer.mode, layer.x)
+    has_cell = runs_cell(layer.mode, layer.x) and not _loses_what_it_needs(layer)
     is_watched = compiling or mask is not None or not has_cell
     kind = Call.WATCHED if is_watched else inspect(layer)
     results: tuple[Any, ...]

@@ -18,8 +18,9 @@ from ._load import _cpu
 CELLS = _cpu.cells  # mode -> traits of the cell
 BUILT_IN = tuple(CELLS)  # not of the user's own
 
-OPTIONS = 7  # the fields of Layer before its first tensor
-TENSORS = 6  # those that are tensors, before the weights
+OPTIONS = 10  # the fields of Layer before its first tensor
+TENSORS = 9  # those that are tensors, before the weights
+CONSTANTS = range(3, 8)  # the places among the tensors of those that have no gradient
 
 
 class Layer(NamedTuple):
@@ -37,12 +38,22 @@ class Layer(NamedTuple):
     checkpoint_every: int  # steps of a segment that backward computes again; 0: keeps everything
     keep: bool  # what backward reads
     all_c: bool  # the other states of every step
+    grad_clip: float  # the most that flows back from a step to another, elementwise; 0: anything
+    # The probabilities that a unit keeps its h, and its other states, in a step; without a seed
+    # the state is what that makes on average.
+    zoneout_h: float
+    zoneout_c: float
     x: Tensor  # [T, B, I] or [N, I]
     h_0: Tensor | None  # [D, B, P]; None: zeros
     # [D, B, C*H], of cells with C states beside h; None: zeros
     c_0: Tensor | None
     batch_sizes: Tensor | None  # int64 [T] on the CPU; or, if the backend takes it, a mask [T, B]
     resets: Tensor | None  # bool, laid out as x: True where a segment of a row begins
+    # Of state_dtype, laid out as x: what flows back from this step to the one before it in the
+    # order of the direction is multiplied by it, and then clipped.
+    grad_scale: Tensor | None
+    h_mask: Tensor | None  # [D, B, P], multiplies the h that W_hh multiplies
+    seed: Tensor | None  # int64 [1], of zoneout's random numbers
     # Laid out as x, with D * Z * H features: what a cell takes in each step beside x, of each
     # direction one after the other.
     inputs: Tensor | None
@@ -65,6 +76,29 @@ class Layer(NamedTuple):
     def of(cls, options: Sequence[Any], tensors: Sequence[Any]) -> Layer:
         """The layer of such options and tensors."""
         return cls._make((*options, *tensors[:TENSORS], tensors[TENSORS:]))
+
+    @classmethod
+    def plain(
+        cls,
+        mode: str,
+        directions: int,
+        batch: Any,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None = None,
+        resets: Tensor | None = None,
+        *,
+        reverse: bool = False,
+        keep: bool = False,
+        all_c: bool = False,
+    ) -> Layer:
+        """The layer with all options off."""
+        options = mode, directions, batch, reverse, 0, keep, all_c, 0.0, 0.0, 0.0
+        return cls(
+            *options, x, h_0, c_0, batch_sizes, resets, None, None, None, None, tuple(weights)
+        )
 
     def keeping(self, keep: bool) -> Layer:
         """The layer with another `keep`. torch.compile of torch 2.6 cannot follow _replace."""
@@ -187,6 +221,8 @@ class Saved(NamedTuple):
 
 
 assert Layer._fields.index("x") == OPTIONS
+assert Layer._fields[OPTIONS:][CONSTANTS[0]] == "batch_sizes"
+assert Layer._fields[OPTIONS:][CONSTANTS[-1] + 1] == "inputs"
 assert Layer._fields == _cpu.layer_fields, "the extension is of another version than the package"
 
 

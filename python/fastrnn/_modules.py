@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,14 +22,17 @@ from ._functions import FUSED, run_layer, run_packed
 from ._layer import CELLS, Layer
 from ._onnx import refuse
 from ._onnx import run_layer as run_onnx_layer
+from ._options import OPTIONS, option, written
 from ._packed import check_frozen, forget, packed
 from ._ragged import (
     as_lengths,
     check_lengths,
+    check_scale,
     check_steps,
     from_mask,
     gather,
     is_per_sample,
+    row_of_each,
     scatter,
     segment_starts,
 )
@@ -54,16 +57,25 @@ class _Rows(NamedTuple):
     mask: Tensor | None = None  # bool [T, B], for the reference implementation
     lengths: Tensor | None = None  # int64 [B], for ONNX
     inputs: tuple[Tensor, ...] | None = None  # of each layer, laid out as its x: see Layer.inputs
+    grad_scale: Tensor | None = None  # laid out as resets
+    order: Tensor | None = None  # int64 [B]: the caller's row of each row, where they were sorted
 
 
 class _RNNBase(DropIn, RNNBase):
     """What LSTM, GRU and RNN share. States are a tuple here, (h,) or (h, c)."""
 
     checkpoint_every: int | None = None  # also of modules that replace() turned
+    _options: Mapping[str, Any] = {}  # those that are on; replaced, never changed
+    weight_dropout: float = option("weight_dropout")
+    variational: bool = option("variational")
+    recurrent_dropout: float = option("recurrent_dropout")
+    zoneout: float | tuple[float, float] = option("zoneout")
+    grad_clip: float | None = option("grad_clip")
 
     def __init__(
         self, mode: str, *args: Any, checkpoint_every: int | None = None, **kwargs: Any
     ) -> None:
+        own = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         every = checkpoint_every
         if every is not None and (
             not isinstance(every, int) or isinstance(every, bool) or every < 1
@@ -74,6 +86,13 @@ class _RNNBase(DropIn, RNNBase):
         super().__init__(mode, *args, **kwargs)
         if every is not None:
             self.checkpoint_every = every
+        for name, value in own.items():
+            setattr(self, name, value)
+
+    @property
+    def has_recurrent_weight(self) -> bool:
+        """Whether the cell has a weight_hh."""
+        return True
 
     def extra_repr(self) -> str:
         own = [self._without_twin(), self._shown_frozen()]
@@ -81,18 +100,24 @@ class _RNNBase(DropIn, RNNBase):
 
     def _without_twin(self) -> str:
         every = self.checkpoint_every
-        return "" if every is None else f"checkpoint_every={every}"
+        own = {} if every is None else {"checkpoint_every": every}
+        return written({**own, **self._options})
 
     def drop_options(self) -> str:
         options = self._without_twin()
-        vars(self).pop("checkpoint_every", None)
+        for name in ("checkpoint_every", "_options"):
+            vars(self).pop(name, None)
         return options
+
+    @property
+    def is_torchs_in_eval(self) -> bool:
+        return not any(OPTIONS[name].in_eval for name in self._options)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
         # Of a layer that is no part of a model, torch's exporter to ONNX by a trace gives all
         # arguments by position, the options too, and a bool as a tensor.
         if is_exporting_to_onnx():
-            names = ("lengths", "mask", "reset", "return_states")
+            names = ("lengths", "mask", "reset", "return_states", "grad_scale")
             options = {name: value for name, value in zip(names, args[2:]) if value is not None}
             if not options.get("return_states", False):
                 options.pop("return_states", None)
@@ -116,9 +141,10 @@ class _RNNBase(DropIn, RNNBase):
         # torch's exporter to ONNX by a trace finds the lengths of what was packed.
         to_onnx = packed and is_tracing() and is_exporting_to_onnx()
         if to_onnx or self._is_torchs(() if packed else input, hx):
-            if given:
+            own = {**given, **self._options}
+            if own:
                 raise RuntimeError(
-                    f"{next(iter(given))}: expected none here, where torch's own forward runs, for "
+                    f"{next(iter(own))}: expected none here, where torch's own forward runs, for "
                     "Expanded Weights, objects that are no tensors, or ONNX of a PackedSequence"
                 )
             if self._theirs is None:
@@ -136,6 +162,8 @@ class _RNNBase(DropIn, RNNBase):
             return None
         if self._frozen is not None:
             return self._run_frozen(input, hx)
+        if self._options and (self.training or self.zoneout or self.grad_clip):
+            return None
         every = self.checkpoint_every or 0
         return backend("cpu").run_module(self.__dict__, input, hx, every, FUSED)
 
@@ -220,6 +248,9 @@ class _RNNBase(DropIn, RNNBase):
     ) -> tuple[Tensor, list[States], list[Tensor]]:
         """The same with the states of each layer by themselves, [D, B, H]."""
         weights = self._weights()
+        each = len(weights) // self.num_layers
+        if self.training and self._options:
+            weights = self._drop_weights(weights)
         output_dtype = None
         model = None
         if self._frozen is not None:
@@ -238,8 +269,11 @@ class _RNNBase(DropIn, RNNBase):
         to_onnx = is_exporting_to_onnx()
         # Without gradients there is nothing to save.
         every = (self.checkpoint_every or 0) if torch.is_grad_enabled() else 0
-        options = self.mode, directions, rows.batch, False, every, False, all_states
-        each = len(weights) // self.num_layers
+        clip, zoneout = self.grad_clip or 0.0, self._zoneout_of_each()
+        options = self.mode, directions, rows.batch, False, every, False, all_states, clip, *zoneout
+        grad_scale = rows.grad_scale
+        if grad_scale is not None:  # in the type that states are carried in
+            grad_scale = grad_scale.to(torch.float32 if x.dtype.itemsize == 2 else x.dtype)
         finals, sequences = [], []
         for k in range(self.num_layers):
             h_0: Tensor | None = None
@@ -248,7 +282,9 @@ class _RNNBase(DropIn, RNNBase):
                 h_0, c_0 = (*states[k], None)[:2]
             own_weights = tuple(weights[k * each : (k + 1) * each])
             inputs = None if rows.inputs is None else rows.inputs[k]
-            layer = Layer(*options, x, h_0, c_0, rows.batch_sizes, rows.resets, inputs, own_weights)
+            steps = rows.batch_sizes, rows.resets, grad_scale
+            drawn = self._draw(x, rows) if self.training and self._options else (None, None)
+            layer = Layer(*options, x, h_0, c_0, *steps, *drawn, inputs, own_weights)
             if to_onnx:
                 x, final, cells = run_onnx_layer(layer, rows.lengths, self.hidden_size)
             elif self._frozen is not None:
@@ -260,7 +296,7 @@ class _RNNBase(DropIn, RNNBase):
             if all_states:
                 sequences += self._states_of(x, cells)
             if self.dropout and self.training and k < self.num_layers - 1:
-                x = torch.nn.functional.dropout(x, self.dropout)
+                x = self._drop_between(x, rows)
         if output_dtype is not None:
             x, *sequences = (t.to(output_dtype) for t in (x, *sequences))
             finals = [tuple(s.to(output_dtype) for s in final) for final in finals]
@@ -281,6 +317,42 @@ class _RNNBase(DropIn, RNNBase):
         """The features of h and of the other states."""
         others = CELLS[self.mode].states * self.hidden_size
         return [self.proj_size or self.hidden_size, *([others] if others else [])]
+
+    def _drop_weights(self, weights: list[Tensor]) -> list[Tensor]:
+        """The weights, with dropout on each W_hh: layer by layer, direction by direction."""
+        if not self.weight_dropout:
+            return weights
+        is_hh = [name.startswith("weight_hh_") for name in self._flat_weights_names]
+        dropout = torch.nn.functional.dropout
+        return [dropout(w, self.weight_dropout) if hh else w for w, hh in zip(weights, is_hh)]
+
+    def _zoneout_of_each(self) -> tuple[float, float]:
+        """The probabilities of h and of the other states."""
+        zoneout = self.zoneout
+        if isinstance(zoneout, tuple):
+            return zoneout
+        return zoneout, zoneout if self.mode == "LSTM" else 0.0
+
+    def _draw(self, x: Tensor, rows: _Rows) -> tuple[Tensor | None, Tensor | None]:
+        """What is random in a layer: the mask of recurrent dropout, and the seed of zoneout."""
+        h_mask = seed = None
+        if self.recurrent_dropout:
+            sizes = 2 if self.bidirectional else 1, rows.batch, self.proj_size or self.hidden_size
+            h_mask = torch.nn.functional.dropout(x.new_ones(sizes), self.recurrent_dropout)
+            h_mask = h_mask if rows.order is None else h_mask.index_select(1, rows.order)
+        if self.zoneout:
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
+        return h_mask, seed
+
+    def _drop_between(self, x: Tensor, rows: _Rows) -> Tensor:
+        """Dropout between two layers."""
+        dropout = torch.nn.functional.dropout
+        if not self.variational:
+            return dropout(x, self.dropout)
+        mask = dropout(x.new_ones(rows.batch, x.shape[-1]), self.dropout)
+        if x.dim() == 2 and rows.batch_sizes is not None:  # packed
+            mask = mask[row_of_each(rows.batch_sizes, x, rows.order)]
+        return x * mask
 
     def _zeros(self, x: Tensor, batch: Any) -> States:
         entries = self.num_layers * (2 if self.bidirectional else 1)
@@ -354,6 +426,7 @@ class _RNNBase(DropIn, RNNBase):
         mask: Tensor | np.ndarray | None,
         reset: Tensor | np.ndarray | PackedSequence | None,
         all_states: bool,
+        grad_scale: Tensor | np.ndarray | PackedSequence | None,
         inputs: tuple[Tensor, ...] | None = None,
     ) -> tuple[Any, States, tuple[Any, ...]]:
         """forward of every module: output, final states, and the states of each layer's steps."""
@@ -365,7 +438,7 @@ class _RNNBase(DropIn, RNNBase):
                 raise ValueError(f"{name}: expected none with a PackedSequence, which has its own")
             if is_exporting_to_onnx():
                 raise RuntimeError("a PackedSequence is nothing that ONNX knows; give lengths=")
-            return self._forward_packed(input, states, reset, all_states, inputs)
+            return self._forward_packed(input, states, reset, all_states, grad_scale, inputs)
 
         batch_dim = 0 if self.batch_first else 1
         is_batched = input.dim() == 3
@@ -381,8 +454,13 @@ class _RNNBase(DropIn, RNNBase):
             marks = check_steps(name, given, shape).to(input.device).reshape(input.shape[:-1])
             return marks.t() if self.batch_first else marks
 
+        scale = None
+        if grad_scale is not None:
+            scale = check_scale("grad_scale", grad_scale, shape).to(input.device)
+            scale = scale.reshape(input.shape[:-1])
+            scale = scale.t() if self.batch_first else scale
         if is_exporting_to_onnx():
-            refuse(self, mask=mask, reset=reset, return_states=all_states)
+            refuse(self, mask=mask, reset=reset, return_states=all_states, grad_scale=grad_scale)
             ends = None if lengths is None else as_lengths(lengths, batch, steps).to(input.device)
             rows = _Rows(batch, lengths=ends)
             results = self._run_padded(input, states, rows, all_states)
@@ -393,7 +471,7 @@ class _RNNBase(DropIn, RNNBase):
                 mask = torch.arange(steps, device=input.device).unsqueeze(1) < ends
             elif mask is not None:
                 mask = by_step("mask", mask)
-            rows = _Rows(batch, resets=resets, inputs=inputs)
+            rows = _Rows(batch, resets=resets, inputs=inputs, grad_scale=scale)
             results = self._run_batch(input, states, mask, rows, all_states)
         (output, *sequences), final = results
         if not is_batched:
@@ -432,12 +510,11 @@ class _RNNBase(DropIn, RNNBase):
     ) -> tuple[tuple[Tensor, ...], States]:
         """As the masked steps allow, padded or packed. mask and the resets are [T, B]."""
         if mask is None or is_per_sample(mask):
-            rows = _Rows(rows.batch, None, rows.resets, mask, inputs=rows.inputs)
-            return self._run_padded(input, states, rows, all_states)
+            return self._run_padded(input, states, rows._replace(mask=mask), all_states)
         if takes_mask(input) and not (self.checkpoint_every and CELLS[self.mode].saves_gates):
             # Segments of steps are cut from packed rows, where no reset hides behind a masked step.
             resets = None if rows.resets is None else segment_starts(mask, rows.resets)
-            rows = _Rows(rows.batch, mask, resets, inputs=rows.inputs)
+            rows = rows._replace(batch_sizes=mask, resets=resets)
             return self._run_padded(input, states, rows, all_states)
         return self._run_ragged(input, states, mask, rows, all_states)
 
@@ -471,12 +548,23 @@ class _RNNBase(DropIn, RNNBase):
             resets = segment_starts(mask, resets)
             resets = (resets.t() if self.batch_first else resets).flatten()[ragged.rows]
 
+        scale = rows.grad_scale
+        if scale is not None:
+            scale = (scale.t() if self.batch_first else scale).flatten()[ragged.rows]
+
         def packed(features: Tensor) -> Tensor:
             return gather(features.reshape(-1, features.shape[-1]), ragged.rows)
 
         x = packed(input)
         inputs = None if inputs is None else tuple(map(packed, inputs))
-        rows = _Rows(mask.shape[1], ragged.batch_sizes, resets, inputs=inputs)
+        rows = _Rows(
+            mask.shape[1],
+            ragged.batch_sizes,
+            resets,
+            inputs=inputs,
+            grad_scale=scale,
+            order=ragged.sorted_indices,
+        )
         output, final, sequences = self._run(x, states, rows, all_states)
         padded = (scatter(s, ragged.rows, mask.numel()) for s in (output, *sequences))
         laid_out = tuple(s.view(*input.shape[:-1], -1) for s in padded)
@@ -488,6 +576,7 @@ class _RNNBase(DropIn, RNNBase):
         states: States | None,
         reset: Tensor | np.ndarray | PackedSequence | None,
         all_states: bool,
+        grad_scale: Tensor | np.ndarray | PackedSequence | None,
         inputs: tuple[Tensor, ...] | None,
     ) -> tuple[PackedSequence, States, tuple[PackedSequence, ...]]:
         x, batch_sizes, sorted_indices, unsorted_indices = input
@@ -501,9 +590,15 @@ class _RNNBase(DropIn, RNNBase):
         if reset is not None:
             marks = reset.data if isinstance(reset, PackedSequence) else reset
             resets = check_steps("reset", marks, x.shape[:1]).to(x.device)
+        scale = None
+        if grad_scale is not None:
+            given = grad_scale.data if isinstance(grad_scale, PackedSequence) else grad_scale
+            scale = check_scale("grad_scale", given, x.shape[:1]).to(x.device)
         # In a trace a number would stay what it is for the input at hand.
         batch = batch_sizes[0] if is_tracing() else int(batch_sizes[0])
-        rows = _Rows(batch, batch_sizes, resets, inputs=inputs)
+        rows = _Rows(
+            batch, batch_sizes, resets, inputs=inputs, grad_scale=scale, order=sorted_indices
+        )
         output, final, sequences = self._run(x, states, rows, all_states)
         if unsorted_indices is not None:
             final = tuple(s.index_select(1, unsorted_indices) for s in final)
@@ -542,6 +637,20 @@ class LSTM(_RNNBase):
         checkpoint_every: keep for backward only the output and the states between segments of so
             many steps, and compute the rest again, a segment at a time: less memory for at most one
             more forward.
+        weight_dropout: probability of dropout on the entries of each W_hh, in training: one mask
+            for each call, the same for all rows and steps (Wan et al., 2013; Merity et al.,
+            arXiv:1708.02182). torch.nn.functional.dropout draws them before anything else, layer
+            by layer and direction by direction.
+        variational: whether `dropout` draws one mask per row, the same for all its steps (Gal and
+            Ghahramani, arXiv:1512.05287).
+        recurrent_dropout: probability of dropout on the h that W_hh multiplies, in training: one
+            mask per row, direction and layer, the same for all steps, as Keras has it.
+        zoneout: probability that a unit keeps its h and c in a step, or a pair of two (p_h, p_c)
+            (Krueger et al., arXiv:1606.01305). In training it is drawn for each step, row and unit,
+            from a seed of torch's generator; in eval mode a state is p * previous + (1 - p) * new.
+        grad_clip: the largest magnitude, elementwise, of the gradient that flows back from a step
+            to the one before it (Graves, arXiv:1308.0850), after grad_scale of forward; None for
+            any. What was clipped cannot be differentiated again.
 
     Raises:
         ValueError: if an argument is out of range. The texts are torch.nn's.
@@ -581,6 +690,7 @@ class LSTM(_RNNBase):
         mask: Tensor | np.ndarray | None = None,
         reset: Tensor | np.ndarray | PackedSequence | None = None,
         return_states: bool = False,
+        grad_scale: Tensor | np.ndarray | PackedSequence | None = None,
     ) -> Any:
         """Runs all layers over all steps.
 
@@ -600,6 +710,10 @@ class LSTM(_RNNBase):
                 direction the segment before it, with a zero state. On a masked step it counts for
                 the row's next valid one.
             return_states: whether to return c too.
+            grad_scale: a floating tensor or array, laid out as mask (for a PackedSequence one, or
+                its data): the gradient that flows back from a step, through h and c, to the step
+                before it in its direction, or to hx, is multiplied by that step's value. 0 cuts:
+                see fastrnn.truncation. A masked step hands on what it gets.
 
         Returns:
             output: laid out as input, with D * P features; a PackedSequence for a PackedSequence.
@@ -609,21 +723,31 @@ class LSTM(_RNNBase):
                 with one entry [..., D * H] per layer, laid out as output.
 
         Raises:
-            ValueError: if lengths, mask or reset is of a wrong type, shape or range, or both
-                lengths and mask are given, or one of them with a PackedSequence.
+            ValueError: if lengths, mask, reset or grad_scale is of a wrong type, shape or range, or
+                both lengths and mask are given, or one of them with a PackedSequence.
             RuntimeError: as torch.nn's, with its text, for input and hx of wrong shapes or devices.
         """
-        if not return_states and lengths is None and mask is None and reset is None:
+        # return_states first: of the proxies of torch.fx it alone says that it is none of a bool.
+        is_plain = not return_states and lengths is None and mask is None
+        if is_plain and reset is None and grad_scale is None:
             result = self._run_directly(input, hx)
             if result is not None:
                 return result
         result = self._run_otherwise(
-            input, hx, lengths=lengths, mask=mask, reset=reset, return_states=return_states
+            input,
+            hx,
+            lengths=lengths,
+            mask=mask,
+            reset=reset,
+            return_states=return_states,
+            grad_scale=grad_scale,
         )
         if result is not None:
             return result
         states = None if hx is None else (hx[0], hx[1], *hx[2:])
-        output, (h_n, c_n), c = self._forward(input, states, lengths, mask, reset, return_states)
+        output, (h_n, c_n), c = self._forward(
+            input, states, lengths, mask, reset, return_states, grad_scale
+        )
         return (output, (h_n, c_n), c) if return_states else (output, (h_n, c_n))
 
 
@@ -639,6 +763,7 @@ class _OneState(_RNNBase):
         mask: Tensor | np.ndarray | None = None,
         reset: Tensor | np.ndarray | PackedSequence | None = None,
         return_states: bool = False,
+        grad_scale: Tensor | np.ndarray | PackedSequence | None = None,
     ) -> Any:
         """Runs all layers over all steps.
 
@@ -657,6 +782,10 @@ class _OneState(_RNNBase):
                 direction the segment before it, with a zero state. On a masked step it counts for
                 the row's next valid one.
             return_states: whether to return h too.
+            grad_scale: a floating tensor or array, laid out as mask (for a PackedSequence one, or
+                its data): the gradient that flows back from a step, through h, to the step before
+                it in its direction, or to hx, is multiplied by that step's value. 0 cuts: see
+                fastrnn.truncation. A masked step hands on what it gets.
 
         Returns:
             output: laid out as input, with D * H features; a PackedSequence for a PackedSequence.
@@ -666,21 +795,31 @@ class _OneState(_RNNBase):
                 with one entry [..., D * H] per layer, laid out as output.
 
         Raises:
-            ValueError: if lengths, mask or reset is of a wrong type, shape or range, or both
-                lengths and mask are given, or one of them with a PackedSequence.
+            ValueError: if lengths, mask, reset or grad_scale is of a wrong type, shape or range, or
+                both lengths and mask are given, or one of them with a PackedSequence.
             RuntimeError: as torch.nn's, with its text, for input and hx of wrong shapes or devices.
         """
-        if not return_states and lengths is None and mask is None and reset is None:
+        # return_states first: of the proxies of torch.fx it alone says that it is none of a bool.
+        is_plain = not return_states and lengths is None and mask is None
+        if is_plain and reset is None and grad_scale is None:
             result = self._run_directly(input, hx)
             if result is not None:
                 return result
         result = self._run_otherwise(
-            input, hx, lengths=lengths, mask=mask, reset=reset, return_states=return_states
+            input,
+            hx,
+            lengths=lengths,
+            mask=mask,
+            reset=reset,
+            return_states=return_states,
+            grad_scale=grad_scale,
         )
         if result is not None:
             return result
         states = None if hx is None else (hx,)
-        output, (h_n,), h = self._forward(input, states, lengths, mask, reset, return_states)
+        output, (h_n,), h = self._forward(
+            input, states, lengths, mask, reset, return_states, grad_scale
+        )
         return (output, h_n, h) if return_states else (output, h_n)
 
 
@@ -712,6 +851,20 @@ class GRU(_OneState):
         checkpoint_every: keep for backward only the output and the states between segments of so
             many steps, and compute the rest again, a segment at a time: less memory for at most one
             more forward.
+        weight_dropout: probability of dropout on the entries of each W_hh, in training: one mask
+            for each call, the same for all rows and steps (Wan et al., 2013; Merity et al.,
+            arXiv:1708.02182). torch.nn.functional.dropout draws them before anything else, layer
+            by layer and direction by direction.
+        variational: whether `dropout` draws one mask per row, the same for all its steps (Gal and
+            Ghahramani, arXiv:1512.05287).
+        recurrent_dropout: probability of dropout on the h that W_hh multiplies, in training: one
+            mask per row, direction and layer, the same for all steps, as Keras has it.
+        zoneout: probability that a unit keeps its h in a step (Krueger et al., arXiv:1606.01305).
+            In training it is drawn for each step, row and unit, from a seed of torch's generator;
+            in eval mode h is p * previous + (1 - p) * new.
+        grad_clip: the largest magnitude, elementwise, of the gradient that flows back from a step
+            to the one before it (Graves, arXiv:1308.0850), after grad_scale of forward; None for
+            any. What was clipped cannot be differentiated again.
 
     Raises:
         ValueError: if an argument is out of range, or proj_size is given. The texts are torch.nn's.
@@ -751,6 +904,20 @@ class RNN(_OneState):
         device: of the parameters.
         dtype: of the parameters.
         checkpoint_every: changes nothing: backward of an Elman layer needs its output alone.
+        weight_dropout: probability of dropout on the entries of each W_hh, in training: one mask
+            for each call, the same for all rows and steps (Wan et al., 2013; Merity et al.,
+            arXiv:1708.02182). torch.nn.functional.dropout draws them before anything else, layer
+            by layer and direction by direction.
+        variational: whether `dropout` draws one mask per row, the same for all its steps (Gal and
+            Ghahramani, arXiv:1512.05287).
+        recurrent_dropout: probability of dropout on the h that W_hh multiplies, in training: one
+            mask per row, direction and layer, the same for all steps, as Keras has it.
+        zoneout: probability that a unit keeps its h in a step (Krueger et al., arXiv:1606.01305).
+            In training it is drawn for each step, row and unit, from a seed of torch's generator;
+            in eval mode h is p * previous + (1 - p) * new.
+        grad_clip: the largest magnitude, elementwise, of the gradient that flows back from a step
+            to the one before it (Graves, arXiv:1308.0850), after grad_scale of forward; None for
+            any. What was clipped cannot be differentiated again.
 
     Raises:
         ValueError: if an argument is out of range, or proj_size is given. The texts are torch.nn's.

@@ -39,8 +39,13 @@ def refuse(module: nn.RNNBase, **options: Any) -> None:
         "mask": "lengths, and so no holes; where valid steps come first, give lengths=",
         "reset": "no reset of the state within a row; call the layer once per segment",
         "return_states": "no cell state of every step; export a loop of fastrnn.LSTMCell",
+        "grad_scale": "no gradient",
+        "recurrent_dropout": "no dropout on h; export in eval mode",
+        "zoneout": "no state that is kept",
         "proj_size": "no projection",
     }
+    options["recurrent_dropout"] = (module.training and module.recurrent_dropout) or None
+    options["zoneout"] = module.zoneout or None
     given = [name for name, value in options.items() if value is not None and value is not False]
     if not CELLS[module.mode].has_cell_state and "return_states" in given:
         given.remove("return_states")  # the outputs of each node are its states

@@ -27,6 +27,7 @@ from ._torch import below_autograd
 _SCHEMA_TYPES = {
     str: "str",
     int: "SymInt",
+    float: "float",
     bool: "bool",
     Tensor: "Tensor",
     Tensor | None: "Tensor?",

@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _int8
-from ._backends import DTYPES, backend_of, runs_cell
+from ._backends import DTYPES, INT8, OWN, backend_of, runs_cell
 from ._layer import Layer
 from ._torch import is_intercepted, version_of
-
-OWN = "own"  # what weights are stored in: the layer's dtype,
-BFLOAT16 = "bfloat16"  # or, of float32 layers, this one,
-INT8 = "int8"  # or integers of 8 bits: see _int8
 
 
 def stored(weights: tuple[Tensor, ...], storage: str) -> tuple[Tensor, ...]:
@@ -66,8 +62,7 @@ def packed_layer(layer: Layer, storage: str) -> Any:
 def _pack(mode: str, directions: int, weights: tuple[Tensor, ...], storage: str) -> Any:
     w = weights[0]
     x = w.new_empty(0, 1, w.shape[1])  # of the weights alone, for calls of any rows
-    options = mode, directions, 1, False, 0, False, False
-    layer = Layer(*options, x, *(None,) * 5, tuple(w.detach() for w in weights))
+    layer = Layer.plain(mode, directions, 1, x, None, None, [w.detach() for w in weights])
     if layer.cell.inputs:
         width = directions * layer.cell.inputs * layer.hidden
         layer = layer._replace(inputs=x.new_empty(0, 1, width))

@@ -70,6 +70,16 @@ def mask_from_batch_sizes(batch_sizes: Tensor, batch: int, device: torch.device)
     return torch.arange(batch, device=device) < batch_sizes.to(device).unsqueeze(1)
 
 
+def row_of_each(batch_sizes: Tensor, x: Tensor, order: Tensor | None) -> Tensor:
+    """int64 [N]: the caller's row of each packed row of x [N, features]."""
+    sizes = batch_sizes.to(x.device)
+    starts = sizes.cumsum(0) - sizes
+    count = x.shape[0]
+    begins = torch.repeat_interleave(starts, sizes, output_size=count)
+    row = torch.arange(count, device=x.device) - begins
+    return row if order is None else order[row]
+
+
 def is_per_sample(mask: Tensor) -> bool:
     """Whether vmap runs over the mask, so that every sample has a number of steps of its own."""
     return not torch.compiler.is_compiling() and unwrapped(mask).dim() > mask.dim()
@@ -167,6 +177,16 @@ def check_steps(name: str, steps: Any, shape: Sequence[int]) -> Tensor:
     else:
         return steps if steps.dtype == torch.bool else steps != 0
     raise ValueError(f"{name}: expected a bool or integer tensor of shape {list(shape)}, got {got}")
+
+
+def check_scale(name: str, given: Any, shape: Sequence[int]) -> Tensor:
+    """Numbers laid out as the input's first dimensions, as a floating tensor, without gradient."""
+    scale = torch.as_tensor(given) if isinstance(given, np.ndarray) else given
+    if isinstance(scale, Tensor) and scale.is_floating_point() and scale.shape == tuple(shape):
+        return scale.detach()
+    is_tensor = isinstance(scale, Tensor)
+    got = f"{scale.dtype} {list(scale.shape)}" if is_tensor else type(scale).__name__
+    raise ValueError(f"{name}: expected a floating tensor of shape {list(shape)}, got {got}")
 
 
 def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -> Tensor:

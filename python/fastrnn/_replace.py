@@ -284,7 +284,8 @@ _LENT = "_fastrnn_lent"
 def seen_as_torchs(function: Callable[..., Any]) -> Callable[..., Any]:
     """function(model, ...), to which the modules of the model that are ours are torch.nn's.
 
-    Those that are still there when it is done are ours again, also in copies that it made.
+    Those that are still there when it is done are ours again, also in copies that it made. Modules
+    with an option that torch.nn's results would lack stay ours, which the function does not know.
     """
 
     @wraps(function)
@@ -292,7 +293,7 @@ def seen_as_torchs(function: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(model, nn.Module):
             return function(model, *args, **kwargs)
         for module in model.modules():
-            if _class(module) in _THEIRS:
+            if _class(module) in _THEIRS and module.is_torchs_in_eval:
                 vars(module)[_LENT] = True
                 _set_class(module, _THEIRS[_class(module)])
         result = None

@@ -11,15 +11,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from math import inf
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-__all__ = ["elman_cell", "gru_cell", "layer", "lstm_cell", "rnn", "scan"]
+__all__ = ["Options", "elman_cell", "gru_cell", "layer", "lstm_cell", "rnn", "scan"]
 
 State = tuple[Tensor, ...]  # (h,) or (h, c)
+
+
+class Options(NamedTuple):
+    """What a layer does beside running its cell; each field off by default.
+
+    Attributes:
+        grad_scale: [T, B], by which what flows back from a step to the one before it, through all
+            states, is multiplied. The first step's is that of the initial states.
+        grad_clip: the largest magnitude, elementwise, that flows back so, after grad_scale.
+        h_mask: [D, B, P], which multiplies the h that W_hh multiplies.
+        zoneout: the probabilities (of h, of the other states) that a unit keeps its state.
+        seed: int64 [1], from which zoneout draws; None: the expectation.
+    """
+
+    grad_scale: Tensor | None = None
+    grad_clip: float = inf
+    h_mask: Tensor | None = None
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    seed: Tensor | None = None
 
 
 def elman_cell(
@@ -30,10 +50,15 @@ def elman_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     nonlinearity: str = "tanh",
+    *,
+    masked: Tensor | None = None,
 ) -> Tensor:
-    """One step of an Elman cell, as torch.nn.RNNCell: x [B, I], h [B, H] -> h' [B, H]."""
+    """One step of an Elman cell, as torch.nn.RNNCell: x [B, I], h [B, H] -> h' [B, H].
+
+    Of this cell and all others, masked [B, H] is what w_hh multiplies, h if not given.
+    """
     f = {"tanh": torch.tanh, "relu": torch.relu}[nonlinearity]
-    return f(linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh))
+    return f(linear(x, w_ih, b_ih) + linear(h if masked is None else masked, w_hh, b_hh))
 
 
 def gru_cell(
@@ -43,10 +68,12 @@ def gru_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    masked: Tensor | None = None,
 ) -> Tensor:
     """One step of a GRU cell, as torch.nn.GRUCell: x [B, I], h [B, H] -> h' [B, H]."""
     x_r, x_z, x_n = linear(x, w_ih, b_ih).chunk(3, -1)
-    h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, -1)
+    h_r, h_z, h_n = linear(h if masked is None else masked, w_hh, b_hh).chunk(3, -1)
     r = torch.sigmoid(x_r + h_r)
     z = torch.sigmoid(x_z + h_z)
     n = torch.tanh(x_n + r * h_n)
@@ -61,12 +88,15 @@ def lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     w_hr: Tensor | None = None,
+    *,
+    masked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM cell, as torch.nn.LSTMCell: x [B, I], h [B, P], c [B, H] -> h', c'.
 
     w_hr [P, H] projects h' (Sak et al., arXiv:1402.1128).
     """
     h, c = state
+    h = h if masked is None else masked
     i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)
@@ -85,7 +115,7 @@ class _Cell(NamedTuple):
 
 def _of_h(cell: Callable[..., Tensor]) -> Callable[..., State]:
     """The step of a cell whose state is h alone."""
-    return lambda x, state, *weights: (cell(x, state[0], *weights),)
+    return lambda x, state, *weights, **options: (cell(x, state[0], *weights, **options),)
 
 
 _CELLS = {
@@ -107,6 +137,88 @@ def _arguments(weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     return (*weights[:2], *biases, *weights[-1:]) if len(weights) % 2 else (*weights[:2], *biases)
 
 
+class _Edge(torch.autograd.Function):
+    """A state that enters a step, as it is; its gradient goes back scaled and clamped."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(state: Tensor, scale: Tensor | None, limit: float) -> Tensor:
+        return state.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, scale, ctx.limit = inputs
+        ctx.save_for_backward(scale)
+        ctx.save_for_forward(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors
+        if scale is not None:
+            grad = torch.where(scale == 0, 0, grad * scale)
+        return grad.clamp(-ctx.limit, ctx.limit) if ctx.limit < inf else grad, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (scale,) = ctx.saved_tensors
+        return tangent if scale is None else torch.where(scale == 0, 0, tangent * scale)
+
+
+# Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+_PHILOX_MULTIPLIERS, _PHILOX_WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Four random words of 32 bits for a counter of four and a key of two, all in int64."""
+    c = tuple(word & _WORD for word in counter)
+    k = tuple(word & _WORD for word in key)
+    for _ in range(10):
+        products = [word * m for word, m in zip((c[0], c[2]), _PHILOX_MULTIPLIERS)]  # wrap around
+        high, low = ([p >> 32 & _WORD for p in products], [p & _WORD for p in products])
+        c = (high[1] ^ c[1] ^ k[0], low[1], high[0] ^ c[3] ^ k[1], low[0])
+        k = tuple(word + step & _WORD for word, step in zip(k, _PHILOX_WEYL))
+    return c
+
+
+def kept(
+    seed: Tensor, probability: float, direction: int, step: int, state: int, shape: Sequence[int]
+) -> Tensor:
+    """bool [B, H]: the units whose state zoneout keeps in a step; state 0 is h, 1 all others.
+
+    Unit 64 g + 16 w + l takes the w-th word of the counter (16 g + l, row, step, direction + 2
+    state), and the key is the seed: so it depends on nothing but the place of the unit.
+    """
+    rows, units = shape
+    device = seed.device
+    lane = torch.arange((units + 63) // 64 * 16, device=device)
+    row = torch.arange(rows, device=device).unsqueeze(1)
+    seed = seed.reshape(())
+    last = torch.full((), direction + 2 * state, dtype=torch.int64, device=device)
+    first = torch.full((), step, dtype=torch.int64, device=device)
+    words = philox((lane, row, first, last), (seed, seed >> 32))
+    each = [w.expand(rows, len(lane)).unflatten(1, (-1, 16)) for w in words]
+    word = torch.stack(each, 2).flatten(1)[:, :units]
+    return word < int(probability * 2**32)
+
+
+def _zone_out(after: State, before: State, options: Options, d: int, t: int) -> State:
+    """The states after a step, of which zoneout keeps some as they were."""
+    p_h, p_c = options.zoneout
+    mixed = []
+    for k, (new, old) in enumerate(zip(after, before)):
+        p = p_c if k else p_h
+        if not p:
+            mixed.append(new)
+        elif options.seed is None:
+            mixed.append(p * old + (1 - p) * new)
+        else:
+            keeps = kept(options.seed, p, d, t, min(k, 1), new.shape)
+            mixed.append(torch.where(keeps, old, new))
+    return tuple(mixed)
+
+
 def scan(
     mode: str,
     x: Tensor,
@@ -116,15 +228,19 @@ def scan(
     reverse: bool = False,
     reset: Tensor | None = None,
     inputs: Tensor | None = None,
+    options: Options | None = None,
+    direction: int = 0,
 ) -> tuple[State, State]:
     """A cell over all steps of x [T, B, I], from the last to the first if `reverse`.
 
     A step that mask [T, B] marks False leaves the state as it is and outputs zeros. A step that
     reset [T, B] marks True begins a new segment: the scan enters it, or in reverse the segment
     before it, with a zero state. On a masked step, a reset counts for the row's next valid one.
-    inputs [T, B, Z * H] are those of a user's own cell that no weight multiplies.
+    inputs [T, B, Z * H] are those of a user's own cell that no weight multiplies. direction: which
+    one of the layer's this is.
     Returns the states of every step, each [T, B, P or H], and the final state, each [B, P or H].
     """
+    options = options or Options()
     steps = range(len(x) - 1, -1, -1) if reverse else range(len(x))
     cell = _CELLS[mode]
     arguments = tuple(weights) if cell.is_general else _arguments(weights)
@@ -140,10 +256,18 @@ def scan(
             between, begun = between & ~valid, begun | valid
             if reverse:
                 between = (between | reset[t]) & begun
+        entering = state
+        if options.grad_scale is not None or options.grad_clip < inf:
+            scale = None if options.grad_scale is None else options.grad_scale[t].unsqueeze(-1)
+            entering = tuple(_Edge.apply(s, scale, options.grad_clip) for s in state)  # type: ignore[no-untyped-call]
+        more: dict[str, Any] = {}
         if cell.is_general:
-            after = cell.step(x[t], state, *arguments, inputs=None if inputs is None else inputs[t])
-        else:
-            after = cell.step(x[t], state, *arguments)
+            more["inputs"] = None if inputs is None else inputs[t]
+        if options.h_mask is not None:
+            more["masked"] = entering[0] * options.h_mask[direction]
+        after = cell.step(x[t], entering, *arguments, **more)
+        if any(options.zoneout):
+            after = _zone_out(after, entering, options, direction, t)
         if mask is None:
             state = outputs[t] = after
         else:
@@ -164,6 +288,7 @@ def layer(
     reset: Tensor | None = None,
     reverse: bool = False,
     inputs: Tensor | None = None,
+    options: Options | None = None,
 ) -> tuple[Tensor, State, Tensor | None]:
     """One layer in all its directions: forward and reverse, or a single one, which `reverse` turns.
 
@@ -178,7 +303,7 @@ def layer(
         inputs = None if inputs is None else torch.where(mask.unsqueeze(-1), inputs, 0)
     by_direction = [None] * len(weights) if inputs is None else inputs.chunk(len(weights), -1)
     runs = [
-        scan(mode, x, tuple(s[d] for s in states), w, mask, d == 1 or reverse, reset, z)
+        scan(mode, x, tuple(s[d] for s in states), w, mask, d == 1 or reverse, reset, z, options, d)
         for d, (w, z) in enumerate(zip(weights, by_direction))
     ]
     output = torch.cat([outputs[0] for outputs, _ in runs], -1)

@@ -184,7 +184,7 @@ def test_what_the_kernels_cannot_read_is_refused(device, bad):
     model = make(fastrnn, "GRU", 3, 9, dtype=torch.float64)
     model, x, h = on(device, model, *inputs(model, 5, 4))
     x, h, weights = BAD[bad](x, h.detach(), [w.detach() for w in model.parameters()])
-    layer = Layer("GRU", 1, 4, False, 0, True, False, x, h, None, None, None, None, tuple(weights))
+    layer = Layer.plain("GRU", 1, 4, x, h, None, weights, keep=True)
     with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
         backend_of(device).forward(layer)
 
@@ -196,7 +196,7 @@ def test_wrong_batch_sizes(device, wrong):
     model = model.to(device)
     weights = tuple(w.detach() for w in model.parameters())
     x, sizes = torch.zeros(8, 3, dtype=torch.float64, device=device), torch.tensor(wrong)
-    layer = Layer("GRU", 1, 4, False, 0, True, False, x, None, None, sizes, None, None, weights)
+    layer = Layer.plain("GRU", 1, 4, x, None, None, weights, sizes, keep=True)
     with pytest.raises(ValueError, match="batch_sizes"):
         backend_of(device).forward(layer)
 

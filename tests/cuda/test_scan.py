@@ -154,21 +154,18 @@ def make_case(
     shapes += [(features, hidden)] if proj else []
     weights = tuple(randn(*s, scale=hidden**-0.5) for s in shapes * directions)
     has_c = cell.has_cell_state
-    layer = Layer(
+    layer = Layer.plain(
         mode,
         directions,
         B,
-        reverse,
-        0,
-        True,
-        False,
         randn(*steps, inputs),
         randn(directions, B, features) if states else None,
         randn(directions, B, hidden) if states and has_c else None,
+        weights,
         batch_sizes,
         marks,
-        None,
-        weights,
+        reverse=reverse,
+        keep=True,
     )
     grads: tuple[Tensor | None, ...] = (None, None)
     if has_c:

@@ -92,10 +92,10 @@ def scan(cpu, mode: str, dtype: DType, sizes: tuple[int, int, int, int]) -> str:
 
     # The fields of Layer and Saved in python/fastrnn/_layer.py.
     G, has_cell_state = cell.gates * H, cell.has_cell_state
-    options = mode, D, B, False, 0, True, False
+    options = mode, D, B, False, 0, True, False, 0.0, 0.0, 0.0
     x, h_0, c_0 = new(T, B, I), new(D, B, H), new(D, B, H) if has_cell_state else None
     weights = [new(*shape) for _ in range(D) for shape in ((G, I), (G, H), (G,), (G,))]
-    layer = *options, x, h_0, c_0, None, None, None, weights
+    layer = *options, x, h_0, c_0, *[None] * 6, weights
     output, h_n, c_n, extra, saved = cpu.forward(layer)
 
     d_c_n = new(D, B, H) if has_cell_state else None

@@ -10,8 +10,8 @@ int inspect(py::handle record, py::handle others) {
        {LayerField::kX, LayerField::kH0, LayerField::kC0, LayerField::kInputs}) {
     inspector.add(field(i));
   }
-  for (const LayerField i : {LayerField::kBatchSizes, LayerField::kResets}) {
-    inspector.add_other(field(i));
+  for (auto i = static_cast<size_t>(kFirstConstant); i <= static_cast<size_t>(kLastConstant); ++i) {
+    inspector.add_other(fields[i]);
   }
   for (const py::handle weight : field(LayerField::kWeights)) inspector.add(weight);
   for (const py::handle tensor : others) inspector.add_other(tensor);

@@ -116,6 +116,11 @@ bool read_states(const py::handle (&objects)[2], const Shape (&sizes)[2], Contig
   return true;
 }
 
+bool is_set(const py::dict& module, const char* name) {
+  PyObject* const value = PyDict_GetItemString(module.ptr(), name);
+  return value != nullptr && PyObject_IsTrue(value) == 1;
+}
+
 template <class Byte>
 Byte* at(Byte* memory, int64_t offset) {
   return memory == nullptr ? nullptr : memory + offset;
@@ -203,6 +208,21 @@ bool PackedModel::is_current(const py::dict& module) const {
   return true;
 }
 
+std::optional<Zoneouts> PackedModel::zoneouts(const py::dict& module) const {
+  PyObject* const options = PyDict_GetItemString(module.ptr(), "_options");
+  const bool has_options = options != nullptr && PyDict_Size(options) > 0;
+  const bool drops = layers_.size() > 1 && is_set(module, "dropout");
+  if ((has_options || drops) && is_set(module, "training")) return std::nullopt;
+  PyObject* const zoneout = has_options ? PyDict_GetItemString(options, "zoneout") : nullptr;
+  if (zoneout == nullptr) return Zoneouts{};
+  if (PyTuple_Check(zoneout)) {
+    return Zoneouts{PyFloat_AsDouble(PyTuple_GET_ITEM(zoneout, 0)),
+                    PyFloat_AsDouble(PyTuple_GET_ITEM(zoneout, 1))};
+  }
+  const double p = PyFloat_AsDouble(zoneout);
+  return Zoneouts{p, cell_traits(layers_[0]->shape().cell).rebuilds_cell_state ? p : 0};
+}
+
 int64_t PackedModel::bytes() const {
   int64_t sum = 0;
   for (const auto& layer : layers_) sum += layer->bytes();
@@ -253,8 +273,8 @@ py::object PackedModel::step(const py::dict& module, py::handle x, py::handle h,
 }
 
 py::object PackedModel::run_layers(const Tensor& x, int64_t steps, int64_t batch,
-                                   const Shape& outputs, const char* h_0, const char* c_0,
-                                   char* h_n, char* c_n) const {
+                                   const Shape& outputs, const Zoneouts& zoneouts, const char* h_0,
+                                   const char* c_0, char* h_n, char* c_n) const {
   Contiguous contiguous;
   const int threads = torch_threads();
   const void* from = contiguous(x);
@@ -278,6 +298,7 @@ py::object PackedModel::run_layers(const Tensor& x, int64_t steps, int64_t batch
     args.output = view(output).data;
     args.h_n = h_n + h;
     args.c_n = at(c_n, c);
+    zoneouts.set(args);
     prefer_large_pages(args.output, shape.count() * size_of(args.dtype));
     fastrnn::run(layer, args, threads);
     from = args.output;
@@ -305,12 +326,13 @@ py::object PackedModel::run(const py::dict& module, py::handle x, py::handle h,
   if (!read_states({h, c}, {sizes(shape.proj), sizes(cells)}, contiguous, states)) {
     return py::none();
   }
-  if (!is_current(module)) return py::none();
+  const std::optional<Zoneouts> zoneouts = this->zoneouts(module);
+  if (!zoneouts || !is_current(module)) return py::none();
   const py::object h_n = make_tensor(given, sizes(shape.proj), given.element);
   const py::object c_n =
       cells > 0 ? make_tensor(given, sizes(cells), given.element) : py::object(py::none());
-  const py::object output = run_layers(given, steps, batch, {steps, batch}, states[0], states[1],
-                                       static_cast<char*>(view(h_n).data),
+  const py::object output = run_layers(given, steps, batch, {steps, batch}, *zoneouts, states[0],
+                                       states[1], static_cast<char*>(view(h_n).data),
                                        cells > 0 ? static_cast<char*>(view(c_n).data) : nullptr);
   return py::make_tuple(output, h_n, c_n);
 }
@@ -351,8 +373,12 @@ PackedState::PackedState(const PackedState& before, bool)
       is_batched_(before.is_batched_),
       memory_(new char[layers() * (h_bytes() + c_bytes())]) {}
 
-bool PackedState::takes(py::handle x, const Shape& expected, Tensor& viewed) const {
+bool PackedState::takes(py::handle x, const Shape& expected, Tensor& viewed,
+                        Zoneouts& zoneouts) const {
   if (has_inputs(this->shape())) return false;
+  const std::optional<Zoneouts> read = model_->zoneouts(module_);
+  if (!read) return false;
+  zoneouts = *read;
   if (!is_tensor(x) || is_watched() || !is_plain(x)) return false;
   static const Attribute requires_grad("requires_grad");
   if (is_grad_enabled() && requires_grad.is_true(x)) return false;
@@ -368,7 +394,10 @@ bool PackedState::takes(py::handle x, const Shape& expected, Tensor& viewed) con
 py::object PackedState::step(py::handle x, py::handle mask) const {
   const int64_t input = shape().input;
   Tensor given, rows;
-  if (!takes(x, is_batched_ ? Shape{batch_, input} : Shape{input}, given)) return py::none();
+  Zoneouts zoneouts;
+  if (!takes(x, is_batched_ ? Shape{batch_, input} : Shape{input}, given, zoneouts)) {
+    return py::none();
+  }
   if (!mask.is_none()) {
     if (!is_batched_ || !is_tensor(mask) || !is_plain(mask)) return py::none();
     rows = view(mask);
@@ -394,6 +423,7 @@ py::object PackedState::step(py::handle x, py::handle mask) const {
     args.output = unused.data();
     args.h_n = next->h_of(k);
     args.c_n = cells() > 0 ? next->c_of(k) : nullptr;
+    zoneouts.set(args);
     fastrnn::run(layer, args, threads);
     from = args.h_n;
   }
@@ -419,15 +449,15 @@ py::object PackedState::run(py::handle x) const {
   }
   Tensor given;
   const int64_t input = shape().input;
-  if (!takes(x, is_batched_ ? Shape{steps, batch_, input} : Shape{steps, input}, given)) {
-    return py::none();
-  }
+  Zoneouts zoneouts;
+  const Shape expected = is_batched_ ? Shape{steps, batch_, input} : Shape{steps, input};
+  if (!takes(x, expected, given, zoneouts)) return py::none();
   std::unique_ptr<PackedState> next(new PackedState(*this, true));
   Shape outputs{steps};
   if (is_batched_) outputs.push(batch_);
-  const py::object output =
-      model_->run_layers(given, steps, batch_, outputs, h_of(0), cells() > 0 ? c_of(0) : nullptr,
-                         next->h_of(0), cells() > 0 ? next->c_of(0) : nullptr);
+  const py::object output = model_->run_layers(given, steps, batch_, outputs, zoneouts, h_of(0),
+                                               cells() > 0 ? c_of(0) : nullptr, next->h_of(0),
+                                               cells() > 0 ? next->c_of(0) : nullptr);
   return py::make_tuple(output, py::cast(std::move(next)));
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -47,6 +48,16 @@ std::shared_ptr<PackedLayer> pack(const LayerCall& layer, const std::string& sto
 // Runs a layer on packed weights; those of its record are not read.
 Results forward(py::handle record, const PackedLayer& packed);
 
+// How likely h and c are to stay as they are; in inference, how much of them stays.
+struct Zoneouts {
+  double h = 0, c = 0;
+
+  void set(ForwardArgs& args) const {
+    args.zoneout_h = h;
+    args.zoneout_c = c;
+  }
+};
+
 // All layers of a module, and what its parameters were when they were packed.
 class PackedModel {
  public:
@@ -66,9 +77,13 @@ class PackedModel {
   // All layers over x [T, B, I], from h [L*D, B, P] and c [L*D, B, C*H]; None for zeros. Returns
   // the output, and the states after it; None as step().
   py::object run(const py::dict& module, py::handle x, py::handle h, py::handle c) const;
+  // The module's zoneout; none where its options, or dropout, change more of a scan than that, in
+  // training.
+  std::optional<Zoneouts> zoneouts(const py::dict& module) const;
   // The same of what was checked; null for zeros. `outputs`: the output's sizes but the last.
   py::object run_layers(const Tensor& x, int64_t steps, int64_t batch, const Shape& outputs,
-                        const char* h_0, const char* c_0, char* h_n, char* c_n) const;
+                        const Zoneouts& zoneouts, const char* h_0, const char* c_0, char* h_n,
+                        char* c_n) const;
   // One of its parameters, on whose device results are made.
   Tensor like() const { return view(watched_[0].tensor); }
 
@@ -128,7 +143,7 @@ class PackedState {
     return memory_.get() + layers() * h_bytes() + layer * c_bytes();
   }
   // Whether x is a plain tensor of the module's dtype whose last sizes are these; views it.
-  bool takes(py::handle x, const Shape& shape, Tensor& viewed) const;
+  bool takes(py::handle x, const Shape& shape, Tensor& viewed, Zoneouts& zoneouts) const;
   py::object tensor_of(const Shape& shape, const char* from) const;
 };
 

@@ -37,8 +37,7 @@ bool is_constant(size_t argument) {
   constexpr auto place = [](LayerField field) {
     return 1 + static_cast<size_t>(field) - static_cast<size_t>(LayerField::kX);
   };
-  return argument == 0 || argument == place(LayerField::kBatchSizes) ||
-         argument == place(LayerField::kResets);
+  return argument == 0 || (argument >= place(kFirstConstant) && argument <= place(kLastConstant));
 }
 
 }  // namespace

@@ -64,6 +64,10 @@ void set_layer(LayerArgs& args, const LayerCall& layer, Contiguous& contiguous) 
   args.h_0 = contiguous(layer.h_0);
   args.c_0 = contiguous(layer.c_0);
   args.inputs = contiguous(layer.inputs);
+  args.h_mask = contiguous(layer.h_mask);
+  args.zoneout_h = layer.zoneout_h;
+  args.zoneout_c = layer.zoneout_c;
+  args.seed = static_cast<const int64_t*>(contiguous(layer.seed));
 }
 
 Kernels kernels_of(const LayerCall& layer) {
@@ -201,6 +205,8 @@ std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given)
   BackwardArgs args{};
   set_layer(args, layer, contiguous);
   set_given(args, layer, given, contiguous);
+  args.grad_scale = contiguous(layer.grad_scale);
+  args.grad_clip = layer.grad_clip;
 
   Gradients gradients(layer, given.wanted);
   // Each direction writes a d_x of its own.

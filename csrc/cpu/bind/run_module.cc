@@ -153,11 +153,14 @@ std::array<py::object, 3> train(const Model& model, py::object x, py::handle h_0
   py::list finals[2];
   const py::tuple options =
       py::make_tuple(model.mode, model.directions, view(x).shape[1], false, checkpoint_every,
-                     /*keep=*/true, /*all_c=*/false);
+                     /*keep=*/true, /*all_c=*/false, /*grad_clip=*/0.0, /*zoneout_h=*/0.0,
+                     /*zoneout_c=*/0.0);
   for (int k = 0; k < model.layers; ++k) {
     const py::object h = states_of(model, k, h_0), c = states_of(model, k, c_0);
-    std::vector<PyObject*> arguments{options.ptr(), x.ptr(), h.ptr(), c.ptr(),
-                                     Py_None,       Py_None, Py_None};
+    std::vector<PyObject*> arguments{options.ptr(), x.ptr(), h.ptr(), c.ptr()};
+    constexpr int kOthers =
+        static_cast<int>(LayerField::kWeights) - static_cast<int>(LayerField::kBatchSizes);
+    arguments.insert(arguments.end(), kOthers, Py_None);
     const auto first = model.weights.begin() + k * model.weights_per_layer();
     for (auto weight = first; weight != first + model.weights_per_layer(); ++weight) {
       arguments.push_back(weight->ptr());
