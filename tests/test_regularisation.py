@@ -14,7 +14,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import _cuda_backend, _functions, reference
+from fastrnn import _cpu_backend, _cuda_backend, _functions, reference
 from helpers import (
     assert_close,
     assert_same_bits,
@@ -796,6 +796,24 @@ def test_cuda_kernels_refuse(name):
         model(torch.randn(T, B, 3), grad_scale=None if own else torch.ones(T, B))
     with pytest.raises(NotImplementedError, match=f"^{name}: the CUDA kernels do not have it yet"):
         _cuda_backend._refuse(backend.layers[0])
+
+
+@pytest.mark.parametrize("name", ["zoneout", "recurrent_dropout", "grad_clip", "grad_scale"])
+def test_a_backend_without_options(cell, name, monkeypatch):
+    """As CUDA's: the reference implementation runs."""
+    own = {} if name == "grad_scale" else {name: OPTIONS[name]}
+    model = make(fastrnn, cell, 3, 5, 2, bidirectional=True, **own)
+    x, hx = inputs(model, T, B)
+    kind = "holes scale" if name == "grad_scale" else "holes"
+    expected = seeded_run(model, x, hx, **given(kind))
+    with wrapped() as backend:
+        model(x, hx, **given(kind))
+        assert backend.layers
+    monkeypatch.setattr(_cpu_backend.CpuBackend, "has_options", False)
+    with wrapped() as backend:
+        actual = seeded_run(model, x, hx, **given(kind))
+    assert not backend.layers
+    assert_close(actual, expected)
 
 
 # -- Cells of the user's own -----------------------------------------------------------------------

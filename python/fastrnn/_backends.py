@@ -29,6 +29,10 @@ class Backend(ABC):
     # a GPU, the host would have to wait for it.
     takes_mask = False
 
+    # Whether its kernels know zoneout, dropout of the h that W_hh multiplies, grad_scale and
+    # grad_clip.
+    has_options = False
+
     def runs_cell(self, mode: str, dtype: torch.dtype) -> bool:
         """Whether it has the kernel of a cell that is not built in; it may have to be compiled."""
         return False
@@ -140,6 +144,11 @@ def _runs_cell(mode: str, device_type: str, dtype: torch.dtype) -> bool:
 def runs_cell(mode: str, x: Tensor) -> bool:
     """Whether there is a kernel of this cell for x, if there is one for x at all."""
     return mode in BUILT_IN or _runs_cell(mode, x.device.type, x.dtype)
+
+
+def has_options(x: Tensor) -> bool:
+    """Whether the kernel for x knows all options."""
+    return has_kernel(x) and _backends[x.device.type].has_options
 
 
 def takes_mask(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backends import backend, has_kernel, runs_cell
+from ._backends import backend, has_kernel, has_options, runs_cell
 from ._layer import CELLS, CONSTANTS, Layer, Results, Saved
 from ._operators import (
     Call,
@@ -433,13 +433,16 @@ def add_function(mode: str, name: str) -> None:
     FUSED[mode] = bind_apply(type(f"Fused{name}Function", (FusedLayer,), {}))
 
 
-def _loses_what_it_needs(layer: Layer) -> bool:
-    """Whether backward would need an h that only its mean with the one before is kept of.
-
-    It could be computed from that, but for rounding, and a relu's derivative is another beside 0.
-    """
+def _runs_options(layer: Layer) -> bool:
+    """Whether the layer's kernel runs it with its options."""
+    zoneout = layer.zoneout_h or layer.zoneout_c
+    others = layer.h_mask is not None or layer.grad_scale is not None or layer.grad_clip
+    if (zoneout or others) and not has_options(layer.x):
+        return False
+    # Backward would need an h that only its mean with the one before is kept of. It could be
+    # computed from that, but for rounding, and a relu's derivative is another beside 0.
     is_mean = layer.zoneout_h > 0 and layer.seed is None and torch.is_grad_enabled()
-    return is_mean and layer.mode not in ("LSTM", "GRU", "RNN_TANH")
+    return not is_mean or layer.mode in ("LSTM", "GRU", "RNN_TANH")
 
 
 def run_layer(
@@ -450,7 +453,7 @@ def run_layer(
     mask [T, B] may stand in for batch_sizes where no kernel is to run.
     """
     compiling = torch.compiler.is_compiling()
-    has_cell = runs_cell(layer.mode, layer.x) and not _loses_what_it_needs(layer)
+    has_cell = runs_cell(layer.mode, layer.x) and _runs_options(layer)
     is_watched = compiling or mask is not None or not has_cell
     kind = Call.WATCHED if is_watched else inspect(layer)
     results: tuple[Any, ...]
