@@ -19,8 +19,9 @@ from helpers import CELLS, TOLERANCE
 # tensors on the CPU.
 NAMES = """
     architecture bench cell cell_packages cell_search char_lm common_modules diagnostics distributed
-    docs examples exchange freeze fuzz int8 learn math onnx packaging policy reference seq2seq
-    stream substitution surnames tagging threads tiles tools types variants visualise
+    docs examples exchange freeze fuzz int8 learn libraries math onnx packaging policy reference
+    seq2seq stream substitution surnames tagging threads tiles tools torch_models truncation types
+    variants visualise word_lm
 """
 CPU_ONLY = NAMES.split()
 if importlib.util.find_spec("hypothesis") is None:  # a GPU's machine may not have it
