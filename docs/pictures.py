@@ -1,14 +1,22 @@
-"""The pictures of the documentation, as SVG: python docs/pictures.py FOLDER
+"""The pictures of the documentation, as SVG: python docs/pictures.py FOLDER [NAME ...]
 
 Drawn by hand rather than plotted, so that text stays text and colours follow the page: a shape
-names a role ("state", "weight", ...), and docs/style.css gives the role its colour, light and dark.
-The site's build inlines them; see docs/hooks.py.
+names a role ("state", "weight", ...), and docs/pictures.css gives the role its colour, light and
+dark. The site's build inlines them; see docs/hooks.py. README's picture lies in the repository:
+python docs/pictures.py docs/img speedup
 """
 
+import re
 import sys
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+from bench import headline, results  # noqa: E402
+from bench.cases import GATES, MODES  # noqa: E402
 
 Point = tuple[float, float]
 PICTURES: dict[str, Callable[[], "Picture"]] = {}
@@ -537,15 +545,52 @@ def arrangements() -> Picture:
     return p
 
 
+@picture
+def speedup() -> Picture:
+    """README's picture: the geometric means over torch.nn."""
+    result = results.load(headline.FILE)
+    means = headline.means(result)
+    left, unit, height = 110, 130, 17
+    p = Picture(640, 226)
+    p.text(left, 14, "Speed relative to torch.nn on a CPU", "strong")
+    y = 34
+    for cell in GATES:
+        p.text(left - 14, y + height, cell, "end strong")
+        for mode, role in zip(reversed(MODES), ("state", "weight")):
+            mean, _ = means[mode, cell]
+            p.box(left, y, unit * mean, height - 2, role)
+            p.text(left + unit * mean + 8, y + height / 2 - 1, f"{mean:.1f}x", "small")
+            y += height
+        y += 14
+    p.line((left + unit, 28), (left + unit, y - 8), role="cutline")
+    p.text(left + unit, y + 2, "torch.nn", "middle small quiet")
+    p.legend(left + 2 * unit, y + 2, [("state", "training"), ("weight", "inference")])
+    about = result["machine"]
+    shapes = sum(not results.case_of(row).ragged for row in result["rows"]) // len(means)
+    text = f"Geometric means over {shapes} shapes, float32, "
+    text += f"{result['threads']} threads, {about['cpu']}"
+    p.text(left, y + 24, text, "small quiet")
+    return p
+
+
+def standalone(name: str) -> str:
+    """A picture as a file of its own, in the colours that the reader's system asks for."""
+    style = (DOCS / "pictures.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r"\{\n((?:  --.*\n)+)\}", style)
+    rules = "\n".join(re.findall(r"^\.picture ((?!svg).*)$", style, re.MULTILINE))
+    media = f"@media (prefers-color-scheme: dark) {{ svg {{\n{dark}}} }}\n"
+    fonts = "text { font-family: system-ui, sans-serif; }\n"
+    style = f"<style>\nsvg {{\n{light}}}\n{media}{fonts}{rules}\n</style>"
+    return PICTURES[name]().svg().replace(">", f">{style}", 1) + "\n"
+
+
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-    for name, draw in PICTURES.items():
-        svg = draw().svg().replace(">", f"><style>{style}</style>", 1)
-        (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    for name in sys.argv[2:] or PICTURES:
+        (folder / f"{name}.svg").write_text(standalone(name), encoding="utf-8")
 
 
 if __name__ == "__main__":
