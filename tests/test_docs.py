@@ -1,12 +1,16 @@
 """The documentation is true: its code runs, its errors are the real ones, its paths exist.
 
+Examples in docstrings run, too, and public classes and functions have one.
+
 A ```python block runs in the namespace of its page, one after the other. If a ```text block titled
 with the name of an exception or warning follows, the code must end in exactly that; titled
 "prints", it must print exactly that. A ```sh block runs in a shell, unless NOT_RUN names it;
 followed by a block titled "fails", it must, and that is the last line it says. … is any text.
 """
 
+import ast
 import contextlib
+import doctest
 import io
 import os
 import re
@@ -23,6 +27,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
+import fastrnn
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -186,6 +192,60 @@ def test_error_without_openmp():
     heads = [head for head in re.findall("^### (.*)", text, re.MULTILINE) if "OpenMP" in head]
     assert len(heads) == 1
     assert is_like(raised, heads[0]), raised
+
+
+# -- Docstrings ------------------------------------------------------------------------------------
+
+
+def docstrings() -> dict[str, tuple[Path, int, str]]:
+    """Those of the package by name, such as _modules.LSTM.forward: file, line and text."""
+    found = {}
+
+    def visit(path: Path, node: ast.AST, name: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
+                visit(path, child, f"{name}.{child.name}")
+        text = ast.get_docstring(node) if not isinstance(node, ast.expr) else None
+        if text:  # of overloads, the last has one
+            found[name] = path, getattr(node, "lineno", 1), text
+
+    folder = Path(fastrnn.__file__).parent
+    for path in [*sorted(folder.glob("*.py")), folder / "_cpu.pyi"]:
+        visit(path, ast.parse(path.read_text(encoding="utf-8")), path.stem)
+    return found
+
+
+DOCSTRINGS = docstrings()
+
+
+@pytest.mark.parametrize("name", [n for n, (*_, text) in DOCSTRINGS.items() if ">>>" in text])
+def test_docstring(name):
+    path, line, text = DOCSTRINGS[name]
+    names = {"__name__": "__main__", "torch": torch, "fastrnn": fastrnn}
+    test = doctest.DocTestParser().get_doctest(text, names, name, str(path), line)
+    torch.manual_seed(0)
+    output: list[str] = []
+    doctest.DocTestRunner().run(test, out=output.append)
+    assert not output, "".join(output)
+
+
+def public() -> list[str]:
+    """Public classes and functions, as docstrings() names them."""
+    found = []
+    for module in (fastrnn, fastrnn.functional):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if callable(value):
+                home = value.__module__.rpartition(".")[2]
+                found.append(f"{home}.{getattr(value, '__name__', name)}")
+    return found
+
+
+@pytest.mark.parametrize("name", public())
+def test_public_objects_have_examples(name):
+    if name.endswith("Function"):  # their base class has the method that users call
+        name = "_functions.LayerFunction.apply"
+    assert "Examples:\n" in DOCSTRINGS[name][2], name
 
 
 # -- What a page says of the sources ---------------------------------------------------------------
