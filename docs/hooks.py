@@ -32,7 +32,7 @@ WIDE = {"benchmarks.md", "contract.md"}  # whose tables need the place of the ta
 
 def files(pattern: str, *other: str) -> Iterator[Path]:
     """Result files that git keeps, without those that match `other`."""
-    for file in sorted(results.DIRECTORY.glob(pattern)):
+    for file in sorted(results.DIRECTORY.glob(pattern), key=lambda file: file.stem):
         if not file.name.startswith("latest") and not any(map(file.match, other)):
             yield file
 

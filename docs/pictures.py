@@ -80,8 +80,10 @@ class Picture:
             x += 18 + 6.6 * len(label) + 24
 
     def svg(self, alt: str = "") -> str:
+        kind = 'class="narrow" ' if self.width < 460 else ""  # it fits a phone
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
+            f'<svg {kind}xmlns="http://www.w3.org/2000/svg" '
+            f'viewBox="0 0 {self.width} {self.height}" '
             f'width="{self.width}" height="{self.height}" role="img" '
             f'aria-label="{alt}">{"".join(self.parts)}</svg>'
         )
@@ -231,7 +233,7 @@ def packed() -> Picture:
     order = sorted(range(len(counts)), key=lambda b: -counts[b])
     p.arrow((272, 106), (332, 106), role="strong")
     p.text(302, 90, "sort, pack", "middle small")
-    p.text(350, 16, "as the kernels see it: rows alive at each step")
+    p.text(350, 16, "as the kernels see it, step by step")
     sizes = [sum(c > t for c in counts) for t in range(max(counts))]
     for t, alive in enumerate(sizes):
         for i in range(alive):
@@ -300,7 +302,7 @@ def tile() -> Picture:
     p.text(x + 100, 60 + 5 * size + 16, "load", "small")
     p.arrow((x + vectors * 46 + 8, y + 66), (x + vectors * 46 + 62, y + 66), role="strong")
     p.text(x + vectors * 46 + 35, y + 50, "the cell", "middle small")
-    p.box(x + vectors * 46 + 68, y, 52, rows * size - 2, "other", "c_t, h_t")
+    p.box(x + vectors * 46 + 68, y, 52, rows * size - 2, "other", "c_t, h_t", "small")
     p.text(x + vectors * 46 + 94, y + rows * size + 14, "memory", "middle small")
     return p
 
@@ -310,7 +312,7 @@ def packing() -> Picture:
     gates, blocks, size = "ifgo", 4, 20
     roles = ["state", "weight", "sum", "other"]
     p = Picture(700, 350)
-    p.text(124, 16, "W_hh as torch has it: [4 * H, K]", "middle strong")
+    p.text(124, 16, "torch's W_hh: [4 * H, K]", "middle strong")
     for g, gate in enumerate(gates):
         p.text(28, 48 + g * 80 - 3 + 20, gate, "middle code")
         for b in range(blocks):
@@ -340,7 +342,7 @@ def splits() -> Picture:
     rows, units, size = 6, 8, 20
     titles = ["by rows", "by units", "by direction"]
     notes = [
-        ("own batch rows, all steps", "nobody waits for anybody"),
+        ("own batch rows, all steps", "no thread waits"),
         ("own hidden units and their weights", "one barrier a step"),
         ("half of the threads each", "rows or units within a half"),
     ]
@@ -431,7 +433,7 @@ def chunks() -> Picture:
         now = 5 <= t < 10
         role = "sum" if now else "masked" if done else "none"
         p.box(x, 50, size - 3, 30, role, f"dG{t}" if now else "", "small")
-    p.text(left + 12.5 * size, 100, "used and forgotten", "middle small")
+    p.text(left + 12.5 * size, 100, "used and discarded", "middle small")
     p.text(left + 7.5 * size, 100, "one chunk, in cache", "middle small strong")
     p.text(left + 2.5 * size, 100, "to come", "middle small")
     targets = [
@@ -447,7 +449,7 @@ def chunks() -> Picture:
     p.text(
         320,
         226,
-        "the weight gradients stay where they are and grow; dG of all steps never exists",
+        "the weight gradients accumulate; dG of all steps is never stored",
         "middle small",
     )
     p.line((left + each * size - 1.5, 44), (left + each * size - 1.5, 88), role="cutline")
@@ -459,16 +461,16 @@ def chunks() -> Picture:
 def gpu() -> Picture:
     p = Picture(700, 290)
     kinds = [
-        ("step", "a launch ends", ["weights come from L2", "any size whatsoever"]),
+        ("step", "a launch ends", ["weights come from L2", "any size"]),
         (
             "grid",
             "a counter in global memory",
-            ["weights may stay in shared memory", "all blocks run at once"],
+            ["weights in shared memory", "all blocks run at once"],
         ),
         (
             "cluster",
             "the cluster's own barrier",
-            ["states in distributed shared memory", "sm_90 and newer, or one block"],
+            ["states stay in the cluster", "sm_90 and newer, or one block"],
         ),
     ]
     for n, (name, barrier, notes) in enumerate(kinds):
@@ -550,8 +552,8 @@ def speedup() -> Picture:
     """README's picture: the geometric means over torch.nn."""
     result = results.load(headline.FILE)
     means = headline.means(result)
-    left, unit, height = 110, 130, 17
-    p = Picture(640, 226)
+    left, unit, height = 54, 104, 17
+    p = Picture(440, 226)
     p.text(left, 14, "Speed relative to torch.nn on a CPU", "strong")
     y = 34
     for cell in GATES:
@@ -564,7 +566,7 @@ def speedup() -> Picture:
         y += 14
     p.line((left + unit, 28), (left + unit, y - 8), role="cutline")
     p.text(left + unit, y + 2, "torch.nn", "middle small quiet")
-    p.legend(left + 2 * unit, y + 2, [("state", "training"), ("weight", "inference")])
+    p.legend(left + 1.6 * unit, y + 2, [("state", "training"), ("weight", "inference")])
     about = result["machine"]
     shapes = sum(not results.case_of(row).ragged for row in result["rows"]) // len(means)
     text = f"Geometric means over {shapes} shapes, float32, "

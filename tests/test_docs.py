@@ -298,8 +298,36 @@ def test_site(tmp_path):
     assert built[0] == built[1]
     assert not [html for html in built[0] if "arithmatex" in html]  # all formulas are MathML
     assert sum(html.count("<math ") for html in built[0]) > 200
+    index = (tmp_path / "once" / "search" / "search_index.js").read_text(encoding="utf-8")
+    assert index.startswith("var __index = {")  # for a site that is opened from a folder
     loads = r"<(?:script|img|link|iframe)\b[^>]*(?:src|href)=.?(?:https?:)?//[^>]*>"
     assert not [found for html in built[0] for found in re.findall(loads, html)]
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@needs_docs
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs mkdocs")
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+def test_search_from_a_folder(tmp_path):
+    """In a real browser, without a server."""
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(site)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "HOME": str(tmp_path)}
+    subprocess.run([*command, "-f", str(ROOT / "mkdocs.yml")], env=environment, check=True)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
+    page = f"file://{site}/learn/05-gates.html?q=checkpoint_every"
+    result = subprocess.run(
+        [str(BROWSER), *options, "--dump-dom", page],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    found = re.findall(r'href="([^"]*)" class="md-search-result__link"', result.stdout)
+    assert any("api.html" in link for link in found), found
 
 
 # -- The walk-through ------------------------------------------------------------------------------
