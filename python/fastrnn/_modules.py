@@ -121,13 +121,13 @@ class _RNNBase(DropIn, RNNBase):
         if to_onnx or self._is_torchs(() if packed else input, hx):
             if given:
                 raise RuntimeError(
-                    f"{next(iter(given))}: expected none here, where torch's own forward runs, for "
-                    "Expanded Weights, objects that are no tensors, or ONNX of a PackedSequence"
+                    f"{next(iter(given))}: expected none here, as torch's own forward runs for "
+                    "Expanded Weights, objects that are not tensors, and ONNX of a PackedSequence"
                 )
             if self._theirs is None:
                 raise RuntimeError(
-                    f"{type(self).__name__}: torch.nn has no such cell to run here, for Expanded "
-                    "Weights, objects that are no tensors, or ONNX of a PackedSequence"
+                    f"{type(self).__name__}: torch.nn has no such cell, but its forward runs for "
+                    "Expanded Weights, objects that are not tensors, and ONNX of a PackedSequence"
                 )
             return self._theirs.forward(self, input, hx)
         return None
@@ -367,7 +367,9 @@ class _RNNBase(DropIn, RNNBase):
                 name = "mask" if lengths is None else "lengths"
                 raise ValueError(f"{name}: expected none with a PackedSequence, which has its own")
             if is_exporting_to_onnx():
-                raise RuntimeError("a PackedSequence is nothing that ONNX knows; give lengths=")
+                raise RuntimeError(
+                    "input: expected a tensor for ONNX, got a PackedSequence; pass lengths="
+                )
             return self._forward_packed(input, states, reset, all_states, inputs)
 
         batch_dim = 0 if self.batch_first else 1

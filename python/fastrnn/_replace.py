@@ -102,7 +102,7 @@ def _base(cls: Class) -> Any:
 
 
 class _Rebased(type):
-    """The class of a module whose class is derived from torch.nn's, and now stands on ours.
+    """The class of a module whose class was derived from torch.nn's, and now is from fastrnn's.
 
     It is derived from that class and from one, `_Between`, that is derived from ours and torch's in
     this order. So the method that the class calls by super() is ours, and isinstance of the class
@@ -126,7 +126,7 @@ def _rebuilt(cls: Class) -> nn.Module:
 
 @cache
 def _on_ours(cls: Any) -> Any:
-    """The class that stands on ours as cls does on torch.nn's."""
+    """The class that is derived from fastrnn's class as cls is from torch.nn's."""
     between = _between(_base(cls))
     own: dict[str, Any] = {
         "__module__": cls.__module__,
@@ -168,18 +168,18 @@ def _why_leave(module: nn.Module, subclasses: bool) -> tuple[str, str]:
     cls = _class(module)
     base = _base(cls)
     if base not in _OURS:
-        reason = "not a class of torch.nn, whose own code may not work on ours"
+        reason = "not a class of torch.nn, whose own code may not work with fastrnn"
         return reason, "build it on fastrnn's layers"
     if "forward" in vars(module):
         hint = "delete the attribute, or make it a hook"
         return "its forward was overridden on the instance", hint
     if cls is not base:
-        reason = f"a subclass of {_name(base)}, whose own code may not work on ours"
+        reason = f"a subclass of {_name(base)}, whose own code may not work with fastrnn"
         if not _may_be_rebased(cls):
             reason = f"a subclass of {_name(base)} with a forward of its own that does not call it"
             return reason, f"derive it from {_name(_OURS[base])}"
         if not subclasses:
-            return reason, "replace(model, subclasses=True) puts it on ours"
+            return reason, "replace(model, subclasses=True) converts it"
     weight = next(module.parameters(), None)
     if weight is not None and not weight.is_meta and not has_kernel(weight):
         reason = f"no kernel for {weight.dtype} on {weight.device.type}, torch.nn is faster there"
@@ -267,12 +267,12 @@ def restore(model: nn.Module, *, all: bool = False) -> Report:
                 hint = "set the class that replace gave it, and restore again"
                 return Swap(path, old, None, "its class was changed after replace", hint)
             base = next(c for c in old.__mro__ if c in _THEIRS)
-            reason = f"a subclass of {_name(base)}, whose own code may need ours"
+            reason = f"a subclass of {_name(base)}, whose own code may need fastrnn"
             return Swap(path, old, None, reason, f"derive it from {_name(_THEIRS[base])}")
         vars(module).pop(_MARK, None)
         lost = module.drop_options() if isinstance(module, DropIn) else ""
         _set_class(module, new)
-        reason = lost and f"without {lost}, which {_name(_base(new))} has not"
+        reason = lost and f"without {lost}, which {_name(_base(new))} does not have"
         return Swap(path, old, new, reason)
 
     return _walk(model, swap)

@@ -248,7 +248,9 @@ class State:
             ValueError: if the state is unbatched, or a number is not that of a row.
         """
         if self._batch is None:
-            raise ValueError("select: expected a batched state, got an unbatched one")
+            raise ValueError(
+                "rows: expected none for an unbatched state, which has no rows to select"
+            )
         index = torch.as_tensor(rows, device=self._tensors()[0][0].device)
         if index.dtype == torch.bool:
             if index.shape != (self._batch,):
