@@ -1,2 +1,2 @@
 """Benchmarks: `python -m bench` compares fastrnn with its peers, and each of calls, contention,
-memory, table and heatmap is a command of the same kind."""
+memory, table, headline and heatmap is a command of the same kind."""

@@ -1,4 +1,4 @@
-"""A result as a picture: python -m bench.heatmap [FILE] [PICTURE].
+"""A result as a coloured table of HTML: python -m bench.heatmap [FILE] [PAGE].
 
 One row per shape, one column per mode and cell; colour and number are the best peer's time over
 fastrnn's.
@@ -6,16 +6,19 @@ fastrnn's.
 
 import argparse
 import math
+from html import escape
 from pathlib import Path
 
 from .cases import GATES, MODES, Case
 from .peers import PEERS
 from .results import LATEST, Result, best_peer, case_of, load
 
-PICTURE = Path(__file__).parents[1] / "docs" / "img" / "speedup.png"
+PAGE = Path(__file__).parents[1] / "build" / "heatmap.html"
 RANGE = 4  # the colours end at this ratio and at its inverse
-COLOURS = "RdBu"  # white at 1; told apart by the colour-blind too
-DARK = 0.6  # of the range: from here the number is white
+# From 1 outwards by the ratio's logarithm; the colour-blind can tell them apart.
+FASTER = ((247, 247, 247), (146, 197, 222), (33, 102, 172))
+SLOWER = ((247, 247, 247), (244, 165, 130), (178, 24, 43))
+DARK = 0.7  # of the range: from here the number is white
 
 
 def label(case: Case) -> str:
@@ -33,79 +36,61 @@ def grid(result: Result) -> dict[str, dict[tuple[str, str], tuple[float, bool]]]
     return shapes
 
 
-def draw(result: Result, picture: Path) -> None:
-    import matplotlib
+def colours(ratio: float) -> tuple[str, str]:
+    """Of a cell of the table, and of the number in it."""
+    place = min(abs(math.log(ratio, RANGE)), 1)
+    stops = FASTER if ratio > 1 else SLOWER
+    k, part = divmod(place * (len(stops) - 1), 1)
+    low, high = stops[int(k)], stops[min(int(k) + 1, len(stops) - 1)]
+    mixed = (round(a + (b - a) * part) for a, b in zip(low, high))
+    return f"#{bytes(mixed).hex()}", "#fff" if place > DARK else "#1b1b1b"
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    shapes = grid(result)
+def render(result: Result) -> str:
     columns = [(mode, cell) for mode in MODES for cell in GATES]
-    end = math.log2(RANGE)
-    colours = [
-        [math.log2(figures[column][0]) if column in figures else math.nan for column in columns]
-        for figures in shapes.values()
-    ]
-    figure, axes = pyplot.subplots(figsize=(7.5, 2.4 + 0.27 * len(shapes)), layout="constrained")
-    image = axes.imshow(colours, cmap=COLOURS, vmin=-end, vmax=end, aspect="auto")
-    for y, figures in enumerate(shapes.values()):
-        for x, column in enumerate(columns):
-            if column in figures:
-                ratio, busy = figures[column]
-                dark = abs(math.log2(ratio)) > DARK * end
-                text = f"{ratio:.3g}" if ratio >= 10 else f"{ratio:.2f}"
-                axes.text(
-                    x,
-                    y,
-                    text + "*" * busy,
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="white" if dark else "black",
-                )
-    axes.set_xticks(range(len(columns)), [cell for _, cell in columns])
-    axes.set_yticks(range(len(shapes)), shapes)
-    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    axes.annotate(
-        "T, B, H", (0, 1), (-5, 7), xycoords="axes fraction", textcoords="offset points", ha="right"
-    )
-    for k, mode in enumerate(MODES):
-        centre = (k + 0.5) * len(GATES) - 0.5
-        axes.annotate(
-            mode,
-            (centre, 1),
-            (0, 22),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="center",
-            weight="bold",
-        )
-    axes.axvline(len(GATES) - 0.5, color="black", linewidth=1.5)
-    axes.spines[:].set_visible(False)
-    scale = [2.0**k for k in range(-int(end), int(end) + 1)]
-    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.01)
-    bar.set_ticks([math.log2(ratio) for ratio in scale], labels=[f"{r:g}x" for r in scale])
+    heads = "".join(f'<th colspan="{len(GATES)}">{mode}</th>' for mode in MODES)
+    cells = "".join(f"<th>{cell}</th>" for _, cell in columns)
+    lines = [f"<tr><td></td>{heads}</tr>", f"<tr><th>T, B, H</th>{cells}</tr>"]
+    for shape, figures in grid(result).items():
+        line = f"<tr><th>{escape(shape)}</th>"
+        for column in columns:
+            if column not in figures:
+                line += "<td></td>"
+                continue
+            ratio, busy = figures[column]
+            back, front = colours(ratio)
+            text = f"{ratio:.3g}" if ratio >= 10 else f"{ratio:.2f}"
+            line += f'<td style="background:{back};color:{front}">{text}{"*" * busy}</td>'
+        lines.append(line + "</tr>")
     used = {peer for row in result["rows"] for peer in row["ms"]}
     names = [PEERS[peer].title for peer in PEERS if peer in used and peer != "fastrnn"]
     machine, busy = result["machine"], any(row["busy"] for row in result["rows"])
-    bar.set_label(
-        "Time of the fastest other library over fastrnn's (blue: fastrnn is faster)\n"
-        f"of {', '.join(names)}\n"
-        f"float32, {result['threads']} threads, {machine['cpu']}, {machine['variant']}, "
-        f"torch {machine['versions']['torch']}" + "\n*: measured under load" * busy
+    about = (
+        "The time of the fastest other library over fastrnn's: fastrnn is faster where it is blue. "
+        f"Compared: {', '.join(names)}. float32, {result['threads']} threads, {machine['cpu']}, "
+        f"{machine['variant']}, torch {machine['versions']['torch']}."
+        + " *: measured while others used the machine."
+        * busy
     )
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
+    rows = "\n".join(lines)
+    return f'<table class="heatmap">\n<caption>{escape(about)}</caption>\n{rows}\n</table>'
+
+
+STYLE = """body { font: 13px system-ui, sans-serif; }
+table { border-collapse: collapse; }
+caption { caption-side: bottom; padding: 1em; max-width: 40em; text-align: left; }
+td, th { padding: .2em .6em; text-align: right; }"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.heatmap", description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", default=LATEST, metavar="FILE")
-    parser.add_argument("picture", type=Path, nargs="?", default=PICTURE, metavar="PICTURE")
+    parser.add_argument("page", type=Path, nargs="?", default=PAGE, metavar="PAGE")
     args = parser.parse_args()
-    draw(load(args.file), args.picture)
-    print(args.picture)
+    head = f'<!doctype html>\n<meta charset="utf-8">\n<style>{STYLE}</style>'
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    args.page.write_text(f"{head}\n{render(load(args.file))}\n", encoding="utf-8")
+    print(args.page)
 
 
 if __name__ == "__main__":

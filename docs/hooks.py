@@ -9,7 +9,6 @@ import html as markup
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
 import course  # noqa: E402
-from bench import calls, contention, heatmap, memory, results, table  # noqa: E402
+from bench import calls, contention, headline, heatmap, memory, results, table  # noqa: E402
 from pictures import PICTURES  # noqa: E402
 
 WIDE = {"benchmarks.md", "contract.md"}  # whose tables need the place of the table of contents
@@ -33,7 +32,7 @@ WIDE = {"benchmarks.md", "contract.md"}  # whose tables need the place of the ta
 
 def files(pattern: str, *other: str) -> Iterator[Path]:
     """Result files that git keeps, without those that match `other`."""
-    for file in sorted(results.DIRECTORY.glob(pattern)):
+    for file in sorted(results.DIRECTORY.glob(pattern), key=lambda file: file.stem):
         if not file.name.startswith("latest") and not any(map(file.match, other)):
             yield file
 
@@ -44,18 +43,11 @@ def speed_files() -> list[Path]:
     )
 
 
-def picture_of(result: Path) -> str:
-    return f"img/{result.stem}.png"
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, draw in PICTURES.items():
+        if f"img/{name}.svg" in files.src_uris:  # README's
+            continue
         files.append(File.generated(config, f"img/{name}.svg", content=draw().svg()))
-    with tempfile.TemporaryDirectory() as folder:
-        for file in speed_files():
-            drawn = Path(folder) / "picture.png"
-            heatmap.draw(results.load(file), drawn)
-            files.append(File.generated(config, picture_of(file), content=drawn.read_bytes()))
     for page in course.PAGES:
         made = {"py": course.program(page), "ipynb": course.notebook(page)}
         for kind, content in made.items():
@@ -119,8 +111,7 @@ def speed() -> str:
     parts = []
     for file in speed_files():
         result = results.load(file)
-        about = f"The fastest other library's time over fastrnn's on {machine(result)}"
-        parts += [f"### {machine(result)}", f"![{about}]({picture_of(file)})", *parts_of(result)]
+        parts += [f"### {machine(result)}", heatmap.render(result), *parts_of(result)]
     return "\n\n".join(parts)
 
 
@@ -163,6 +154,7 @@ def notes() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "headline": lambda: headline.render(results.load(headline.FILE)),
     "speed": speed,
     "gpu": gpu,
     "calls": lambda: other("calls", calls.render),

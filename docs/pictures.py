@@ -1,14 +1,22 @@
-"""The pictures of the documentation, as SVG: python docs/pictures.py FOLDER
+"""The pictures of the documentation, as SVG: python docs/pictures.py FOLDER [NAME ...]
 
 Drawn by hand rather than plotted, so that text stays text and colours follow the page: a shape
-names a role ("state", "weight", ...), and docs/style.css gives the role its colour, light and dark.
-The site's build inlines them; see docs/hooks.py.
+names a role ("state", "weight", ...), and docs/pictures.css gives the role its colour, light and
+dark. The site's build inlines them; see docs/hooks.py. README's picture lies in the repository:
+python docs/pictures.py docs/img speedup
 """
 
+import re
 import sys
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+from bench import headline, results  # noqa: E402
+from bench.cases import GATES, MODES  # noqa: E402
 
 Point = tuple[float, float]
 PICTURES: dict[str, Callable[[], "Picture"]] = {}
@@ -72,8 +80,10 @@ class Picture:
             x += 18 + 6.6 * len(label) + 24
 
     def svg(self, alt: str = "") -> str:
+        kind = 'class="narrow" ' if self.width < 460 else ""  # it fits a phone
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
+            f'<svg {kind}xmlns="http://www.w3.org/2000/svg" '
+            f'viewBox="0 0 {self.width} {self.height}" '
             f'width="{self.width}" height="{self.height}" role="img" '
             f'aria-label="{alt}">{"".join(self.parts)}</svg>'
         )
@@ -223,7 +233,7 @@ def packed() -> Picture:
     order = sorted(range(len(counts)), key=lambda b: -counts[b])
     p.arrow((272, 106), (332, 106), role="strong")
     p.text(302, 90, "sort, pack", "middle small")
-    p.text(350, 16, "as the kernels see it: rows alive at each step")
+    p.text(350, 16, "as the kernels see it, step by step")
     sizes = [sum(c > t for c in counts) for t in range(max(counts))]
     for t, alive in enumerate(sizes):
         for i in range(alive):
@@ -292,7 +302,7 @@ def tile() -> Picture:
     p.text(x + 100, 60 + 5 * size + 16, "load", "small")
     p.arrow((x + vectors * 46 + 8, y + 66), (x + vectors * 46 + 62, y + 66), role="strong")
     p.text(x + vectors * 46 + 35, y + 50, "the cell", "middle small")
-    p.box(x + vectors * 46 + 68, y, 52, rows * size - 2, "other", "c_t, h_t")
+    p.box(x + vectors * 46 + 68, y, 52, rows * size - 2, "other", "c_t, h_t", "small")
     p.text(x + vectors * 46 + 94, y + rows * size + 14, "memory", "middle small")
     return p
 
@@ -302,7 +312,7 @@ def packing() -> Picture:
     gates, blocks, size = "ifgo", 4, 20
     roles = ["state", "weight", "sum", "other"]
     p = Picture(700, 350)
-    p.text(124, 16, "W_hh as torch has it: [4 * H, K]", "middle strong")
+    p.text(124, 16, "torch's W_hh: [4 * H, K]", "middle strong")
     for g, gate in enumerate(gates):
         p.text(28, 48 + g * 80 - 3 + 20, gate, "middle code")
         for b in range(blocks):
@@ -332,7 +342,7 @@ def splits() -> Picture:
     rows, units, size = 6, 8, 20
     titles = ["by rows", "by units", "by direction"]
     notes = [
-        ("own batch rows, all steps", "nobody waits for anybody"),
+        ("own batch rows, all steps", "no thread waits"),
         ("own hidden units and their weights", "one barrier a step"),
         ("half of the threads each", "rows or units within a half"),
     ]
@@ -423,7 +433,7 @@ def chunks() -> Picture:
         now = 5 <= t < 10
         role = "sum" if now else "masked" if done else "none"
         p.box(x, 50, size - 3, 30, role, f"dG{t}" if now else "", "small")
-    p.text(left + 12.5 * size, 100, "used and forgotten", "middle small")
+    p.text(left + 12.5 * size, 100, "used and discarded", "middle small")
     p.text(left + 7.5 * size, 100, "one chunk, in cache", "middle small strong")
     p.text(left + 2.5 * size, 100, "to come", "middle small")
     targets = [
@@ -439,7 +449,7 @@ def chunks() -> Picture:
     p.text(
         320,
         226,
-        "the weight gradients stay where they are and grow; dG of all steps never exists",
+        "the weight gradients accumulate; dG of all steps is never stored",
         "middle small",
     )
     p.line((left + each * size - 1.5, 44), (left + each * size - 1.5, 88), role="cutline")
@@ -451,16 +461,16 @@ def chunks() -> Picture:
 def gpu() -> Picture:
     p = Picture(700, 290)
     kinds = [
-        ("step", "a launch ends", ["weights come from L2", "any size whatsoever"]),
+        ("step", "a launch ends", ["weights come from L2", "any size"]),
         (
             "grid",
             "a counter in global memory",
-            ["weights may stay in shared memory", "all blocks run at once"],
+            ["weights in shared memory", "all blocks run at once"],
         ),
         (
             "cluster",
             "the cluster's own barrier",
-            ["states in distributed shared memory", "sm_90 and newer, or one block"],
+            ["states stay in the cluster", "sm_90 and newer, or one block"],
         ),
     ]
     for n, (name, barrier, notes) in enumerate(kinds):
@@ -537,15 +547,52 @@ def arrangements() -> Picture:
     return p
 
 
+@picture
+def speedup() -> Picture:
+    """README's picture: the geometric means over torch.nn."""
+    result = results.load(headline.FILE)
+    means = headline.means(result)
+    left, unit, height = 54, 104, 17
+    p = Picture(440, 226)
+    p.text(left, 14, "Speed relative to torch.nn on a CPU", "strong")
+    y = 34
+    for cell in GATES:
+        p.text(left - 14, y + height, cell, "end strong")
+        for mode, role in zip(reversed(MODES), ("state", "weight")):
+            mean, _ = means[mode, cell]
+            p.box(left, y, unit * mean, height - 2, role)
+            p.text(left + unit * mean + 8, y + height / 2 - 1, f"{mean:.1f}x", "small")
+            y += height
+        y += 14
+    p.line((left + unit, 28), (left + unit, y - 8), role="cutline")
+    p.text(left + unit, y + 2, "torch.nn", "middle small quiet")
+    p.legend(left + 1.6 * unit, y + 2, [("state", "training"), ("weight", "inference")])
+    about = result["machine"]
+    shapes = sum(not results.case_of(row).ragged for row in result["rows"]) // len(means)
+    text = f"Geometric means over {shapes} shapes, float32, "
+    text += f"{result['threads']} threads, {about['cpu']}"
+    p.text(left, y + 24, text, "small quiet")
+    return p
+
+
+def standalone(name: str) -> str:
+    """A picture as a file of its own, in the colours that the reader's system asks for."""
+    style = (DOCS / "pictures.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r"\{\n((?:  --.*\n)+)\}", style)
+    rules = "\n".join(re.findall(r"^\.picture ((?!svg).*)$", style, re.MULTILINE))
+    media = f"@media (prefers-color-scheme: dark) {{ svg {{\n{dark}}} }}\n"
+    fonts = "text { font-family: system-ui, sans-serif; }\n"
+    style = f"<style>\nsvg {{\n{light}}}\n{media}{fonts}{rules}\n</style>"
+    return PICTURES[name]().svg().replace(">", f">{style}", 1) + "\n"
+
+
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-    for name, draw in PICTURES.items():
-        svg = draw().svg().replace(">", f"><style>{style}</style>", 1)
-        (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    for name in sys.argv[2:] or PICTURES:
+        (folder / f"{name}.svg").write_text(standalone(name), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from bench import (
     cases,
     compare,
     floor,
+    headline,
     heatmap,
     machine,
     onnx_model,
@@ -32,6 +35,10 @@ from bench.peers import JAX, PEERS, ONNXRuntime, OpenVINO, check
 from bench.variants import VARIANTS
 from bench.worker import Worker, WorkerError
 
+ROOT = Path(__file__).parents[1]
+needs_docs = pytest.mark.skipif(
+    not (ROOT / "docs").exists(), reason="the docs are not part of this tree"
+)
 SMALL = Case("GRU", "training", 3, 2, 4)
 RUNNABLE = [
     pytest.param(name, case, id=f"{name}-{case.name}")
@@ -506,14 +513,44 @@ def test_heatmap_shows_every_row(result):
     }
 
 
-def test_heatmap_is_a_picture(result, tmp_path):
-    pytest.importorskip("matplotlib")
-    from matplotlib.image import imread
+def test_heatmap_is_coloured(result):
+    text = heatmap.render(result)
+    faster, slower = (heatmap.colours(ratio)[0] for ratio in (2.0, 0.5))
+    assert f'background:{faster};color:#1b1b1b">2.00<' in text
+    assert f'background:{slower};color:#1b1b1b">0.50*<' in text
+    assert text.count("<tr>") == 2 + len(heatmap.grid(result))
+    red, _, blue = bytes.fromhex(faster[1:])
+    assert blue > red
+    red, _, blue = bytes.fromhex(slower[1:])
+    assert red > blue
+    assert heatmap.colours(1.0)[0] == heatmap.colours(1.0001)[0] == "#f7f7f7"
+    assert heatmap.colours(100.0) == heatmap.colours(heatmap.RANGE) == ("#2166ac", "#fff")
 
-    picture = tmp_path / "img" / "speedup.png"
-    heatmap.draw(result, picture)
-    pixels = imread(picture)[..., :3]
-    pixels = pixels[: len(pixels) // 2]  # without the scale below
-    blue = (pixels[..., 2] - pixels[..., 0]) > 0.3
-    red = (pixels[..., 0] - pixels[..., 2]) > 0.3
-    assert min(blue.sum(), red.sum()) > 1000
+
+def test_headline(result):
+    """Over the padded rows only, one figure per cell and mode."""
+    assert headline.means(result) == {
+        ("inference", "LSTM"): (pytest.approx(4.0), pytest.approx(2.0)),
+        ("training", "LSTM"): (pytest.approx(0.5), pytest.approx(0.5)),
+    }
+
+
+@needs_docs
+def test_readme_has_the_measured_figures():
+    """README, the front page and README's picture say what the result file says."""
+    measured = results.load(headline.FILE)
+    pages = {
+        name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/index.md")
+    }
+    for text in pages.values():
+        assert headline.sentence(measured) in " ".join(text.split())
+    assert headline.render(measured) in pages["README.md"]
+
+
+@needs_docs
+def test_readme_has_the_measured_picture():
+    sys.path.insert(0, str(ROOT / "docs"))
+    import pictures
+
+    drawn = (ROOT / "docs" / "img" / "speedup.svg").read_text(encoding="utf-8")
+    assert drawn == pictures.standalone("speedup"), "python docs/pictures.py docs/img speedup"

@@ -1,12 +1,16 @@
 """The documentation is true: its code runs, its errors are the real ones, its paths exist.
 
+Examples in docstrings run, too, and public classes and functions have one.
+
 A ```python block runs in the namespace of its page, one after the other. If a ```text block titled
 with the name of an exception or warning follows, the code must end in exactly that; titled
 "prints", it must print exactly that. A ```sh block runs in a shell, unless NOT_RUN names it;
 followed by a block titled "fails", it must, and that is the last line it says. … is any text.
 """
 
+import ast
 import contextlib
+import doctest
 import io
 import os
 import re
@@ -23,6 +27,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
+import fastrnn
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -188,6 +194,60 @@ def test_error_without_openmp():
     assert is_like(raised, heads[0]), raised
 
 
+# -- Docstrings ------------------------------------------------------------------------------------
+
+
+def docstrings() -> dict[str, tuple[Path, int, str]]:
+    """Those of the package by name, such as _modules.LSTM.forward: file, line and text."""
+    found = {}
+
+    def visit(path: Path, node: ast.AST, name: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
+                visit(path, child, f"{name}.{child.name}")
+        text = ast.get_docstring(node) if not isinstance(node, ast.expr) else None
+        if text:  # of overloads, the last has one
+            found[name] = path, getattr(node, "lineno", 1), text
+
+    folder = Path(fastrnn.__file__).parent
+    for path in [*sorted(folder.glob("*.py")), folder / "_cpu.pyi"]:
+        visit(path, ast.parse(path.read_text(encoding="utf-8")), path.stem)
+    return found
+
+
+DOCSTRINGS = docstrings()
+
+
+@pytest.mark.parametrize("name", [n for n, (*_, text) in DOCSTRINGS.items() if ">>>" in text])
+def test_docstring(name):
+    path, line, text = DOCSTRINGS[name]
+    names = {"__name__": "__main__", "torch": torch, "fastrnn": fastrnn}
+    test = doctest.DocTestParser().get_doctest(text, names, name, str(path), line)
+    torch.manual_seed(0)
+    output: list[str] = []
+    doctest.DocTestRunner().run(test, out=output.append)
+    assert not output, "".join(output)
+
+
+def public() -> list[str]:
+    """Public classes and functions, as docstrings() names them."""
+    found = []
+    for module in (fastrnn, fastrnn.functional):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if callable(value):
+                home = value.__module__.rpartition(".")[2]
+                found.append(f"{home}.{getattr(value, '__name__', name)}")
+    return found
+
+
+@pytest.mark.parametrize("name", public())
+def test_public_objects_have_examples(name):
+    if name.endswith("Function"):  # their base class has the method that users call
+        name = "_functions.LayerFunction.apply"
+    assert "Examples:\n" in DOCSTRINGS[name][2], name
+
+
 # -- What a page says of the sources ---------------------------------------------------------------
 
 
@@ -238,8 +298,36 @@ def test_site(tmp_path):
     assert built[0] == built[1]
     assert not [html for html in built[0] if "arithmatex" in html]  # all formulas are MathML
     assert sum(html.count("<math ") for html in built[0]) > 200
+    index = (tmp_path / "once" / "search" / "search_index.js").read_text(encoding="utf-8")
+    assert index.startswith("var __index = {")  # for a site that is opened from a folder
     loads = r"<(?:script|img|link|iframe)\b[^>]*(?:src|href)=.?(?:https?:)?//[^>]*>"
     assert not [found for html in built[0] for found in re.findall(loads, html)]
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@needs_docs
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs mkdocs")
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+def test_search_from_a_folder(tmp_path):
+    """In a real browser, without a server."""
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(site)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "HOME": str(tmp_path)}
+    subprocess.run([*command, "-f", str(ROOT / "mkdocs.yml")], env=environment, check=True)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
+    page = f"file://{site}/learn/05-gates.html?q=checkpoint_every"
+    result = subprocess.run(
+        [str(BROWSER), *options, "--dump-dom", page],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    found = re.findall(r'href="([^"]*)" class="md-search-result__link"', result.stdout)
+    assert any("api.html" in link for link in found), found
 
 
 # -- The walk-through ------------------------------------------------------------------------------

@@ -320,7 +320,7 @@ def test_training_mode(cell):
     model = fastrnn.freeze(make(fastrnn, cell, F, H).eval())
     x, _ = inputs(model, T, B)
     model.train()
-    with pytest.raises(RuntimeError, match=r"it is frozen, and in training mode; call eval\(\)"):
+    with pytest.raises(RuntimeError, match=r"it is frozen, but in training mode; call eval\(\)"):
         model(x)
     with pytest.raises(RuntimeError, match="in training mode"):
         model.initial_state()
@@ -409,7 +409,7 @@ def test_cells(cls, options, frozen, dtype):
         with pytest.raises(RuntimeError, match="its parameters have changed since it was frozen"):
             model(x, hx)
         model.train()
-        with pytest.raises(RuntimeError, match="it is frozen, and in training mode"):
+        with pytest.raises(RuntimeError, match="it is frozen, but in training mode"):
             model(x, hx)
     else:
         theirs.load_state_dict(model.state_dict())

@@ -101,7 +101,7 @@ def test_replace_and_restore():
     assert model[0].weight_dropout == 0
     own = torch.nn.Sequential(fastrnn.LSTM(3, 5, weight_dropout=0.5, variational=True))
     report = fastrnn.restore(own, all=True)
-    assert "without weight_dropout=0.5, variational=True, which torch.nn.LSTM has not" in str(
+    assert "without weight_dropout=0.5, variational=True, which torch.nn.LSTM does not have" in str(
         report[0]
     )
     assert "weight_dropout" not in repr(fastrnn.replace(own) and own)

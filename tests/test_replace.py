@@ -147,17 +147,17 @@ def test_left():
     assert [s.path for s in report.swapped] == ["meta"]
     reasons = {s.path: s.reason for s in report.left}
     assert {path: type(model[path]) for path in reasons} == {p: before[p] for p in reasons}
-    subclass = "a subclass of torch.nn.LSTM, whose own code may not work on ours"
+    subclass = "a subclass of torch.nn.LSTM, whose own code may not work with fastrnn"
     assert reasons == {
         "subclass": subclass,
         "parametrized": subclass,
         "overridden": "its forward was overridden on the instance",
         "complex": "no kernel for torch.complex64 on cpu, torch.nn is faster there",
-        "base": "not a class of torch.nn, whose own code may not work on ours",
+        "base": "not a class of torch.nn, whose own code may not work with fastrnn",
     }
     assert f"subclass: {MyLSTM.__module__}.MyLSTM left: {subclass}" in str(report)
     hints = {s.path: s.hint for s in report.left}
-    assert hints["subclass"] == "replace(model, subclasses=True) puts it on ours"
+    assert hints["subclass"] == "replace(model, subclasses=True) converts it"
     assert all(hints.values())
     assert hints["overridden"] in str(report)
 
@@ -347,7 +347,8 @@ def test_restore_all_says_what_is_lost():
     model = nn.Sequential(fastrnn.LSTM(3, 4, checkpoint_every=2), fastrnn.GRU(4, 4))
     report = fastrnn.restore(model, all=True)
     assert str(report).splitlines() == [
-        "0: fastrnn.LSTM -> torch.nn.LSTM: without checkpoint_every=2, which torch.nn.LSTM has not",
+        "0: fastrnn.LSTM -> torch.nn.LSTM: without checkpoint_every=2, "
+        "which torch.nn.LSTM does not have",
         "1: fastrnn.GRU -> torch.nn.GRU",
     ]
     assert vars(model[0]).keys() == vars(nn.LSTM(3, 4)).keys()
@@ -361,7 +362,7 @@ def test_restore_all_leaves_subclasses():
     model = nn.Sequential(Ours(3, 4))
     (swap,) = fastrnn.restore(model, all=True)
     assert (type(model[0]), swap.new) == (Ours, None)
-    assert swap.reason == "a subclass of fastrnn.LSTM, whose own code may need ours"
+    assert swap.reason == "a subclass of fastrnn.LSTM, whose own code may need fastrnn"
     assert swap.hint == "derive it from torch.nn.LSTM"
 
 

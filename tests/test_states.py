@@ -420,7 +420,10 @@ def test_bidirectional():
         (lambda m, s, x: s.select([-1]), r"rows: expected numbers in \[0, 3\)"),
         (lambda m, s, x: s.select([0.5]), "rows: expected a list of integers"),
         (lambda m, s, x: s.select(torch.ones(2).bool()), r"rows: expected bool \[3\]"),
-        (lambda m, s, x: m.initial_state().select([0]), "select: expected a batched state"),
+        (
+            lambda m, s, x: m.initial_state().select([0]),
+            "rows: expected none for an unbatched state",
+        ),
         (lambda m, s, x: s.set_h(s.h() * 2), "h: expected 1 tensors, got 2"),
         (lambda m, s, x: s.set_h([s.output()[:2]]), r"h\[0\]: expected .* \[3, 19\]"),
         (lambda m, s, x: s.set_s(None), "s: expected 2 tensors, got NoneType"),

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import cells, reference, truncation
+from . import cells, functional, reference, truncation
 from ._cell import cell
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._check import check_cell
@@ -34,6 +34,7 @@ __all__ = [
     "cpu_variant",
     "cpu_variants",
     "freeze",
+    "functional",
     "reference",
     "replace",
     "restore",

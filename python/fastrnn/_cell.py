@@ -24,7 +24,7 @@ Inputs = Mapping[str, Tensor | PackedSequence]
 
 
 class CellLayer(_RNNBase):
-    """Layers of a user's own cell: what fastrnn.cell makes of a function.
+    """Layers of a user-defined cell: the base of the classes that fastrnn.cell makes.
 
     The parameters of layer k are weight_ih_l{k} [G * H, I or D * H], weight_hh_l{k} [R * H, H],
     bias_ih_l{k} [G * H] and bias_hh_l{k} [R * H], for G gates of which R have rows in W_hh, and a
@@ -48,8 +48,17 @@ class CellLayer(_RNNBase):
         zoneout: the same, a single probability, of the first state alone.
 
     Raises:
-        ValueError: if an argument is out of range. The texts are torch.nn's.
+        ValueError: if an argument is out of range. The messages are torch.nn's.
         TypeError: if a size is not an int, or dropout is not a number.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> rnn = fastrnn.cells.PeepholeLSTM(8, 16)
+        >>> [name for name, _ in rnn.named_parameters()][4:]
+        ['w_i_l0', 'w_f_l0', 'w_o_l0']
+        >>> output, (h, c) = rnn(torch.randn(5, 3, 8), lengths=[5, 0, 2])
+        >>> h.shape, c.shape
+        (torch.Size([1, 3, 16]), torch.Size([1, 3, 16]))
     """
 
     definition: ClassVar[Definition]
@@ -329,14 +338,13 @@ def cell(
     """Turns a function for one step of a cell into a class of layers.
 
     The function is called with x, r and the states before the step, and returns the states after
-    it, in the same order; the first state is the output, and what W_hh multiplies. x and r have an
+    it, in the same order. The first state is the output, and W_hh multiplies it. x and r have an
     attribute for each gate: W_ih x_t + b_ih and W_hh h_{t-1} + b_hh. Keyword-only parameters are
-    vectors [H] that are learned, with their default as initial value, or drawn like the weights
-    without one.
+    learned vectors [H]. Their initial value is the default; without one, it is drawn like weights.
 
-    The function is run once, on symbols, to find out what it computes: it may use arithmetic,
-    comparison, torch.where and torch's pointwise functions. Numbers that it reads from outside are
-    taken as they are then. Run on tensors, it is the reference implementation of the layer.
+    The function runs once on symbolic values, to record what it computes. It may use arithmetic,
+    comparisons, torch.where and torch's pointwise functions. Numbers from outside the function have
+    the value of that moment. On tensors, the function is the reference implementation.
 
     Args:
         gates: the names of the gates, in the order of the rows of weight_ih and weight_hh.
@@ -344,17 +352,18 @@ def cell(
             is no weight_hh.
         inputs: names of further inputs of each step and unit that no weight multiplies, which come
             as attributes of x.
-        header: a C++ header with the cell by hand, in the form of csrc/cells/general.h, as a struct
-            of the function's name in namespace fastrnn. Without it, one is generated.
+        header: the path of a C++ header that you have written, in the form of
+            csrc/cells/general.h, with a struct of the function's name in namespace fastrnn. Without
+            it, one is generated.
 
     Returns:
         A decorator, which returns a subclass of fastrnn._cell.CellLayer.
 
     Raises:
-        ValueError: if the names do not fit together, or the function does what no kernel can; with
-            its name and the line.
+        ValueError: if the names do not fit together, or the function does something that a kernel
+            cannot do; the message has its name and the line.
 
-    Example:
+    Examples:
         >>> import torch, fastrnn
         >>> @fastrnn.cell(gates=("z", "n"))
         ... def Minimal(x, r, h):

@@ -7,7 +7,7 @@ a dtype or device without a kernel, and bad input, so that the errors are torch'
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,14 @@ class LSTMCell(_CellBase):
         bias: whether there are b_ih and b_hh.
         device: of the parameters.
         dtype: of the parameters.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> cell = fastrnn.LSTMCell(8, 16)
+        >>> h, c = cell(torch.randn(3, 8))
+        >>> h, c = cell(torch.randn(3, 8), (h, c))
+        >>> h.shape
+        torch.Size([3, 16])
     """
 
     _theirs = LstmCell
@@ -185,8 +193,8 @@ class LSTMCell(_CellBase):
             (h_1, c_1): shaped like hx.
 
         Raises:
-            RuntimeError: as torch.nn.LSTMCell's, with its text, for wrong shapes and dtypes.
-            ValueError: the same, for a wrong number of dimensions.
+            RuntimeError: if a shape or dtype is wrong; the message is that of torch.nn.LSTMCell.
+            ValueError: if the number of dimensions is wrong; as above.
         """
         if (final := self._step_packed(input, hx)) is not None:
             return final[0], final[1]
@@ -205,6 +213,9 @@ class LSTMCell(_CellBase):
             return LstmCell.forward(self, input, hx)  # type: ignore[arg-type]
         return final[0], final[1]
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class GRUCell(_CellBase):
     """One step of a gated recurrent unit: torch.nn.GRUCell, fused where that is faster.
@@ -218,6 +229,13 @@ class GRUCell(_CellBase):
         bias: whether there are b_ih and b_hh.
         device: of the parameters.
         dtype: of the parameters.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> cell = fastrnn.GRUCell(8, 16)
+        >>> h = cell(torch.randn(3, 8))
+        >>> cell(torch.randn(3, 8), h).shape
+        torch.Size([3, 16])
     """
 
     _theirs = GruCell
@@ -245,8 +263,8 @@ class GRUCell(_CellBase):
             h_1: shaped like hx.
 
         Raises:
-            RuntimeError: as torch.nn.GRUCell's, with its text, for wrong shapes and dtypes.
-            ValueError: the same, for a wrong number of dimensions.
+            RuntimeError: if a shape or dtype is wrong; the message is that of torch.nn.GRUCell.
+            ValueError: if the number of dimensions is wrong; as above.
         """
         if (final := self._step_packed(input, hx)) is not None:
             return final[0]
@@ -259,6 +277,9 @@ class GRUCell(_CellBase):
         if final is None:
             return GruCell.forward(self, input, hx)  # type: ignore[arg-type]
         return final[0]
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class RNNCell(_CellBase):
@@ -274,6 +295,12 @@ class RNNCell(_CellBase):
         nonlinearity: "tanh" or "relu".
         device: of the parameters.
         dtype: of the parameters.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> cell = fastrnn.RNNCell(8, 16, nonlinearity="relu")
+        >>> cell(torch.randn(8)).shape  # unbatched
+        torch.Size([16])
     """
 
     _theirs = RnnCell
@@ -308,8 +335,8 @@ class RNNCell(_CellBase):
             h_1: shaped like hx.
 
         Raises:
-            RuntimeError: as torch.nn.RNNCell's, with its text, for wrong shapes and dtypes.
-            ValueError: the same, for a wrong number of dimensions.
+            RuntimeError: if a shape or dtype is wrong; the message is that of torch.nn.RNNCell.
+            ValueError: if the number of dimensions is wrong; as above.
         """
         if self.nonlinearity not in _ELMAN:
             return RnnCell.forward(self, input, hx)  # type: ignore[arg-type]  # which raises
@@ -325,3 +352,6 @@ class RNNCell(_CellBase):
         if final is None:
             return RnnCell.forward(self, input, hx)  # type: ignore[arg-type]
         return final[0]
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -148,20 +148,20 @@ def _differentiate(cls: type[CellLayer], device: Any, layers: int, directions: i
 def check_cell(cls: type[CellLayer], print: Callable[[str], Any] = print) -> None:
     """Compares the kernels of a cell with its function, and prints what it has compared.
 
-    Values and all gradients in float32 and float64, with initial states, one and two layers and
-    directions, without masks, with lengths, holes and resets; and in float64 the first and second
-    derivatives with finite differences. On the CPU, and on a GPU if there is one. For a cell whose
-    C++ is written by hand as for one that is generated.
+    It compares values and all gradients in float32 and float64, with initial states, one and two
+    layers and directions, without masks, and with lengths, holes and resets. In float64, it also
+    compares the first and second derivatives with finite differences. This is done on the CPU, and
+    on a GPU if there is one. The C++ of the cell may be generated or written by hand.
 
     Args:
         cls: a class that fastrnn.cell has made.
-        print: where the lines go.
+        print: a function that receives each line.
 
     Raises:
-        AssertionError: where two values differ; with what differs, and by how much.
-        TypeError: if cls is no such class.
+        AssertionError: if two values differ; it names them, and by how much they differ.
+        TypeError: if fastrnn.cell has not made cls.
 
-    Example:
+    Examples:
         >>> import fastrnn
         >>> fastrnn.check_cell(fastrnn.cells.MinGRU)  # doctest: +SKIP
         MinGRU on cpu, float32: values and gradients within 1.3e-06

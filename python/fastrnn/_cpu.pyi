@@ -49,11 +49,23 @@ def int8_variant() -> str:
 
 def cpu_variant() -> str:
     """The variant of the CPU kernels in use: the best that this processor can run, or the one that
-    FASTRNN_CPU names in the environment at the time of the import."""
+    FASTRNN_CPU in the environment names at import.
+
+    Examples:
+        >>> import fastrnn
+        >>> fastrnn.cpu_variant() in fastrnn.cpu_variants()
+        True
+    """
 
 def cpu_variants() -> list[str]:
-    """The variants that this processor can run, best first: of "avx512bf16", "avx512", "avx2" and
-    "baseline"."""
+    """The variants that this processor can run, best first: "avx512bf16", "avx512", "avx2" and
+    "baseline", as far as it can run them.
+
+    Examples:
+        >>> import fastrnn
+        >>> fastrnn.cpu_variants()[-1]
+        'baseline'
+    """
 
 def cpu_variant_flags() -> str:
     """The compiler's flags of that variant, separated by spaces."""

@@ -37,40 +37,40 @@ def _storage(module: nn.Module, weights: torch.dtype | None) -> str:
 
 
 def freeze(model: M, weights: torch.dtype | None = None) -> M:
-    """Makes a model ready for inference: each recurrent layer keeps its weights packed.
+    """Prepares a model for inference: each recurrent layer packs its weights once and keeps them.
 
-    In place: torch.nn's LSTM, GRU, RNN and their cells inside become ours, and all of ours pack
-    their weights now instead of in each call. A frozen layer
+    The model is changed in place: LSTM, GRU, RNN and cells of torch.nn become those of fastrnn, and
+    every recurrent layer packs its weights now instead of in each call. A frozen layer
 
-    - is faster the fewer rows and steps a call has;
-    - is batch-invariant: the result of a row is the same bit for bit alone and in any batch, over a
+    - is faster, most of all if a call has few rows and steps;
+    - is batch-invariant: a row has the same result, bit for bit, alone and in any batch, over a
       sequence at once and step by step, and for any number of threads;
-    - has no gradient. In training mode, with an input that requires a gradient, and after a change
-      of its parameters it raises RuntimeError. Changes that torch does not count are not noticed:
-      through `.data`, through NumPy, or of tensors made in inference mode.
+    - has no gradient. It raises RuntimeError in training mode, for an input that requires a
+      gradient, and after a change of its parameters. Changes that torch does not count go
+      unnoticed: those through `.data` or NumPy, and those to tensors made in inference mode.
 
-    The parameters stay what they are, so that the state_dict is the same. A model that is saved by
-    torch.save, or copied, is frozen again where it is loaded, for the processor that is there; and
-    load_state_dict packs what it has loaded. torch.compile and torch.export take frozen layers as
-    an operator of their own, fastrnn::scan_packed, which packs in its first call.
+    The parameters do not change, so the state_dict stays the same. A model that is saved by
+    torch.save, or copied, is frozen again when it is loaded, for the processor at hand, and
+    load_state_dict packs the weights that it has loaded. torch.compile and torch.export see frozen
+    layers as an operator, fastrnn::scan_packed, which packs in its first call.
 
     Args:
-        model: any module, in eval mode; itself a recurrent one, too. On the CPU.
-        weights: what the weights are stored in. None: their own dtype, and the results are those of
-            the layer. torch.bfloat16: half of that of float32, rounded to 8 bits of precision, for
-            large layers whose weights do not fit in cache; products and sums stay float32.
-            torch.int8: a quarter, each row of a weight with a scale of its own; inputs and states
-            are rounded to 8 bits in the same way as they come, sums of products are exact, and
-            gates and states float32. Not for cells made by fastrnn.cell.
+        model: any module in eval mode on the CPU; it may itself be recurrent.
+        weights: the dtype in which weights are stored. None: their own dtype, which gives the same
+            results as the layer. torch.bfloat16: half the memory of float32, rounded to 8 bits of
+            precision, for large layers whose weights do not fit in cache; products and sums remain
+            float32. torch.int8: a quarter of the memory, with one scale for each row of a weight;
+            inputs and states are rounded to 8 bits in the same way, sums of products are exact, and
+            gates and states are float32. The last is not available for cells made by fastrnn.cell.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: if the model is in training mode, a layer is on another device than the CPU or
-            in a dtype without a kernel, or weights is none of these.
+        ValueError: if the model is in training mode, if a layer is not on the CPU or has a dtype
+            without a kernel, or if weights is another value.
 
-    Example:
+    Examples:
         >>> import torch, fastrnn
         >>> model = torch.nn.Sequential(torch.nn.LSTM(8, 16)).eval()
         >>> x = torch.randn(5, 3, 8)
@@ -115,13 +115,19 @@ def _checked(path: str, module: Any, weights: torch.dtype | None) -> str:
 
 
 def unfreeze(model: M) -> M:
-    """Takes back what freeze did: layers have gradients again, and torch.nn's are torch.nn's.
+    """Undoes freeze: layers have gradients again, and those of torch.nn are torch.nn's again.
 
     Args:
-        model: any module; itself a recurrent one, too.
+        model: any module; it may itself be recurrent.
 
     Returns:
         The model.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> model = fastrnn.freeze(torch.nn.GRU(8, 16).eval())
+        >>> fastrnn.unfreeze(model)
+        GRU(8, 16)
     """
     for module in list(model.modules()):
         if vars(module).pop("_frozen", None) is not None:

@@ -99,8 +99,8 @@ def _vmap_by_loop(
 class LayerFunction(torch.autograd.Function):
     """One layer in all its directions as an autograd function.
 
-    Twice differentiable, and made for torch.func: grad, vmap, jvp and what they compose to. Its
-    arguments inside are layer.options, one tuple, and layer.tensors.
+    It is twice differentiable, and supports grad, vmap, jvp of torch.func and their combinations.
+    Its arguments inside are layer.options, one tuple, and layer.tensors.
     """
 
     modes: tuple[str, ...] = tuple(CELLS)
@@ -110,11 +110,11 @@ class LayerFunction(torch.autograd.Function):
         """apply(mode, directions, batch, batch_sizes, resets, reverse, x, h_0, c_0, *weights).
 
         Args:
-            mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as far as the class is for it.
+            mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", if the class supports it.
             directions: D, 1 or 2; the second runs from each row's last step to its first.
-            batch: B. Rows without any step exist in the states alone.
-            batch_sizes: None, and all rows live for T steps; or an int64 CPU tensor [T], the rows
-                alive at each step, not increasing, as in a PackedSequence.
+            batch: B. Rows without any step have states only.
+            batch_sizes: None, if all rows have T steps; or an int64 CPU tensor [T], the number of
+                rows that have each step, not increasing, as in a PackedSequence.
             resets: None, or a bool tensor laid out as x without its features, True where a segment
                 of a row begins.
             reverse: whether a single direction runs from each row's last step to its first.
@@ -129,12 +129,22 @@ class LayerFunction(torch.autograd.Function):
             output: laid out as x, with D * P features.
             h_n: [D, B, P], after each row's last step.
             c_n: [D, B, H], for an LSTM, else empty.
-            c: every c_t, laid out as output, with D * H features, for an LSTM; else nothing to use.
-            gates: for backward alone.
+            c: every c_t, laid out as output, with D * H features, for an LSTM; else meaningless.
+            gates: for backward only.
 
         Raises:
-            ValueError: if the mode is not one of this class, or a tensor is missing or has another
-                shape, dtype or device than these.
+            ValueError: if the class does not support the mode, or a tensor is missing or has a
+                wrong shape, dtype or device.
+
+        Examples:
+            >>> import torch, fastrnn
+            >>> weights = [torch.randn(3 * 16, 8), torch.randn(3 * 16, 16)]
+            >>> x, batch_sizes = torch.randn(7, 8), torch.tensor([3, 2, 2])  # 3, 3 and 1 steps
+            >>> output, h_n, *_ = fastrnn.GRUFunction.apply(
+            ...     "GRU", 1, 3, batch_sizes, None, False, x, None, None, *weights
+            ... )
+            >>> output.shape, h_n.shape
+            (torch.Size([7, 16]), torch.Size([1, 3, 16]))
         """
         if isinstance(args[0], tuple):  # by torch.func, with the arguments of forward
             return cls._apply(*args)

@@ -91,11 +91,13 @@ class Layer(NamedTuple):
         resets: Tensor | None = None,
         *,
         reverse: bool = False,
+        checkpoint_every: int = 0,
         keep: bool = False,
         all_c: bool = False,
     ) -> Layer:
         """The layer with all options off."""
-        options = mode, directions, batch, reverse, 0, keep, all_c, 0.0, 0.0, 0.0
+        kept = checkpoint_every, keep, all_c
+        options = mode, directions, batch, reverse, *kept, 0.0, 0.0, 0.0
         return cls(
             *options, x, h_0, c_0, batch_sizes, resets, None, None, None, None, tuple(weights)
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from ._states import State, start
 from ._torch import Gru, Lstm, Rnn, is_exporting_to_onnx, is_tracing, is_transforming
 
 States = tuple[Tensor, ...]  # (h,) or (h, c), each [L * D, B, H]
+Lengths: TypeAlias = "Tensor | np.ndarray | Sequence[int]"
+Steps: TypeAlias = "Tensor | np.ndarray"  # marks, laid out as the input without its features
 
 
 def _autocast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -144,13 +146,13 @@ class _RNNBase(DropIn, RNNBase):
             own = {**given, **self._options}
             if own:
                 raise RuntimeError(
-                    f"{next(iter(own))}: expected none here, where torch's own forward runs, for "
-                    "Expanded Weights, objects that are no tensors, or ONNX of a PackedSequence"
+                    f"{next(iter(own))}: expected none here, as torch's own forward runs for "
+                    "Expanded Weights, objects that are not tensors, and ONNX of a PackedSequence"
                 )
             if self._theirs is None:
                 raise RuntimeError(
-                    f"{type(self).__name__}: torch.nn has no such cell to run here, for Expanded "
-                    "Weights, objects that are no tensors, or ONNX of a PackedSequence"
+                    f"{type(self).__name__}: torch.nn has no such cell, but its forward runs for "
+                    "Expanded Weights, objects that are not tensors, and ONNX of a PackedSequence"
                 )
             return self._theirs.forward(self, input, hx)
         return None
@@ -359,17 +361,17 @@ class _RNNBase(DropIn, RNNBase):
         return tuple(x.new_zeros(entries, batch, size) for size in self._state_sizes())
 
     def initial_state(self, hx: Any = None, *, batch: int | None = None) -> State:
-        """The state before the first step, for taking one step at a time: see fastrnn.State.
+        """The state before the first step, to run the module one step at a time: see fastrnn.State.
 
-        Without gradients, on the CPU, it packs the weights, once for the module.
+        Without gradients, on the CPU, this packs the weights, once for the module.
 
         Args:
             hx: as in forward, with B or without; None means zeros.
             batch: B, for inputs [B, I]. None without hx: unbatched, for inputs [I].
 
         Raises:
-            ValueError: if the module is bidirectional, whose second direction begins at the last
-                step; or hx or batch is of another type or shape than these.
+            ValueError: if the module is bidirectional, since its second direction begins at the
+                last step; or if hx or batch is of a wrong type or shape.
         """
         return start(self, hx, batch)
 
@@ -437,7 +439,9 @@ class _RNNBase(DropIn, RNNBase):
                 name = "mask" if lengths is None else "lengths"
                 raise ValueError(f"{name}: expected none with a PackedSequence, which has its own")
             if is_exporting_to_onnx():
-                raise RuntimeError("a PackedSequence is nothing that ONNX knows; give lengths=")
+                raise RuntimeError(
+                    "input: expected a tensor for ONNX, got a PackedSequence; pass lengths="
+                )
             return self._forward_packed(input, states, reset, all_states, grad_scale, inputs)
 
         batch_dim = 0 if self.batch_first else 1
@@ -653,11 +657,43 @@ class LSTM(_RNNBase):
             any. What was clipped cannot be differentiated again.
 
     Raises:
-        ValueError: if an argument is out of range. The texts are torch.nn's.
+        ValueError: if an argument is out of range. The messages are torch.nn's.
         TypeError: if a size is not an int, or dropout is not a number.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> rnn = fastrnn.LSTM(8, 16, num_layers=2, bidirectional=True)
+        >>> output, (h, c) = rnn(torch.randn(5, 3, 8), lengths=[5, 0, 2])
+        >>> output.shape, h.shape
+        (torch.Size([5, 3, 32]), torch.Size([4, 3, 16]))
+        >>> output, (h, c), cells = rnn(torch.randn(5, 3, 8), return_states=True)
+        >>> [tuple(layer.shape) for layer in cells]
+        [(5, 3, 32), (5, 3, 32)]
     """
 
     _theirs = Lstm
+
+    @overload  # type: ignore[misc]  # one, for types and documentation
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        checkpoint_every: int | None = None,
+        weight_dropout: float = 0.0,
+        variational: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        grad_clip: float | None = None,
+    ) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -681,6 +717,54 @@ class LSTM(_RNNBase):
                 f"({states[0].dim()}-D, {states[1].dim()}-D) tensors"
             )
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Lengths | None = None,
+        mask: Steps | None = None,
+        reset: Steps | None = None,
+        return_states: Literal[False] = False,
+        grad_scale: Steps | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Lengths | None = None,
+        mask: Steps | None = None,
+        reset: Steps | None = None,
+        return_states: Literal[True],
+        grad_scale: Steps | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        reset: Steps | PackedSequence | None = None,
+        return_states: Literal[False] = False,
+        grad_scale: Steps | PackedSequence | None = None,
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        reset: Steps | PackedSequence | None = None,
+        return_states: Literal[True],
+        grad_scale: Steps | PackedSequence | None = None,
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor], tuple[PackedSequence, ...]]: ...
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -690,7 +774,7 @@ class LSTM(_RNNBase):
         mask: Tensor | np.ndarray | None = None,
         reset: Tensor | np.ndarray | PackedSequence | None = None,
         return_states: bool = False,
-        grad_scale: Tensor | np.ndarray | PackedSequence | None = None,
+        grad_scale: Steps | PackedSequence | None = None,
     ) -> Any:
         """Runs all layers over all steps.
 
@@ -699,16 +783,16 @@ class LSTM(_RNNBase):
             hx: (h_0, c_0), [L * D, B, P] and [L * D, B, H], without B if unbatched. None means
                 zeros.
             lengths: B integers, a tensor, an array or a list: the number of valid steps of each
-                row, which come first. In any order, 0 allowed.
+                row, which come first. In any order; 0 is allowed.
             mask: bool or integers, a tensor or an array, laid out as the input without its
-                features; True, or not zero as in a tokenizer's attention_mask, where a step is
-                valid, in any pattern. A masked step leaves the state as it is and outputs zeros,
-                and what stands there in the input never matters. Not together with lengths.
+                features: True, or not zero as in a tokenizer's attention_mask, where a step is
+                valid, in any pattern. A masked step leaves the state unchanged and outputs zeros,
+                and its input has no effect. Not together with lengths.
             reset: as mask (a PackedSequence or its data, for a PackedSequence); True where a step
-                begins a new segment of its row, such as an episode or a document. Nothing goes
+                begins a new segment of its row, such as an episode or a document. Nothing passes
                 from one segment to another: the forward direction enters a segment, and the reverse
-                direction the segment before it, with a zero state. On a masked step it counts for
-                the row's next valid one.
+                direction the segment before it, with a zero state. A reset on a masked step applies
+                to the row's next valid step.
             return_states: whether to return c too.
             grad_scale: a floating tensor or array, laid out as mask (for a PackedSequence one, or
                 its data): the gradient that flows back from a step, through h and c, to the step
@@ -725,7 +809,7 @@ class LSTM(_RNNBase):
         Raises:
             ValueError: if lengths, mask, reset or grad_scale is of a wrong type, shape or range, or
                 both lengths and mask are given, or one of them with a PackedSequence.
-            RuntimeError: as torch.nn's, with its text, for input and hx of wrong shapes or devices.
+            RuntimeError: if input or hx is of a wrong shape or device; the message is torch.nn's.
         """
         # return_states first: of the proxies of torch.fx it alone says that it is none of a bool.
         is_plain = not return_states and lengths is None and mask is None
@@ -750,9 +834,60 @@ class LSTM(_RNNBase):
         )
         return (output, (h_n, c_n), c) if return_states else (output, (h_n, c_n))
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class _OneState(_RNNBase):
     """GRU and RNN, whose state is h alone."""
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        mask: Steps | None = None,
+        reset: Steps | None = None,
+        return_states: Literal[False] = False,
+        grad_scale: Steps | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        mask: Steps | None = None,
+        reset: Steps | None = None,
+        return_states: Literal[True],
+        grad_scale: Steps | None = None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        reset: Steps | PackedSequence | None = None,
+        return_states: Literal[False] = False,
+        grad_scale: Steps | PackedSequence | None = None,
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        reset: Steps | PackedSequence | None = None,
+        return_states: Literal[True],
+        grad_scale: Steps | PackedSequence | None = None,
+    ) -> tuple[PackedSequence, Tensor, tuple[PackedSequence, ...]]: ...
 
     def forward(
         self,
@@ -763,7 +898,7 @@ class _OneState(_RNNBase):
         mask: Tensor | np.ndarray | None = None,
         reset: Tensor | np.ndarray | PackedSequence | None = None,
         return_states: bool = False,
-        grad_scale: Tensor | np.ndarray | PackedSequence | None = None,
+        grad_scale: Steps | PackedSequence | None = None,
     ) -> Any:
         """Runs all layers over all steps.
 
@@ -771,16 +906,16 @@ class _OneState(_RNNBase):
             input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
             hx: h_0 [L * D, B, H], without B if unbatched. None means zeros.
             lengths: B integers, a tensor, an array or a list: the number of valid steps of each
-                row, which come first. In any order, 0 allowed.
+                row, which come first. In any order; 0 is allowed.
             mask: bool or integers, a tensor or an array, laid out as the input without its
-                features; True, or not zero as in a tokenizer's attention_mask, where a step is
-                valid, in any pattern. A masked step leaves the state as it is and outputs zeros,
-                and what stands there in the input never matters. Not together with lengths.
+                features: True, or not zero as in a tokenizer's attention_mask, where a step is
+                valid, in any pattern. A masked step leaves the state unchanged and outputs zeros,
+                and its input has no effect. Not together with lengths.
             reset: as mask (a PackedSequence or its data, for a PackedSequence); True where a step
-                begins a new segment of its row, such as an episode or a document. Nothing goes
+                begins a new segment of its row, such as an episode or a document. Nothing passes
                 from one segment to another: the forward direction enters a segment, and the reverse
-                direction the segment before it, with a zero state. On a masked step it counts for
-                the row's next valid one.
+                direction the segment before it, with a zero state. A reset on a masked step applies
+                to the row's next valid step.
             return_states: whether to return h too.
             grad_scale: a floating tensor or array, laid out as mask (for a PackedSequence one, or
                 its data): the gradient that flows back from a step, through h, to the step before
@@ -797,7 +932,7 @@ class _OneState(_RNNBase):
         Raises:
             ValueError: if lengths, mask, reset or grad_scale is of a wrong type, shape or range, or
                 both lengths and mask are given, or one of them with a PackedSequence.
-            RuntimeError: as torch.nn's, with its text, for input and hx of wrong shapes or devices.
+            RuntimeError: if input or hx is of a wrong shape or device; the message is torch.nn's.
         """
         # return_states first: of the proxies of torch.fx it alone says that it is none of a bool.
         is_plain = not return_states and lengths is None and mask is None
@@ -821,6 +956,9 @@ class _OneState(_RNNBase):
             input, states, lengths, mask, reset, return_states, grad_scale
         )
         return (output, h_n, h) if return_states else (output, h_n)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class GRU(_OneState):
@@ -867,11 +1005,41 @@ class GRU(_OneState):
             any. What was clipped cannot be differentiated again.
 
     Raises:
-        ValueError: if an argument is out of range, or proj_size is given. The texts are torch.nn's.
+        ValueError: if an argument is out of range, or proj_size is given. The messages are
+            torch.nn's.
         TypeError: if a size is not an int, or dropout is not a number.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> rnn = fastrnn.GRU(8, 16, batch_first=True)
+        >>> x, begins = torch.randn(3, 5, 8), torch.rand(3, 5) < 0.3
+        >>> output, h = rnn(x, reset=begins)
+        >>> output.shape, h.shape
+        (torch.Size([3, 5, 16]), torch.Size([1, 3, 16]))
     """
 
     _theirs = Gru
+
+    @overload  # type: ignore[misc]  # one, for types and documentation
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        checkpoint_every: int | None = None,
+        weight_dropout: float = 0.0,
+        variational: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        grad_clip: float | None = None,
+    ) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
@@ -920,11 +1088,41 @@ class RNN(_OneState):
             any. What was clipped cannot be differentiated again.
 
     Raises:
-        ValueError: if an argument is out of range, or proj_size is given. The texts are torch.nn's.
+        ValueError: if an argument is out of range, or proj_size is given. The messages are
+            torch.nn's.
         TypeError: if a size is not an int, or dropout is not a number.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> rnn = fastrnn.RNN(8, 16, nonlinearity="relu")
+        >>> output, h = rnn(torch.randn(5, 3, 8), mask=torch.ones(5, 3, dtype=torch.bool))
+        >>> torch.equal(output[-1], h[0])
+        True
     """
 
     _theirs = Rnn
+
+    @overload  # type: ignore[misc]  # one, for types and documentation
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        checkpoint_every: int | None = None,
+        weight_dropout: float = 0.0,
+        variational: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        grad_clip: float | None = None,
+    ) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:

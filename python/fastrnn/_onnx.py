@@ -31,12 +31,12 @@ _OPERATORS = {
 
 
 def refuse(module: nn.RNNBase, **options: Any) -> None:
-    """Raises RuntimeError for an option that ONNX's nodes have no word for."""
+    """Raises RuntimeError for an option that ONNX's nodes cannot express."""
     if module.mode not in _OPERATORS:
-        raise RuntimeError(f"{type(module).__name__}: ONNX has nodes for LSTM, GRU and RNN alone")
+        raise RuntimeError(f"{type(module).__name__}: ONNX has nodes for LSTM, GRU and RNN only")
     operator = _OPERATORS[module.mode].name
     why = {
-        "mask": "lengths, and so no holes; where valid steps come first, give lengths=",
+        "mask": "lengths only; if the valid steps come first, pass lengths=",
         "reset": "no reset of the state within a row; call the layer once per segment",
         "return_states": "no cell state of every step; export a loop of fastrnn.LSTMCell",
         "grad_scale": "no gradient",
@@ -51,8 +51,7 @@ def refuse(module: nn.RNNBase, **options: Any) -> None:
         given.remove("return_states")  # the outputs of each node are its states
     given += ["proj_size"] if module.proj_size else []
     if given:
-        knows = "knows" if given[0] == "mask" else "has"
-        raise RuntimeError(f"{given[0]}: ONNX's {operator} {knows} {why[given[0]]}")
+        raise RuntimeError(f"{given[0]}: ONNX's {operator} has {why[given[0]]}")
 
 
 def run_layer(

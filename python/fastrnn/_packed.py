@@ -152,10 +152,10 @@ def check_frozen(module: Any, *tensors: Tensor | None) -> None:
     name = type(module).__name__
     if module.training:
         raise RuntimeError(
-            f"{name}: it is frozen, and in training mode; call eval(), or fastrnn.unfreeze"
+            f"{name}: it is frozen, but in training mode; call eval(), or fastrnn.unfreeze"
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
-            f"{name}: it is frozen, so it has no gradient, but its input requires one; use "
+            f"{name}: it is frozen, so it has no gradient, but input or hx requires one; use "
             "torch.no_grad(), or fastrnn.unfreeze"
         )

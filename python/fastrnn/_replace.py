@@ -41,9 +41,9 @@ class Swap(NamedTuple):
     Attributes:
         path: as in model.named_modules(); "" is the model itself.
         old: its class before.
-        new: its class now, or None where it was left.
-        reason: why it was left; of one that was swapped, what was lost.
-        hint: what could be done about that.
+        new: its class now, or None if it was left unchanged.
+        reason: why it was left; or, if it was converted, what was lost.
+        hint: a remedy.
     """
 
     path: str
@@ -60,7 +60,7 @@ class Swap(NamedTuple):
 
 
 class Report(tuple[Swap, ...]):
-    """The modules that a replace or restore met, a tuple of Swap; printed, one line each."""
+    """What replace or restore did: a tuple of Swap. It prints as one line for each module."""
 
     @property
     def swapped(self) -> list[Swap]:
@@ -69,7 +69,7 @@ class Report(tuple[Swap, ...]):
 
     @property
     def left(self) -> list[Swap]:
-        """Those that were left, each with its reason."""
+        """Those that were left unchanged, each with its reason."""
         return [swap for swap in self if swap.new is None]
 
     def __repr__(self) -> str:
@@ -102,7 +102,7 @@ def _base(cls: Class) -> Any:
 
 
 class _Rebased(type):
-    """The class of a module whose class is derived from torch.nn's, and now stands on ours.
+    """The class of a module whose class was derived from torch.nn's, and now is from fastrnn's.
 
     It is derived from that class and from one, `_Between`, that is derived from ours and torch's in
     this order. So the method that the class calls by super() is ours, and isinstance of the class
@@ -126,7 +126,7 @@ def _rebuilt(cls: Class) -> nn.Module:
 
 @cache
 def _on_ours(cls: Any) -> Any:
-    """The class that stands on ours as cls does on torch.nn's."""
+    """The class that is derived from fastrnn's class as cls is from torch.nn's."""
     between = _between(_base(cls))
     own: dict[str, Any] = {
         "__module__": cls.__module__,
@@ -168,18 +168,18 @@ def _why_leave(module: nn.Module, subclasses: bool) -> tuple[str, str]:
     cls = _class(module)
     base = _base(cls)
     if base not in _OURS:
-        reason = "not a class of torch.nn, whose own code may not work on ours"
+        reason = "not a class of torch.nn, whose own code may not work with fastrnn"
         return reason, "build it on fastrnn's layers"
     if "forward" in vars(module):
         hint = "delete the attribute, or make it a hook"
         return "its forward was overridden on the instance", hint
     if cls is not base:
-        reason = f"a subclass of {_name(base)}, whose own code may not work on ours"
+        reason = f"a subclass of {_name(base)}, whose own code may not work with fastrnn"
         if not _may_be_rebased(cls):
             reason = f"a subclass of {_name(base)} with a forward of its own that does not call it"
             return reason, f"derive it from {_name(_OURS[base])}"
         if not subclasses:
-            return reason, "replace(model, subclasses=True) puts it on ours"
+            return reason, "replace(model, subclasses=True) converts it"
     weight = next(module.parameters(), None)
     if weight is not None and not weight.is_meta and not has_kernel(weight):
         reason = f"no kernel for {weight.dtype} on {weight.device.type}, torch.nn is faster there"
@@ -195,26 +195,28 @@ def _walk(model: nn.Module, swap: Callable[[str, nn.Module], Swap | None]) -> Re
 
 
 def replace(model: nn.Module, *, subclasses: bool = False) -> Report:
-    """Turns every torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in model into ours.
+    """Converts every torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in model to fastrnn's.
 
-    In place, the model itself included: each module stays the same object with the same Parameter
-    objects, buffers, hooks, parametrizations and training mode, so that optimizers and all other
-    references stay right, and only its class changes (isinstance(m, torch.nn.LSTM) no longer
-    holds). Doing it again changes nothing.
+    This happens in place, and includes the model itself. Each module remains the same object with
+    the same Parameter objects, buffers, hooks, parametrizations and training mode, so optimizers
+    and all other references remain valid. Only its class changes, so isinstance(m, torch.nn.LSTM)
+    no longer holds. Calling it again changes nothing.
 
-    Left as they are: subclasses, modules whose forward was overridden on the instance, and those
-    on a device or in a dtype without a kernel (meta tensors apart, which get theirs later).
+    Some modules are left unchanged: subclasses, modules whose forward was overridden on the
+    instance, and modules on a device or in a dtype without a kernel. Those on the meta device are
+    converted.
 
     Args:
-        model: any module; itself a recurrent one, too.
-        subclasses: whether to take modules of subclasses too whose forward is torch's own or calls
-            it by super(). Such a module gets a class derived from its own and, in torch's place,
-            from ours; isinstance holds as before. Other modules of the class stay what they are.
+        model: any module; it may itself be recurrent.
+        subclasses: whether to convert also modules of subclasses whose forward is torch's own or
+            calls it through super(). Such a module gets a class derived from its own class and, in
+            place of torch's, from fastrnn's; isinstance gives the same answers as before. Other
+            modules of the class do not change.
 
     Returns:
-        A Swap for each module swapped or left. Modules that are ours already do not appear.
+        A Swap for each module that was converted or left. Modules of fastrnn do not appear.
 
-    Example:
+    Examples:
         >>> class Encoder(torch.nn.LSTM):
         ...     pass
         >>> model = torch.nn.Sequential(Encoder(3, 4))
@@ -237,17 +239,17 @@ def replace(model: nn.Module, *, subclasses: bool = False) -> Report:
 
 
 def restore(model: nn.Module, *, all: bool = False) -> Report:
-    """Takes back what fastrnn.replace did in model, in place and with nothing else changed.
+    """Undoes fastrnn.replace in model, in place; nothing else changes.
 
     Args:
-        model: any module; itself a recurrent one, too.
-        all: whether modules that were built as ours become torch.nn's too. An option that torch's
-            class has not, such as checkpoint_every, is lost, and the report says so.
+        model: any module; it may itself be recurrent.
+        all: whether to convert also modules that were built with fastrnn. An option that torch's
+            class does not have, such as checkpoint_every, is lost, and the report names it.
 
     Returns:
-        A Swap for each module that replace had swapped, and with `all` for each of ours.
+        A Swap for each module that replace had converted, and with `all` for each of fastrnn's.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(fastrnn.GRU(3, 4))
         >>> print(fastrnn.restore(model, all=True))
         0: fastrnn.GRU -> torch.nn.GRU
@@ -265,12 +267,12 @@ def restore(model: nn.Module, *, all: bool = False) -> Report:
                 hint = "set the class that replace gave it, and restore again"
                 return Swap(path, old, None, "its class was changed after replace", hint)
             base = next(c for c in old.__mro__ if c in _THEIRS)
-            reason = f"a subclass of {_name(base)}, whose own code may need ours"
+            reason = f"a subclass of {_name(base)}, whose own code may need fastrnn"
             return Swap(path, old, None, reason, f"derive it from {_name(_THEIRS[base])}")
         vars(module).pop(_MARK, None)
         lost = module.drop_options() if isinstance(module, DropIn) else ""
         _set_class(module, new)
-        reason = lost and f"without {lost}, which {_name(_base(new))} has not"
+        reason = lost and f"without {lost}, which {_name(_base(new))} does not have"
         return Swap(path, old, new, reason)
 
     return _walk(model, swap)

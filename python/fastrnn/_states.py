@@ -25,26 +25,25 @@ def _shown(value: Any) -> str:
 class State:
     """The states of all layers of an LSTM, a GRU, an RNN or a cell of your own, between two steps.
 
-    `rnn.initial_state()` makes the first one, and every other one comes from a state before it. A
-    state never changes. So an old one can be gone on from again, and histories branch into trees;
-    gradients flow back through all branches.
+    `rnn.initial_state()` makes the first state, and each further state is made from another one. A
+    state is immutable. You can continue from the same state several times, so histories branch into
+    trees, and gradients flow back through all branches.
 
-    There are two kinds, which differ in speed alone. Where a gradient may be wanted, when
-    initial_state is called with gradients enabled and a parameter or hx requires one, a state is
-    tensors, and each step a node of autograd on the module's parameters. Elsewhere, on the CPU,
-    it runs on weights that are packed once for the module, as long as its parameters stay as they
-    are: a parameter that was replaced, moved or changed in place is noticed at the next step, which
-    packs again. Not to be noticed are changes that torch itself does not count: through `.data`,
-    through NumPy, or of tensors made in inference mode. What is packed takes as much memory as the
-    weights.
+    There are two kinds, which differ in speed only. If gradients are enabled when initial_state is
+    called, and a parameter or hx requires one, a state consists of tensors, and each step is a node
+    of the autograd graph. Otherwise, on the CPU, it runs on weights that are packed once for the
+    module. If a parameter is replaced, moved or changed in place, the next step notices it and
+    packs again. Changes that torch itself does not count go unnoticed: those through `.data` or
+    NumPy, and those to tensors made in inference mode. The packed weights take as much memory as
+    the weights themselves.
 
-    A state of the second kind keeps no history: memory does not grow with the number of steps. One
-    of the first kind keeps what backward needs, as torch does, until the last state and the last
-    result of it is gone.
+    A state of the second kind keeps no history, so memory does not grow with the number of steps. A
+    state of the first kind keeps what backward needs, as torch does, until the last state and the
+    last result of its history are released.
 
-    Hooks of the module do not run for a step, and dropout draws anew for each.
+    Hooks of the module do not run for a step, and dropout draws a new mask for each step.
 
-    Example:
+    Examples:
         >>> import torch, fastrnn
         >>> rnn = fastrnn.LSTM(8, 16)
         >>> s = rnn.initial_state(batch=3)
@@ -74,12 +73,12 @@ class State:
 
         Args:
             x: [B, I], or [I] of an unbatched state.
-            mask: bool [B], or what torch.as_tensor makes one of; a row where it is False keeps its
-                state, and what stands there in x does not matter.
-            inputs: of a cell with inputs that no weight multiplies, as in its forward, without T.
+            mask: bool [B], or what torch.as_tensor turns into that; a row where it is False keeps
+                its state, and its x has no effect.
+            inputs: for a cell with inputs that no weight multiplies, as in its forward, without T.
 
         Raises:
-            ValueError: if x, mask or inputs is of another shape, dtype or device than these.
+            ValueError: if x, mask or inputs is of a wrong shape, dtype or device.
             RuntimeError: if the module is frozen and in training mode, or its parameters changed.
         """
         if self._core is not None and inputs is None:
@@ -109,7 +108,7 @@ class State:
     def add_inputs(self, xs: Tensor | Sequence[Tensor], *, mask: Any = None) -> list[State]:
         """The states after each of xs, [T, B, I], or [T, I] of an unbatched state, in T steps.
 
-        mask: None or bool [T, B]. T stands first, whatever the module's batch_first.
+        mask: None or bool [T, B]. T comes first, also if the module has batch_first.
         """
         states, state = [], self
         masks = [None] * len(xs) if mask is None else mask
@@ -124,7 +123,7 @@ class State:
         """The outputs of the top layer after each of xs, in one fused scan.
 
         Args:
-            xs: [T, B, I], or [T, I] of an unbatched state; T stands first, whatever batch_first.
+            xs: [T, B, I], or [T, I] of an unbatched state; T comes first, also with batch_first.
 
         Returns:
             [T, B, P], or [T, P]: the output() of each of add_inputs(xs).
@@ -156,9 +155,9 @@ class State:
         return tuple(self._shaped(layer[0]) for layer in self._layers)
 
     def s(self) -> tuple[Tensor, ...]:
-        """All states: those beside h (an LSTM's memory cells), bottom to top, and then all h.
+        """All states: those other than h (c of an LSTM), bottom to top, followed by all h.
 
-        As DyNet's s(); the same as h() where there is only h.
+        As DyNet's s(). If there is no state but h, it is the same as h().
         """
         others = []
         for _, *rest in self._tensors():
@@ -170,8 +169,8 @@ class State:
         """The state that this one was made from.
 
         Raises:
-            RuntimeError: of an initial state. Of a state on packed weights also where nothing else
-                holds the one before it any more, as it keeps no history itself.
+            RuntimeError: if this is an initial state, or a state on packed weights whose
+                predecessor nothing else holds, since such a state keeps no history.
         """
         before = self._prev
         if before is None:
@@ -246,10 +245,12 @@ class State:
                 keep.
 
         Raises:
-            ValueError: if the state is unbatched, or a number is none of a row.
+            ValueError: if the state is unbatched, or a number is not that of a row.
         """
         if self._batch is None:
-            raise ValueError("select: expected a batched state, got an unbatched one")
+            raise ValueError(
+                "rows: expected none for an unbatched state, which has no rows to select"
+            )
         index = torch.as_tensor(rows, device=self._tensors()[0][0].device)
         if index.dtype == torch.bool:
             if index.shape != (self._batch,):

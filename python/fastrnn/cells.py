@@ -1,11 +1,12 @@
 """Cells from the literature, each a few lines: layers with the arguments of fastrnn.cell's classes.
 
+A cell multiplies matrices by its input and by its first state. So cells that multiply another state
+(coRNN, LEM), or the product of a state and a gate (the original GRU), are not among them.
+
+Examples:
     >>> import torch, fastrnn
     >>> rnn = fastrnn.cells.LiGRU(8, 16, bidirectional=True)
     >>> output, h_n = rnn(torch.randn(5, 3, 8))
-
-What a cell multiplies by a matrix is the input and its first state, so a cell that multiplies
-another state (coRNN, LEM), or a state times a gate (the first GRU), is not among them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The reference implementation of every layer, in plain torch.
 
-It says what fastrnn computes: slow, obvious and differentiable by autograd, on any device and
-in any dtype. The kernels are tested against it, and whatever has no kernel runs on it.
+It defines what fastrnn computes. It is slow, obvious and differentiable by autograd, on any device
+and in any dtype. The kernels are tested against it, and whatever has no kernel runs on it.
 
 Shapes: T steps, B batch rows, I input size, H hidden size, D directions, L layers, G gates of the
 cell. With a projection (LSTM only) h has P features and c has H; without one P = H.
