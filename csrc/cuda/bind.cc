@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -50,18 +49,10 @@ void* required(const char* name, void* memory) {
 
 Problem make_problem(bool backward, int cell, int dtype, int64_t steps, int64_t batch,
                      int64_t hidden, int directions, bool reverse, bool tf32) {
-  const auto check = [](const char* name, int64_t value, int64_t least, int64_t most) {
-    if (value >= least && value <= most) return;
-    fail(name,
-         std::to_string(least) + " to " + std::to_string(most) + ", got " + std::to_string(value));
-  };
-  constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
-  check("cell", cell, 0, Cells::size - 1);
-  check("dtype", dtype, 0, kDTypes - 1);
-  check("steps", steps, 0, kAny);
-  check("batch", batch, 0, kAny);
-  check("hidden", hidden, 1, kAny);
-  check("directions", directions, 1, reverse ? 1 : kMaxDirections);
+  if (cell < 0 || cell >= Cells::size || dtype < 0 || dtype >= kDTypes || steps < 0 || batch < 0 ||
+      hidden < 1 || directions < 1 || directions > kMaxDirections || (reverse && directions > 1)) {
+    throw py::value_error("sizes out of range");
+  }
   const auto type = static_cast<DType>(dtype);
   return {{cell, type, steps, batch, 0, hidden, hidden, directions, reverse, 0},
           backward ? Pass::kBackward : Pass::kForward,
@@ -94,9 +85,7 @@ class Scan {
        const Optional& carried, Recurrence& args)
       : layer_(read_layer(record)), device_(device), plan_(plan), problem_(args.problem) {
     const ScanShape& shape = layer_.shape;
-    if (shape.proj != shape.hidden || layer_.weights[0].hr) {
-      fail("weight_hr", "None: a layer with a projection is not one scan");
-    }
+    if (shape.proj != shape.hidden || layer_.weights[0].hr) fail("layer", "one without projection");
     if (layer_.rows == 0) fail("x", "at least one step");
     // A plan with tensor cores for float32 rounds to tf32.
     args.problem = {shape, pass, layer_.traits().gates, plan.tensor};
