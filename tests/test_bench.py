@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -517,3 +522,36 @@ def test_heatmap_is_a_picture(result, tmp_path):
     blue = (pixels[..., 2] - pixels[..., 0]) > 0.3
     red = (pixels[..., 0] - pixels[..., 2]) > 0.3
     assert min(blue.sum(), red.sum()) > 1000
+
+
+DAY = Path(main.__file__).with_name("gpu_day.sh")
+
+
+def day(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_PYTHON": sys.executable}
+    command = ["bash", str(DAY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_day_with_a_gpu_goes_on_where_it_stopped(tmp_path):
+    """The script, whose stages a GPU's machine runs, in its rehearsal."""
+    stages = dict(line.split() for line in day("--list").stdout.splitlines())
+    assert max(map(int, stages.values())) <= 480
+    names = list(stages)
+    assert names[:3] == ["versions", "build", "plan-step"]
+    done = [f"{name} 0 1" for name in names if name not in ("versions", "build")]
+    (tmp_path / "summary.txt").write_text("\n".join(done) + "\n")
+    found = day("--rehearse", str(tmp_path))
+    assert found.returncode == 0, found.stdout
+    assert re.findall("^== (.*):", found.stdout, re.M) == ["versions", "build"]
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert [line.split()[0] for line in summary[-2:]] == ["versions", "build"]
+    assert "torch" in (tmp_path / "versions.log").read_text()
+    assert (tmp_path / "all.tar.gz").stat().st_size > 0
+
+
+def test_the_day_with_a_gpu_knows_its_stages(tmp_path):
+    assert day().returncode == 2
+    found = day(str(tmp_path), "no-such-stage")
+    assert found.returncode == 2
+    assert "no-such-stage" in found.stderr
