@@ -105,10 +105,11 @@ def loads_in_flight(code: list[tuple[str, str]]) -> int:
         if name.startswith("HMMA"):  # reads up to four registers from each that it names
             used = registers_of(sources, 4)
         if any(used & load for load in pending) or name in ("EXIT", "RET", "LABEL"):
+            if not name.startswith("ST"):  # else they are copied, before the first step
+                most = max(most, len(pending))
             pending = []
         if re.match(r"LD[GS]?\b.*\.128", name):
             pending.append(registers_of(target, 4))
-            most = max(most, len(pending))
     return most
 
 

@@ -30,15 +30,15 @@ class BackwardItems {
     }
   }
 
-  // Step i, for which `sums` is W_hh^T times the gradients of the gates at t+1.
+  // Step i, for which `total` is W_hh^T times the gradients of the gates at t+1.
   template <class Exchange>
-  FASTRNN_DEVICE void finish(int64_t i, const T* sums, Exchange& exchange) {
+  FASTRNN_DEVICE void finish(int64_t i, const SliceSum<T>& total, Exchange& exchange) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int row = block_.local_row + k * block_.row_step;
       if (place_[k] >= 0) {
-        run_cell(i, k, row, dh_after(k, row, sums), exchange);
+        run_cell(i, k, row, dh_after(k, row, total), exchange);
       } else {  // not a valid step: the gradients pass through unchanged
 #pragma unroll
         for (int g = 0; g < G; ++g) {
@@ -50,12 +50,12 @@ class BackwardItems {
   }
 
   // The gradients of the initial states, after all steps.
-  FASTRNN_DEVICE void finish_states(const T* sums) {
+  FASTRNN_DEVICE void finish_states(const SliceSum<T>& total) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int64_t state = block_.state(k);
-      const V dh = carried_.h[k] = dh_after(k, block_.local_row + k * block_.row_step, sums);
+      const V dh = carried_.h[k] = dh_after(k, block_.local_row + k * block_.row_step, total);
       if (args_.d_h_0 != nullptr) narrow(dh.value, static_cast<S*>(args_.d_h_0)[state]);
       if constexpr (Cell::has_cell_state) {
         if (args_.d_c_0 != nullptr) {
@@ -105,8 +105,8 @@ class BackwardItems {
   }
 
   // The gradient of h from the step after.
-  FASTRNN_DEVICE V dh_after(int k, int row, const T* sums) const {
-    return carried_.h[k] + V(sum_slices(block_.p.layout, sums, row, block_.local_unit));
+  FASTRNN_DEVICE V dh_after(int k, int row, const SliceSum<T>& total) const {
+    return carried_.h[k] + V(total(row, block_.local_unit));
   }
 
   template <class Exchange>
@@ -153,19 +153,20 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
 
     auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
     BackwardItems<Cell, S> items(block);
-    const char* weights = block_weights(block);
+    const Product<S, Tensor> product(p.layout, block_weights(block), p.plan.resident, sums);
+    const SliceSum<Compute<S>> total(p.layout, sums);
     StateExchange exchange(block);
     exchange.start();
     for (int64_t i = first; i < last; ++i) {
       const bool is_step = i < block.count;
       if (is_step) items.read(block.time(i));  // while others finish the gradients at t+1
       exchange.wait(i);
-      multiply<S, Tensor>(p.layout, weights, exchange.states(i), StateExchange::load_state, sums);
+      product.run(exchange.states(i), StateExchange::load_state);
       sync_block();
       if (is_step) {
-        items.finish(i, sums, exchange);
+        items.finish(i, total, exchange);
       } else {
-        items.finish_states(sums);
+        items.finish_states(total);
       }
       exchange.arrive();
     }

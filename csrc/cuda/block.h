@@ -202,7 +202,9 @@ class GridExchange {
   FASTRNN_DEVICE void finish() {}
 
   FASTRNN_DEVICE const char* states(int64_t i) const { return states_ + i % 2 * second_; }
-  FASTRNN_DEVICE static Vector16 load_state(const char* p) { return load_shared_cache(p); }
+  FASTRNN_DEVICE static Vector16 load_state(const char* p, bool condition) {
+    return load_shared_cache_if(condition, p);
+  }
   FASTRNN_DEVICE S get(int64_t i, int row, int64_t column) const {
     return reinterpret_cast<const S*>(states(i))[row * layout_.stride + column];
   }
@@ -251,7 +253,9 @@ class ClusterExchange {
   FASTRNN_DEVICE void finish() { wait(0); }
 
   FASTRNN_DEVICE const char* states(int64_t i) const { return states_ + i % 2 * bytes_; }
-  FASTRNN_DEVICE static Vector16 load_state(const char* p) { return load(p); }
+  FASTRNN_DEVICE static Vector16 load_state(const char* p, bool condition) {
+    return load_shared_if(condition, p);
+  }
   FASTRNN_DEVICE S get(int64_t i, int row, int64_t column) const {
     return reinterpret_cast<const S*>(states(i))[row * layout_.stride + column];
   }
@@ -272,18 +276,6 @@ class ClusterExchange {
   char* states_;
   const char* initial_;
 };
-
-// The product for one row and one of the block's columns: its parts over the depth, added up in
-// order.
-template <class T>
-FASTRNN_DEVICE T sum_slices(const Layout& layout, const T* sums, int row, int column) {
-  const int64_t pitch = layout.columns + kSkew;
-  T sum = 0;
-  for (int slice = 0; slice < layout.slices; ++slice) {
-    sum += sums[(slice * layout.rows + row) * pitch + column];
-  }
-  return sum;
-}
 
 // Whether kernels like this one are compiled for the architecture at hand.
 template <class S, bool Tensor>

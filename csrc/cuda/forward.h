@@ -39,14 +39,14 @@ class ForwardItems {
     }
   }
 
-  // Step i, for which `sums` is W_hh h_{t-1}.
+  // Step i, for which `total` is W_hh h_{t-1}.
   template <class Exchange>
-  FASTRNN_DEVICE void finish(int64_t i, const T* sums, Exchange& exchange) {
+  FASTRNN_DEVICE void finish(int64_t i, const SliceSum<T>& total, Exchange& exchange) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int row = block_.local_row + k * block_.row_step;
-      if (place_[k] >= 0) run_cell(k, row, sums);
+      if (place_[k] >= 0) run_cell(k, row, total);
       S h;
       narrow(carried_.h[k].value, h);
       exchange.put(i, row, block_.unit, h);
@@ -66,7 +66,7 @@ class ForwardItems {
     return static_cast<S*>(args_.gates) + block_.column(place_[k], G);
   }
 
-  FASTRNN_DEVICE void run_cell(int k, int row, const T* sums) {
+  FASTRNN_DEVICE void run_cell(int k, int row, const SliceSum<T>& total) {
     const Layout& layout = block_.p.layout;
     auto& [h, c] = carried_;
     V r[G], extra(0);
@@ -74,7 +74,7 @@ class ForwardItems {
     for (int g = 0; g < G; ++g) {
       r[g] = bias_[g];
       if (resets_[k]) continue;
-      r[g] = r[g] + V(sum_slices(layout, sums, row, g * layout.units + block_.local_unit));
+      r[g] = r[g] + V(total(row, g * layout.units + block_.local_unit));
     }
     if (Cell::has_cell_state && !resets_[k]) extra = c[k];
     h[k] = Cell::forward(x_[k], r, resets_[k] ? V(0) : h[k], extra);
@@ -114,15 +114,16 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
 
     auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
     ForwardItems<Cell, S> items(block);
-    const char* weights = block_weights(block);
+    const Product<S, Tensor> product(p.layout, block_weights(block), p.plan.resident, sums);
+    const SliceSum<Compute<S>> total(p.layout, sums);
     StateExchange exchange(block);
     exchange.start();
     for (int64_t i = first; i < last; ++i) {
       items.read(block.time(i));  // while others finish h_{t-1}
       exchange.wait(i);
-      multiply<S, Tensor>(p.layout, weights, exchange.states(i), StateExchange::load_state, sums);
+      product.run(exchange.states(i), StateExchange::load_state);
       sync_block();
-      items.finish(i, sums, exchange);
+      items.finish(i, total, exchange);
       exchange.arrive();
     }
     exchange.finish();

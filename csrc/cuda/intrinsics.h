@@ -68,11 +68,25 @@ FASTRNN_DEVICE T shuffle_xor(T value, int mask) {
 
 FASTRNN_DEVICE Vector16 load(const void* p) { return *static_cast<const Vector16*>(p); }
 FASTRNN_DEVICE void store(void* p, Vector16 v) { *static_cast<Vector16*>(p) = v; }
-// From the cache that all blocks share: another block may just have written it.
-FASTRNN_DEVICE Vector16 load_shared_cache(const void* p) {
-  const uint4 v = __ldcg(static_cast<const uint4*>(p));
-  return {v.x, v.y, v.z, v.w};
-}
+
+// 16 bytes, or zeros. Predicated loads, where the compiler would branch: of global memory, of the
+// block's shared memory, and of the cache that all blocks share, as another block may just have
+// written there.
+#define FASTRNN_LOAD_IF(name, instruction, letter, address)                      \
+  FASTRNN_DEVICE Vector16 name(bool condition, const void* p) {                  \
+    Vector16 v{0, 0, 0, 0};                                                      \
+    asm volatile("{.reg .pred is;\n\tsetp.ne.b32 is, %4, 0;\n\t@is " instruction \
+                 " {%0,%1,%2,%3}, [%5];}"                                        \
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)                    \
+                 : "r"(static_cast<int>(condition)), letter(address)             \
+                 : "memory");                                                    \
+    return v;                                                                    \
+  }
+FASTRNN_LOAD_IF(load_if, "ld.global.v4.u32", "l", __cvta_generic_to_global(p))
+FASTRNN_LOAD_IF(load_shared_cache_if, "ld.global.cg.v4.u32", "l", __cvta_generic_to_global(p))
+FASTRNN_LOAD_IF(load_shared_if, "ld.shared.v4.u32", "r",
+                static_cast<uint32_t>(__cvta_generic_to_shared(p)))
+#undef FASTRNN_LOAD_IF
 
 // A counter as a barrier between blocks: what was written before an arrival is seen after a wait
 // for it.

@@ -35,7 +35,8 @@ double cost(const Problem& p, const DeviceInfo& device, const Plan& plan, const 
 
 bool is_possible(const Problem& p, const DeviceInfo& device, const Plan& plan) {
   if (plan.units < 1 || kThreads % plan.units != 0 || plan.rows < kOctet ||
-      plan.rows % kOctet != 0 || plan.units * plan.rows > kThreads * kItems || plan.slices < 1) {
+      plan.rows % kOctet != 0 || plan.units * plan.rows > kThreads * kItems || plan.slices < 1 ||
+      plan.slices > kWarps) {
     return false;
   }
   if (plan.tensor && !has_tensor_cores(p, device)) return false;

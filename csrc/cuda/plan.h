@@ -24,9 +24,11 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kItems = 4;        // (row, unit) pairs of a thread, at most
 constexpr int kBlockBytes = 64;  // of one column or row, along the depth of the product
 constexpr int kTile = 16;        // columns of a tensor core's product
-constexpr int kWarpTiles = 4;    // of them in one warp at once
-constexpr int kOctet = 8;        // rows of a tensor core's product
+constexpr int kOctet = 8;        // rows of a tensor core's product, and half a tile of columns
 constexpr int kSkew = 4;         // between rows of sums: no two of a warp in one bank
+
+// Tiles of columns in one warp at once: those whose sums stay in registers.
+FASTRNN_HD constexpr int warp_tiles(int64_t element) { return element == 8 ? 2 : 4; }
 
 enum class Pass : int { kForward, kBackward };
 
@@ -76,7 +78,7 @@ FASTRNN_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1
 // Everything that follows from a problem and a plan. Offsets and sizes are in bytes, `stride` in
 // elements.
 struct Layout {
-  int units, rows, columns;  // of a block; columns are filled up to whole tiles
+  int units, rows, columns;  // of a block; columns are filled up to whole octets
   int slices, row_parts, column_parts;
   int64_t unit_tiles, row_tiles;
   int64_t depth_blocks, stride;  // of a row of exchanged states
@@ -86,10 +88,10 @@ struct Layout {
   FASTRNN_HD constexpr Layout(const Problem& p, const Plan& plan)
       : units(plan.units),
         rows(plan.rows),
-        columns(static_cast<int>(divide_up(p.columns_per_unit() * plan.units, kTile)) * kTile),
+        columns(static_cast<int>(divide_up(p.columns_per_unit() * plan.units, kOctet)) * kOctet),
         slices(plan.slices),
         row_parts(static_cast<int>(divide_up(plan.rows, rows_per_warp(plan.tensor)))),
-        column_parts(static_cast<int>(divide_up(columns, kTile * kWarpTiles))),
+        column_parts(static_cast<int>(divide_up(columns, kTile * warp_tiles(p.element())))),
         unit_tiles(plan.kind == Kind::kCluster ? plan.cluster : divide_up(p.hidden, plan.units)),
         row_tiles(divide_up(p.batch, plan.rows)),
         depth_blocks(divide_up(p.depth() * p.element(), kBlockBytes)),

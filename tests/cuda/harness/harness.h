@@ -80,7 +80,13 @@ T shuffle_xor(T value, int mask) {
 
 inline Vector16 load(const void* p) { return *static_cast<const Vector16*>(p); }
 inline void store(void* p, Vector16 v) { *static_cast<Vector16*>(p) = v; }
-inline Vector16 load_shared_cache(const void* p) { return load(p); }
+inline Vector16 load_if(bool condition, const void* p) {
+  return condition ? load(p) : Vector16{0, 0, 0, 0};
+}
+inline Vector16 load_shared_if(bool condition, const void* p) { return load_if(condition, p); }
+inline Vector16 load_shared_cache_if(bool condition, const void* p) {
+  return load_if(condition, p);
+}
 
 template <class S>
 void store_in_cluster(S* own, int rank, S value) {
