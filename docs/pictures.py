@@ -454,7 +454,7 @@ def gpu() -> Picture:
         ("step", "a launch ends", ["weights come from L2", "any size whatsoever"]),
         (
             "grid",
-            "a counter in global memory",
+            "flags in global memory",
             ["weights may stay in shared memory", "all blocks run at once"],
         ),
         (

@@ -161,7 +161,9 @@ struct Accumulator<S, false, Tiles, 1> {
 // The product of a block, by the parts that its warps take. Where a warp's first part lies takes
 // some divisions, so it is found out once, before the first step.
 // sums: [slices][rows][columns + kSkew].
-template <class S, bool Tensor>
+// WideSets: blocks of weights that lie in registers beside four tiles of sums; 1 leaves room for
+// items that need many.
+template <class S, bool Tensor, int WideSets>
 class Product {
  public:
   using T = Compute<S>;
@@ -221,10 +223,10 @@ class Product {
       }
       run_part<InShared, decltype(tiles)::value, 1>(part, states, load);
     };
-    if (part.column_octets <= 2) {
+    if (kTiles == 1 || part.column_octets <= 2) {
       with_octets(std::integral_constant<int, 1>{});
-    } else if (kTiles == 2 || part.column_octets <= 4) {
-      with_octets(std::integral_constant<int, 2>{});
+    } else if (part.column_octets <= 4) {
+      with_octets(std::integral_constant<int, kTiles == 1 ? 1 : 2>{});
     } else {
       with_octets(std::integral_constant<int, kTiles>{});
     }
@@ -246,7 +248,7 @@ class Product {
       read[j].read(s + j * kBlockBytes, row_bytes_, j < count, load);
     }
     // Weights are nearer than states: one block ahead is enough.
-    constexpr int sets = Tensor ? 2 : 1;
+    constexpr int sets = !Tensor ? 1 : Tiles == 4 ? WideSets : 2;
     Weights<Tiles, InShared> weights[sets];
     if constexpr (sets == 2) weights[0].read(w, part.column_octets, true);
     for (int k = 0; k < count; k += ahead) {

@@ -28,14 +28,14 @@ constexpr int kOctet = 8;        // rows of a tensor core's product, and half a 
 constexpr int kSkew = 4;         // between rows of sums: no two of a warp in one bank
 
 // Tiles of columns in one warp at once: those whose sums stay in registers.
-FASTRNN_HD constexpr int warp_tiles(int64_t element) { return element == 8 ? 2 : 4; }
+FASTRNN_HD constexpr int warp_tiles(int64_t element) { return element == 8 ? 1 : 4; }
 
 enum class Pass : int { kForward, kBackward };
 
 // What separates a step, which writes states, from the next one, which reads them.
 enum class Kind : int {
   kStep,     // the end of a launch: every size
-  kGrid,     // a counter in global memory; all blocks run at once
+  kGrid,     // flags in global memory; all blocks run at once
   kCluster,  // a cluster's barrier and distributed shared memory, or one block alone
 };
 
@@ -82,7 +82,7 @@ struct Layout {
   int slices, row_parts, column_parts;
   int64_t unit_tiles, row_tiles;
   int64_t depth_blocks, stride;  // of a row of exchanged states
-  int64_t packed, exchange, carry, counters, workspace;
+  int64_t packed, exchange, carry, flags, workspace;
   int64_t shared_exchange, shared_sums, shared;
 
   FASTRNN_HD constexpr Layout(const Problem& p, const Plan& plan)
@@ -100,8 +100,8 @@ struct Layout {
         packed(0),
         exchange(p.directions * unit_tiles * depth_blocks * columns * kBlockBytes),
         carry(exchange + 2 * p.directions * row_tiles * rows * stride * p.element()),
-        counters(carry + divide_up(2 * p.directions * p.batch * p.hidden * p.compute(), 16) * 16),
-        workspace(counters + p.directions * row_tiles * int64_t{sizeof(int64_t)}),
+        flags(carry + divide_up(2 * p.directions * p.batch * p.hidden * p.compute(), 16) * 16),
+        workspace(flags + p.directions * row_tiles * unit_tiles * int64_t{sizeof(int64_t)}),
         shared_exchange(plan.resident ? depth_blocks * columns * kBlockBytes : 0),
         shared_sums(shared_exchange +
                     (plan.kind == Kind::kCluster ? 2 * rows * stride * p.element() : 0)),
