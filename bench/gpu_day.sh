@@ -23,6 +23,7 @@ versions            60 show_versions
 build              420 build
 plan-step           60 every_way plain-step
 plan-cluster        60 every_way plain-cluster
+plan-cluster-16     60 tests tests/cuda/test_scan.py -k "long_products and cluster-of-16 and LSTM and $CHOSEN"
 plan-block          60 every_way plain-block
 plan-grid           60 every_way plain-grid
 bf16               200 tests tests/cuda/test_scan.py -k "every_way and bf16 and $CHOSEN"

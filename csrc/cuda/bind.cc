@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -223,6 +224,9 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   py::class_<DeviceInfo>(m, "DeviceInfo")
       .def(py::init<int, int64_t, int>(), py::arg("processors"), py::arg("shared"),
            py::arg("capability"))
+      .def(py::init<int, int64_t, int, const std::array<int, 4>&>(), py::arg("processors"),
+           py::arg("shared"), py::arg("capability"), py::arg("clusters"))
+      .def_readonly("clusters", &DeviceInfo::clusters)
       .def_readonly("processors", &DeviceInfo::processors)
       .def_readonly("shared", &DeviceInfo::shared)
       .def_readonly("capability", &DeviceInfo::capability);

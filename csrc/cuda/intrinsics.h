@@ -212,15 +212,13 @@ struct Launch {
 
 // Throws std::runtime_error.
 void check(cudaError_t error, const char* what);
+// That a kernel is launched on the current device with so much shared memory and such clusters.
+void allow(const void* function, int64_t shared, int cluster);
 
 template <class Args>
 void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (how.shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(how.shared)),
-          "shared memory");
-  }
+  allow(function, how.shared, how.cluster);
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(how.grid.x, how.grid.y, how.grid.z);

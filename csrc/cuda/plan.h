@@ -6,6 +6,7 @@
 // step; groups never wait for each other.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 
@@ -48,11 +49,32 @@ struct Plan {
   bool tensor;      // tensor cores multiply
 };
 
-// Of a GPU, what a plan depends on.
+constexpr int kMaxCluster = 16;  // more than 8 where the device grants it
+
+// Of a GPU, or a slice of one, what a plan depends on.
 struct DeviceInfo {
   int processors;
-  int64_t shared;  // bytes of shared memory a block may have
-  int capability;  // 10 * major + minor
+  int64_t shared;               // bytes of shared memory a block may have
+  int capability;               // 10 * major + minor
+  std::array<int, 4> clusters;  // of 2, 4, 8 and 16 blocks that run at once, a block a processor
+
+  // Clusters as sm_90 promises them, of at most 8 blocks, where nobody has asked the device.
+  DeviceInfo(int count, int64_t bytes, int version)
+      : DeviceInfo(count, bytes, version,
+                   version < 90 ? std::array<int, 4>{}
+                                : std::array<int, 4>{count / 2, count / 4, count / 8, 0}) {}
+  DeviceInfo(int count, int64_t bytes, int version, const std::array<int, 4>& at_once)
+      : processors(count), shared(bytes), capability(version), clusters(at_once) {}
+
+  // Of `size` blocks.
+  int clusters_at_once(int size) const {
+    return size == 1             ? processors
+           : size == 2           ? clusters[0]
+           : size <= 4           ? clusters[1]
+           : size <= 8           ? clusters[2]
+           : size <= kMaxCluster ? clusters[3]
+                                 : 0;
+  }
 };
 
 // The recurrence of a layer: `input` and `proj` of the shape are none of its own.

@@ -251,6 +251,7 @@ LARGE = {
     "deep-from-cache": ("STEP", 16, 16, 1, 1, False),
     "more-parts-than-warps": ("GRID", 32, 32, 5, 1, True),
     "odd-tile": ("STEP", 8, 16, 2, 1, False),
+    "cluster-of-16": ("CLUSTER", 16, 8, 8, 16, True),
 }
 
 
