@@ -255,6 +255,16 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
         return Layout(problem, plan).blocks(problem.directions);
       });
 
+  py::class_<Terms>(m, "Terms")
+      .def_readonly("states", &Terms::states)
+      .def_readonly("product", &Terms::product)
+      .def_readonly("sums", &Terms::sums)
+      .def_readonly("cells", &Terms::cells)
+      .def_readonly("hand_over", &Terms::hand_over)
+      .def_readonly("turns", &Terms::turns)
+      .def_property_readonly("cycles", &Terms::cycles);
+  m.def("step_terms", &step_terms, py::arg("problem"), py::arg("device"), py::arg("plan"));
+
   m.def("make_plan", &make_plan, py::arg("problem"), py::arg("device"),
         py::arg("kind") = py::none());
   m.def("is_possible", &is_possible, py::arg("problem"), py::arg("device"), py::arg("plan"));

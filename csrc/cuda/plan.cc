@@ -12,7 +12,7 @@ bool has_tensor_cores(const Problem& p, const DeviceInfo& device) {
 // Time of a step, roughly, in cycles of one multiprocessor. The rates and latencies are those of an
 // H100 as documents and others' measurements have them; until ours have been measured, what a plan
 // costs is a guess, and only good to compare plans.
-double cost(const Problem& p, const DeviceInfo& device, const Plan& plan, const Layout& l) {
+Terms terms(const Problem& p, const DeviceInfo& device, const Plan& plan, const Layout& l) {
   constexpr double kFromCache = 32, kFromShared = 128;  // bytes a cycle, while all others read
   constexpr double kCacheLatency = 300, kSharedLatency = 35, kMathLatency = 250;
   constexpr double kRemoteStore = 4;  // of a warp, to the shared memory of another block
@@ -47,24 +47,25 @@ double cost(const Problem& p, const DeviceInfo& device, const Plan& plan, const 
   // Every sum of every slice goes through shared memory; the cells of a thread follow one another.
   const double sums = static_cast<double>(l.rows) * l.columns * l.slices * p.compute();
   const double items = static_cast<double>(divide_up(int64_t{l.units} * l.rows, kThreads));
-  const double cells = kMathLatency * (1 + items / 4);
-  const double stores = divide_up(int64_t{l.units} * l.rows, 32) * (plan.cluster - 1) *
-                        kRemoteStore * (p.pass == Pass::kForward ? 1 : p.gates);
-  const double step = states + stores +
-                      (plan.resident ? std::max(product, weights) : product + weights) +
-                      2 * sums / kFromShared + cells;
-
-  const double barrier = plan.kind == Kind::kStep   ? 4000
-                         : plan.kind == Kind::kGrid ? 1500
-                         : plan.cluster > 1         ? 700
-                                                    : 50;
+  const double stores = static_cast<double>(divide_up(int64_t{l.units} * l.rows, 32)) *
+                        (plan.cluster - 1) * kRemoteStore *
+                        (p.pass == Pass::kForward ? 1 : p.gates);
+  Terms result{};
+  result.states = states;
+  result.product = plan.resident ? std::max(product, weights) : product + weights;
+  result.sums = 2 * sums / kFromShared;
+  result.cells = kMathLatency * (1 + items / 4);
+  result.hand_over = stores + (plan.kind == Kind::kStep   ? 4000
+                               : plan.kind == Kind::kGrid ? 1500
+                               : plan.cluster > 1         ? 700
+                                                          : 50);
   // Blocks of a step that do not run at once run one after another; so do whole scans of clusters.
   const int64_t all = l.blocks(p.directions);
-  if (!in_cluster) {
-    return step * static_cast<double>(divide_up(all, device.processors)) + barrier;
-  }
-  const int64_t at_once = device.clusters_at_once(plan.cluster);
-  return (step + barrier) * static_cast<double>(divide_up(all / plan.cluster, at_once));
+  result.turns = static_cast<double>(
+      in_cluster ? divide_up(all / plan.cluster, device.clusters_at_once(plan.cluster))
+                 : divide_up(all, device.processors));
+  result.one_hand_over = !in_cluster;
+  return result;
 }
 
 }  // namespace
@@ -91,6 +92,10 @@ bool is_possible(const Problem& p, const DeviceInfo& device, const Plan& plan) {
   return false;
 }
 
+Terms step_terms(const Problem& p, const DeviceInfo& device, const Plan& plan) {
+  return terms(p, device, plan, Layout(p, plan));
+}
+
 std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device,
                               std::optional<Kind> kind) {
   std::optional<Plan> best;
@@ -103,7 +108,7 @@ std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device,
     const int64_t idle = kWarps / (whole.row_parts * whole.column_parts);
     plan.slices = static_cast<int>(std::max<int64_t>(1, std::min(idle, whole.depth_blocks)));
     if (!is_possible(p, device, plan)) return;
-    const double time = cost(p, device, plan, Layout(p, plan));
+    const double time = terms(p, device, plan, Layout(p, plan)).cycles();
     if (best && time >= least) return;
     best = plan;
     least = time;

@@ -140,6 +140,23 @@ struct Layout {
 // Whether a device can run a problem so.
 bool is_possible(const Problem& problem, const DeviceInfo& device, const Plan& plan);
 
+// What a step should take, in cycles of one multiprocessor, by what it spends them on.
+struct Terms {
+  double states;       // from where others left them
+  double product;      // with the weights, from wherever they lie
+  double sums;         // of slices, through shared memory
+  double cells;        // the dependent operations of a thread's items
+  double hand_over;    // to the blocks of the group
+  double turns;        // how often all that, as not all blocks run at once
+  bool one_hand_over;  // for all turns together
+
+  double cycles() const {
+    const double step = states + product + sums + cells;
+    return one_hand_over ? step * turns + hand_over : (step + hand_over) * turns;
+  }
+};
+Terms step_terms(const Problem& problem, const DeviceInfo& device, const Plan& plan);
+
 // The plan that should take the least time; of the given kind if there is one, which a size or a
 // device may not allow.
 std::optional<Plan> make_plan(const Problem& problem, const DeviceInfo& device,
