@@ -330,19 +330,10 @@ class _GateGradients:
         else:
             parts = [(self.transposed[d][: self.same], out[: self.same])]
             parts += [(self.last_gate[d].t(), out[self.same :])]
-        if self.rows.before is not None:
-            before = self.rows.states_before(states, h_0, d)
-            for gates, target in parts:
-                torch.mm(gates, before, out=target)
-            return
-        # In plain rows the states before are the states, moved by a step: nothing is copied.
-        step, reverse = self.rows.batch, self.rows.reverse[d]
-        states = states[step:] if reverse else states[:-step]
+        # One product, so that its sums are those of rows with tables, bit for bit.
+        before = self.rows.states_before(states, h_0, d)
         for gates, target in parts:
-            later = gates[:, :-step] if reverse else gates[:, step:]
-            torch.mm(later, states, out=target)
-            if h_0 is not None:
-                target.addmm_(gates[:, -step:] if reverse else gates[:, :step], h_0)
+            torch.mm(gates, before, out=target)
 
     def set_projected(self, gradients: Sequence[Tensor | None], saved: Saved, m: Tensor) -> None:
         """Sets the gradients of W_hr, from every h_t that it made, and of h_0."""

@@ -91,10 +91,12 @@ class Rows:
         return self._edge(last=not self.reverse[direction])
 
     def states_before(self, output: Tensor, h_0: Tensor | None, direction: int) -> Tensor:
-        """[N, P]: what went into each step, of output [N, P] and h_0 [B, P] or None for zeros,
-        where there are tables: else the same, one step off."""
-        assert self.place is not None
-        assert self.before is not None
+        """[N, P]: what went into each step, of output [N, P] and h_0 [B, P] or None for zeros."""
+        if self.place is None or self.before is None:
+            initial = output.new_zeros(self.batch, output.shape[1]) if h_0 is None else h_0
+            if self.reverse[direction]:
+                return torch.cat((output[self.batch :], initial))
+            return torch.cat((initial, output[: -self.batch]))
         before = self.before[direction]
         zeros = output.new_zeros(1, output.shape[1])
         table = torch.cat((output, zeros) if h_0 is None else (output, zeros, h_0))
