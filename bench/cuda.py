@@ -3,6 +3,9 @@
 All run in one process in turn (A B, B A, ...). Ours and torch's results, on the same input and
 weights, are compared first. A time is the median of CUDA events around bursts of calls. The whole
 grid of --all takes hours; without it most rows are of one layer in one direction.
+
+--rehearse runs all of it without a GPU: tiny layers on the kernels as the tests compile them for
+the CPU. Its times mean nothing.
 """
 
 import argparse
@@ -10,9 +13,11 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
@@ -34,6 +39,8 @@ MODES = ("forward", "training")
 BURST_S = 0.02  # a sample is at least this long
 SAMPLES = 7
 AGREEMENT = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 6e-2}
+
+DEVICE = "cuda"  # or cpu, in a rehearsal
 
 Step = Callable[[], object]
 
@@ -71,13 +78,13 @@ def set_tf32(allowed: bool) -> None:
 
 def make_layers(row: Row) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
     """Both libraries' layers with the same weights, an input, and lengths, longest first."""
-    options = {"num_layers": row.layers, "bidirectional": row.directions == 2, "device": "cuda"}
+    options = {"num_layers": row.layers, "bidirectional": row.directions == 2, "device": DEVICE}
     torch.manual_seed(0)
     dtype = DTYPES[row.dtype]
     theirs = getattr(torch.nn, row.cell)(row.H, row.H, dtype=dtype, **options)
     ours = getattr(fastrnn, row.cell)(row.H, row.H, dtype=dtype, **options)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(row.T, row.B, row.H, device="cuda", dtype=dtype)
+    x = torch.randn(row.T, row.B, row.H, device=DEVICE, dtype=dtype)
     lengths = None
     if row.ragged:
         lengths = torch.randint(row.T // 4, row.T + 1, (row.B,)).sort(descending=True).values
@@ -101,11 +108,11 @@ def make_step(row: Row, layer: Any, x: torch.Tensor, lengths: torch.Tensor | Non
 
     if row.mode == "forward":
         return forward
-    x.requires_grad_()
+    leaf = x if lengths is None else given.data
+    leaf.requires_grad_()
+    torch.manual_seed(1)  # both libraries' gradients are compared
     incoming = torch.randn_like(forward())
-    wanted = [x, *layer.parameters()]
-    if lengths is not None:
-        given = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
+    wanted = [leaf, *layer.parameters()]
     return lambda: torch.autograd.grad(run(), wanted, incoming)
 
 
@@ -146,6 +153,11 @@ def make_flashrnn(row: Row, x: torch.Tensor) -> Step | None:
 
 def timed(step: Step, calls: int) -> float:
     """Seconds per call on the GPU."""
+    if DEVICE == "cpu":
+        began = perf_counter()
+        for _ in range(calls):
+            step()
+        return (perf_counter() - began) / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -194,7 +206,18 @@ def measure(row: Row) -> dict[str, Any]:
     return found
 
 
+def profile(row: Row) -> None:
+    set_tf32(row.dtype == "tf32")
+    layers, x, lengths = make_layers(row)
+    step = make_step(row, layers["fastrnn"], x, lengths)
+    for _ in range(2):
+        step()
+    print(row, flush=True)
+
+
 def describe_machine() -> dict[str, Any]:
+    if DEVICE == "cpu":
+        return {"device": "rehearsal without a GPU", "torch": torch.__version__}
     properties = torch.cuda.get_device_properties(0)
     query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0"
     return {
@@ -206,7 +229,8 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "fastrnn": fastrnn.__version__,
-        "commit": subprocess.getoutput("git describe --always --dirty --abbrev=12 2>/dev/null"),
+        "commit": os.environ.get("COMMIT")  # where the tree comes without its history
+        or subprocess.getoutput("git describe --always --dirty --abbrev=12 2>/dev/null"),
     }
 
 
@@ -247,6 +271,22 @@ def geometric_means(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rehearse() -> None:
+    """The kernels, compiled for the CPU, in place of the GPU."""
+    global DEVICE, BURST_S, SAMPLES
+    DEVICE, BURST_S, SAMPLES = "cpu", 0.0, 1
+    sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "cuda")]
+    from backends import h100
+    from fastrnn._backends import register
+    from harness import build
+
+    register("cpu", h100(build.load()))
+
+
+def made_small(row: Row) -> Row:
+    return row._replace(T=4, B=min(row.B, 3), H=min(row.H, 9))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--all", action="store_true", help="the whole grid")
@@ -259,8 +299,14 @@ def main() -> None:
         help="rows with these values, e.g. cell=LSTM,GRU or H=768 or ragged=True",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/cuda-*")
+    parser.add_argument("--rehearse", action="store_true", help="tiny layers, without a GPU")
+    parser.add_argument(
+        "--profile", action="store_true", help="run ours twice and time nothing, for a profiler"
+    )
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.rehearse:
+        rehearse()
+    elif not torch.cuda.is_available():
         raise SystemExit("no GPU")
     wanted = dict(each.split("=") for each in args.only)
     machine = describe_machine()
@@ -277,6 +323,11 @@ def main() -> None:
         if perf_counter() - start > 60 * args.minutes:
             print("stopped: no more time")
             break
+        if args.rehearse:
+            row = made_small(row)
+        if args.profile:
+            profile(row)
+            continue
         try:
             found.append(measure(row))
         except torch.cuda.OutOfMemoryError:
@@ -284,6 +335,8 @@ def main() -> None:
             continue
         print(line(found[-1]), flush=True)
         target.write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
+    if not found and not args.profile:
+        raise SystemExit("no such rows")
     print(f"\n{geometric_means(found)}")
 
 

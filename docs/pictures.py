@@ -464,8 +464,8 @@ def gpu() -> Picture:
         ("step", "a launch ends", ["weights come from L2", "any size"]),
         (
             "grid",
-            "a counter in global memory",
-            ["weights in shared memory", "all blocks run at once"],
+            "flags in global memory",
+            ["weights may stay in shared memory", "all blocks run at once"],
         ),
         (
             "cluster",

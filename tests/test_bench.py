@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -554,3 +557,36 @@ def test_readme_has_the_measured_picture():
 
     drawn = (ROOT / "docs" / "img" / "speedup.svg").read_text(encoding="utf-8")
     assert drawn == pictures.standalone("speedup"), "python docs/pictures.py docs/img speedup"
+
+
+DAY = Path(main.__file__).with_name("gpu_day.sh")
+
+
+def day(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_PYTHON": sys.executable}
+    command = ["bash", str(DAY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_day_with_a_gpu_goes_on_where_it_stopped(tmp_path):
+    """The script, whose stages a GPU's machine runs, in its rehearsal."""
+    stages = dict(line.split() for line in day("--list").stdout.splitlines())
+    assert max(map(int, stages.values())) <= 480
+    names = list(stages)
+    assert names[:3] == ["versions", "build", "plan-step"]
+    done = [f"{name} 0 1" for name in names if name not in ("versions", "build")]
+    (tmp_path / "summary.txt").write_text("\n".join(done) + "\n")
+    found = day("--rehearse", str(tmp_path))
+    assert found.returncode == 0, found.stdout
+    assert re.findall("^== (.*):", found.stdout, re.M) == ["versions", "build"]
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert [line.split()[0] for line in summary[-2:]] == ["versions", "build"]
+    assert "torch" in (tmp_path / "versions.log").read_text()
+    assert (tmp_path / "all.tar.gz").stat().st_size > 0
+
+
+def test_the_day_with_a_gpu_knows_its_stages(tmp_path):
+    assert day().returncode == 2
+    found = day(str(tmp_path), "no-such-stage")
+    assert found.returncode == 2
+    assert "no-such-stage" in found.stderr

@@ -15,7 +15,7 @@ template <class Cell, class S>
 class BackwardItems {
  public:
   using T = Compute<S>;
-  using V = Scalar<T>;
+  using V = Value<S>;
   static constexpr int G = Cell::gates;
 
   FASTRNN_DEVICE explicit BackwardItems(const Block<RecurrenceBackward>& block)
@@ -30,15 +30,16 @@ class BackwardItems {
     }
   }
 
-  // Step i, for which `sums` is W_hh^T times the gradients of the gates at t+1.
+  // Step i, for which `total` is W_hh^T times the gradients of the gates at t+1: what others wait
+  // for.
   template <class Exchange>
-  FASTRNN_DEVICE void finish(int64_t i, const T* sums, Exchange& exchange) {
+  FASTRNN_DEVICE void finish(int64_t i, const SliceSum<T>& total, Exchange& exchange) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int row = block_.local_row + k * block_.row_step;
       if (place_[k] >= 0) {
-        run_cell(i, k, row, dh_after(k, row, sums), exchange);
+        run_cell(i, k, row, dh_after(k, row, total), exchange);
       } else {  // not a valid step: the gradients pass through unchanged
 #pragma unroll
         for (int g = 0; g < G; ++g) {
@@ -49,13 +50,27 @@ class BackwardItems {
     }
   }
 
+  // And what nobody waits for.
+  FASTRNN_DEVICE void store() {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (place_[k] < 0) continue;
+      S* d_gates = static_cast<S*>(args_.d_gates) + block_.column(place_[k], G);
+#pragma unroll
+      for (int g = 0; g < G; ++g) d_gates[g * block_.hidden] = gate_[k][g];
+      if constexpr (Cell::splits_gradient) {
+        static_cast<S*>(args_.d_recurrent)[block_.column(place_[k], 1)] = d_recurrent_[k];
+      }
+    }
+  }
+
   // The gradients of the initial states, after all steps.
-  FASTRNN_DEVICE void finish_states(const T* sums) {
+  FASTRNN_DEVICE void finish_states(const SliceSum<T>& total) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int64_t state = block_.state(k);
-      const V dh = carried_.h[k] = dh_after(k, block_.local_row + k * block_.row_step, sums);
+      const V dh = carried_.h[k] = dh_after(k, block_.local_row + k * block_.row_step, total);
       if (args_.d_h_0 != nullptr) narrow(dh.value, static_cast<S*>(args_.d_h_0)[state]);
       if constexpr (Cell::has_cell_state) {
         if (args_.d_c_0 != nullptr) {
@@ -69,11 +84,11 @@ class BackwardItems {
 
  private:
   // Null means zero.
-  FASTRNN_DEVICE static V read(const void* base, int64_t i) {
-    return V(base == nullptr ? T(0) : widen(static_cast<const S*>(base)[i]));
+  FASTRNN_DEVICE static S read(const void* base, int64_t i) {
+    return base == nullptr ? S{} : static_cast<const S*>(base)[i];
   }
-  FASTRNN_DEVICE static V read_computed(const void* base, int64_t i) {
-    return V(base == nullptr ? T(0) : static_cast<const T*>(base)[i]);
+  FASTRNN_DEVICE static T read_computed(const void* base, int64_t i) {
+    return base == nullptr ? T(0) : static_cast<const T*>(base)[i];
   }
 
   FASTRNN_DEVICE void read_item(int64_t t, int k) {
@@ -81,7 +96,8 @@ class BackwardItems {
     const bool is_first = before == kInitial;
     const int64_t previous = is_first ? block_.state(k) : block_.feature(before);
     resets_[k] = before == kReset;
-    h_prev_[k] = h_[k] = extra_prev_[k] = extra_[k] = V(0);
+    h_prev_[k] = h_[k] = S{};
+    extra_prev_[k] = extra_[k] = d_extra_[k] = T(0);
     if constexpr (Cell::saves_gates) {
 #pragma unroll
       for (int g = 0; g < G; ++g) {
@@ -95,9 +111,13 @@ class BackwardItems {
       h_prev_[k] = read(is_first ? args_.h_0 : args_.output, previous);
     }
     if constexpr (Cell::has_cell_state) {
+      first_[k] = is_first;
       if (!resets_[k]) {
-        extra_prev_[k] =
-            is_first ? read(args_.c_0, previous) : read_computed(args_.extra, previous);
+        if (is_first) {
+          c_0_[k] = read(args_.c_0, previous);
+        } else {
+          extra_prev_[k] = read_computed(args_.extra, previous);
+        }
       }
       d_extra_[k] = read_computed(args_.d_extra, feature);
     }
@@ -105,40 +125,44 @@ class BackwardItems {
   }
 
   // The gradient of h from the step after.
-  FASTRNN_DEVICE V dh_after(int k, int row, const T* sums) const {
-    return carried_.h[k] + V(sum_slices(block_.p.layout, sums, row, block_.local_unit));
+  FASTRNN_DEVICE V dh_after(int k, int row, const SliceSum<T>& total) const {
+    return carried_.h[k] + V(total(row, block_.local_unit));
   }
 
   template <class Exchange>
   FASTRNN_DEVICE void run_cell(int64_t i, int k, int row, V from_after, Exchange& exchange) {
     auto& [dh, dc] = carried_;
-    V dx[G], dr[G], d_state(0);
-    if constexpr (Cell::has_cell_state) d_state = dc[k] + d_extra_[k];
-    const V direct = Cell::backward(gate_[k], h_prev_[k], h_[k], extra_prev_[k], extra_[k],
-                                    from_after + d_output_[k], d_state, dx, dr);
+    V gate[G], dx[G], dr[G], d_state(0), before(extra_prev_[k]);
+#pragma unroll
+    for (int g = 0; g < G; ++g) gate[g] = V(Cell::saves_gates ? widen_now(gate_[k][g]) : T(0));
+    if constexpr (Cell::has_cell_state) {
+      d_state = dc[k] + V(d_extra_[k]);
+      if (first_[k]) before = V(widen_now(c_0_[k]));
+    }
+    const V direct =
+        Cell::backward(gate, V(widen_now(h_prev_[k])), V(widen_now(h_[k])), before, V(extra_[k]),
+                       from_after + V(widen_now(d_output_[k])), d_state, dx, dr);
     dh[k] = resets_[k] ? V(0) : direct;
     if constexpr (Cell::has_cell_state) dc[k] = resets_[k] ? V(0) : d_state;
-    S* d_gates = static_cast<S*>(args_.d_gates) + block_.column(place_[k], G);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-      S exchanged;
-      narrow(dx[g].value, d_gates[g * block_.hidden]);
-      narrow(resets_[k] ? T(0) : dr[g].value, exchanged);
+      const S exchanged = narrowed<S>(resets_[k] ? T(0) : dr[g].value);
       exchange.put(i, row, g * block_.hidden + block_.unit, exchanged);
+      narrow(dx[g].value, gate_[k][g]);
     }
-    if constexpr (Cell::splits_gradient) {
-      S* d_recurrent = static_cast<S*>(args_.d_recurrent);
-      narrow(dr[G - 1].value, d_recurrent[block_.column(place_[k], 1)]);
-    }
+    if constexpr (Cell::splits_gradient) narrow(dr[G - 1].value, d_recurrent_[k]);
   }
 
   const Block<RecurrenceBackward>& block_;
   const RecurrenceBackward& args_;
-  Carried<Cell, T> carried_;  // the direct part of dh, and dc
+  Carried<Cell, S> carried_;  // the direct part of dh, and dc
   int64_t place_[kItems];     // -1: no valid step
   bool resets_[kItems];       // the step begins a new segment
-  V gate_[kItems][G], h_prev_[kItems], h_[kItems], extra_prev_[kItems], extra_[kItems];
-  V d_output_[kItems], d_extra_[kItems];
+  bool first_[kItems];        // the initial state comes before the step
+  // All as it is read: to widen it would wait for it. The gates, then their gradients.
+  S gate_[kItems][G], h_prev_[kItems], h_[kItems], c_0_[kItems], d_output_[kItems];
+  T extra_prev_[kItems], extra_[kItems], d_extra_[kItems];
+  S d_recurrent_[kItems];
 };
 
 template <class Cell, class S, bool Tensor, template <class, class> class Exchange>
@@ -153,21 +177,23 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
 
     auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
     BackwardItems<Cell, S> items(block);
-    const char* weights = block_weights(block);
+    const Product<S, Tensor, 1> product(p.layout, block_weights(block), p.plan.resident, sums);
+    const SliceSum<Compute<S>> total(p.layout, sums);
     StateExchange exchange(block);
     exchange.start();
     for (int64_t i = first; i < last; ++i) {
       const bool is_step = i < block.count;
       if (is_step) items.read(block.time(i));  // while others finish the gradients at t+1
       exchange.wait(i);
-      multiply<S, Tensor>(p.layout, weights, exchange.states(i), StateExchange::load_state, sums);
+      product.run(exchange.states(i), StateExchange::load_state);
       sync_block();
       if (is_step) {
-        items.finish(i, sums, exchange);
+        items.finish(i, total, exchange);
       } else {
-        items.finish_states(sums);
+        items.finish_states(total);
       }
       exchange.arrive();
+      if (is_step) items.store();
     }
     exchange.finish();
     items.save_carried(last == block.count + 1);

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -223,6 +224,9 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   py::class_<DeviceInfo>(m, "DeviceInfo")
       .def(py::init<int, int64_t, int>(), py::arg("processors"), py::arg("shared"),
            py::arg("capability"))
+      .def(py::init<int, int64_t, int, const std::array<int, 4>&>(), py::arg("processors"),
+           py::arg("shared"), py::arg("capability"), py::arg("clusters"))
+      .def_readonly("clusters", &DeviceInfo::clusters)
       .def_readonly("processors", &DeviceInfo::processors)
       .def_readonly("shared", &DeviceInfo::shared)
       .def_readonly("capability", &DeviceInfo::capability);
@@ -250,6 +254,16 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
       .def("blocks", [](const Plan& plan, const Problem& problem) {
         return Layout(problem, plan).blocks(problem.directions);
       });
+
+  py::class_<Terms>(m, "Terms")
+      .def_readonly("states", &Terms::states)
+      .def_readonly("product", &Terms::product)
+      .def_readonly("sums", &Terms::sums)
+      .def_readonly("cells", &Terms::cells)
+      .def_readonly("hand_over", &Terms::hand_over)
+      .def_readonly("turns", &Terms::turns)
+      .def_property_readonly("cycles", &Terms::cycles);
+  m.def("step_terms", &step_terms, py::arg("problem"), py::arg("device"), py::arg("plan"));
 
   m.def("make_plan", &make_plan, py::arg("problem"), py::arg("device"),
         py::arg("kind") = py::none());

@@ -123,19 +123,20 @@ struct Block {
 
 // What goes from step to step of a thread's items beside the product: h and c, or their gradients.
 // From launch to launch it goes through the workspace.
-template <class Cell, class T>
+template <class Cell, class S>
 struct Carried {
-  Scalar<T> h[kItems], c[kItems];
+  using T = Compute<S>;
+  using V = Value<S>;
+  V h[kItems], c[kItems];
 
   template <class Args>
   FASTRNN_DEVICE explicit Carried(const Block<Args>& block) {
-    for_each(block, between_launches(block),
-             [](Scalar<T>& value, const T& saved) { value = Scalar<T>(saved); });
+    for_each(block, between_launches(block), [](V& value, const T& saved) { value = V(saved); });
   }
   // For the next launch and, after the last step, for the caller.
   template <class Args>
   FASTRNN_DEVICE void save(const Block<Args>& block, bool is_last) {
-    const auto store = [](const Scalar<T>& value, T& saved) { saved = value.value; };
+    const auto store = [](const V& value, T& saved) { saved = value.value; };
     if (block.p.plan.kind == Kind::kStep) for_each(block, between_launches(block), store);
     if (is_last && block.p.args.carried != nullptr) {
       for_each(block, static_cast<T*>(block.p.args.carried), store);
@@ -177,7 +178,8 @@ FASTRNN_DEVICE const char* block_weights(const Block<Args>& block) {
 // The states that a step reads and those it leaves for the next, rows of `stride`. Step i reads
 // states(i) after wait(i), puts its own for the next step, and arrives.
 
-// Through global memory. Blocks of a group count their arrivals, or are launched step by step.
+// Through global memory. Each block of a group has a flag, the number of its arrivals, and the
+// threads of the others look at one each; or blocks are launched step by step.
 template <class S, class Args>
 class GridExchange {
  public:
@@ -187,22 +189,31 @@ class GridExchange {
     const int64_t bytes = layout_.rows * layout_.stride * sizeof(S);
     states_ = block.p.workspace + layout_.exchange + group * bytes;
     second_ = block.p.args.problem.directions * layout_.row_tiles * bytes;
-    counter_ = reinterpret_cast<int64_t*>(block.p.workspace + layout_.counters) + group;
+    flags_ =
+        reinterpret_cast<int64_t*>(block.p.workspace + layout_.flags) + group * layout_.unit_tiles;
+    own_ = static_cast<int>(block.unit_tile);
   }
   FASTRNN_DEVICE void start() {}
   FASTRNN_DEVICE void wait(int64_t i) {
-    if (has_barrier_ && thread_index() == 0) wait_for(counter_, i * layout_.unit_tiles);
+    if (has_barrier_) {
+      for (int64_t other = thread_index(); other < layout_.unit_tiles; other += kThreads) {
+        wait_for(flags_ + other, i);
+      }
+    }
     sync_block();
   }
   FASTRNN_DEVICE void arrive() {
     if (!has_barrier_) return;
     sync_block();
-    if (thread_index() == 0) cuda::arrive(counter_);
+    ++arrivals_;
+    if (thread_index() == 0) release(flags_ + own_, arrivals_);
   }
   FASTRNN_DEVICE void finish() {}
 
   FASTRNN_DEVICE const char* states(int64_t i) const { return states_ + i % 2 * second_; }
-  FASTRNN_DEVICE static Vector16 load_state(const char* p) { return load_shared_cache(p); }
+  FASTRNN_DEVICE static Vector16 load_state(const char* p, bool condition) {
+    return load_shared_cache_if(condition, p);
+  }
   FASTRNN_DEVICE S get(int64_t i, int row, int64_t column) const {
     return reinterpret_cast<const S*>(states(i))[row * layout_.stride + column];
   }
@@ -215,7 +226,9 @@ class GridExchange {
   const bool has_barrier_;
   char* states_;
   int64_t second_;  // from the first buffer to the second, in bytes
-  int64_t* counter_;
+  int64_t* flags_;
+  int own_;
+  int64_t arrivals_ = 0;
 };
 
 // Through shared memory: every block of the cluster has all states of its rows.
@@ -244,14 +257,20 @@ class ClusterExchange {
       sync_block();
     }
   }
+  // To release what was written takes a fence that waits for every store before it: one warp does
+  // it for its block, whose threads it has waited for.
   FASTRNN_DEVICE void arrive() {
-    if (cluster_ > 1) arrive_cluster();
+    if (cluster_ == 1) return;
+    sync_block();
+    arrive_cluster(thread_index() < 32);
   }
   // No block may end while another still writes to it.
   FASTRNN_DEVICE void finish() { wait(0); }
 
   FASTRNN_DEVICE const char* states(int64_t i) const { return states_ + i % 2 * bytes_; }
-  FASTRNN_DEVICE static Vector16 load_state(const char* p) { return load(p); }
+  FASTRNN_DEVICE static Vector16 load_state(const char* p, bool condition) {
+    return load_shared_if(condition, p);
+  }
   FASTRNN_DEVICE S get(int64_t i, int row, int64_t column) const {
     return reinterpret_cast<const S*>(states(i))[row * layout_.stride + column];
   }
@@ -272,18 +291,6 @@ class ClusterExchange {
   char* states_;
   const char* initial_;
 };
-
-// The product for one row and one of the block's columns: its parts over the depth, added up in
-// order.
-template <class T>
-FASTRNN_DEVICE T sum_slices(const Layout& layout, const T* sums, int row, int column) {
-  const int64_t pitch = layout.columns + kSkew;
-  T sum = 0;
-  for (int slice = 0; slice < layout.slices; ++slice) {
-    sum += sums[(slice * layout.rows + row) * pitch + column];
-  }
-  return sum;
-}
 
 // Whether kernels like this one are compiled for the architecture at hand.
 template <class S, bool Tensor>

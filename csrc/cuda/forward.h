@@ -13,7 +13,7 @@ template <class Cell, class S>
 class ForwardItems {
  public:
   using T = Compute<S>;
-  using V = Scalar<T>;
+  using V = Value<S>;
   static constexpr int G = Cell::gates;
 
   FASTRNN_DEVICE explicit ForwardItems(const Block<RecurrenceForward>& block)
@@ -35,23 +35,29 @@ class ForwardItems {
       resets_[k] = block_.before(t, k) == kReset;
       const S* projected = gates(k);
 #pragma unroll
-      for (int g = 0; g < G; ++g) x_[k][g] = V(widen(projected[g * block_.hidden]));
+      for (int g = 0; g < G; ++g) gates_[k][g] = projected[g * block_.hidden];
     }
   }
 
-  // Step i, for which `sums` is W_hh h_{t-1}.
+  // Step i, for which `total` is W_hh h_{t-1}: what others wait for.
   template <class Exchange>
-  FASTRNN_DEVICE void finish(int64_t i, const T* sums, Exchange& exchange) {
+  FASTRNN_DEVICE void finish(int64_t i, const SliceSum<T>& total, Exchange& exchange) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int row = block_.local_row + k * block_.row_step;
-      if (place_[k] >= 0) run_cell(k, row, sums);
-      S h;
-      narrow(carried_.h[k].value, h);
-      exchange.put(i, row, block_.unit, h);
-      if (i == block_.count - 1) {
-        static_cast<S*>(args_.h_n)[block_.state(k)] = h;
+      if (place_[k] >= 0) run_cell(k, row, total);
+      exchange.put(i, row, block_.unit, narrowed<S>(carried_.h[k].value));
+    }
+  }
+
+  // And what nobody waits for.
+  FASTRNN_DEVICE void store(int64_t i) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (place_[k] >= 0) store_step(k);
+      if (i == block_.count - 1 && block_.owns(k)) {
+        narrow(carried_.h[k].value, static_cast<S*>(args_.h_n)[block_.state(k)]);
         if constexpr (Cell::has_cell_state) {
           narrow(carried_.c[k].value, static_cast<S*>(args_.c_n)[block_.state(k)]);
         }
@@ -66,40 +72,49 @@ class ForwardItems {
     return static_cast<S*>(args_.gates) + block_.column(place_[k], G);
   }
 
-  FASTRNN_DEVICE void run_cell(int k, int row, const T* sums) {
+  FASTRNN_DEVICE void run_cell(int k, int row, const SliceSum<T>& total) {
     const Layout& layout = block_.p.layout;
     auto& [h, c] = carried_;
-    V r[G], extra(0);
+    V x[G], r[G], extra(0);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-      r[g] = bias_[g];
-      if (resets_[k]) continue;
-      r[g] = r[g] + V(sum_slices(layout, sums, row, g * layout.units + block_.local_unit));
+      const T product = total(row, g * layout.units + block_.local_unit);
+      r[g] = bias_[g] + V(resets_[k] ? T(0) : product);
+      x[g] = V(widen_now(gates_[k][g]));
     }
     if (Cell::has_cell_state && !resets_[k]) extra = c[k];
-    h[k] = Cell::forward(x_[k], r, resets_[k] ? V(0) : h[k], extra);
+    h[k] = Cell::forward(x, r, resets_[k] ? V(0) : h[k], extra);
     if constexpr (Cell::has_cell_state) c[k] = extra;
+    if constexpr (Cell::has_extra) extra_[k] = extra;
+    if constexpr (Cell::saves_gates) {
+#pragma unroll
+      for (int g = 0; g < G; ++g) narrow(x[g].value, gates_[k][g]);
+    }
+  }
 
+  FASTRNN_DEVICE void store_step(int k) {
     const int64_t feature = block_.feature(place_[k]);
-    narrow(h[k].value, static_cast<S*>(args_.output)[feature]);
+    narrow(carried_.h[k].value, static_cast<S*>(args_.output)[feature]);
     if constexpr (Cell::has_extra) {
-      if (args_.extra != nullptr) static_cast<T*>(args_.extra)[feature] = extra.value;
+      if (args_.extra != nullptr) static_cast<T*>(args_.extra)[feature] = extra_[k].value;
     }
     if constexpr (Cell::saves_gates) {
       if (!args_.keep) return;
       S* saved = gates(k);
 #pragma unroll
-      for (int g = 0; g < G; ++g) narrow(x_[k][g].value, saved[g * block_.hidden]);
+      for (int g = 0; g < G; ++g) saved[g * block_.hidden] = gates_[k][g];
     }
   }
 
   const Block<RecurrenceForward>& block_;
   const RecurrenceForward& args_;
-  Carried<Cell, T> carried_;
+  Carried<Cell, S> carried_;
   V bias_[G];
   int64_t place_[kItems];  // -1: no valid step
   bool resets_[kItems];    // the step begins a new segment
-  V x_[kItems][G];         // W_ih x + b_ih, then the activated gates
+  // W_ih x + b_ih as they are read: to widen them would wait for them. Then the activated gates.
+  S gates_[kItems][G];
+  V extra_[kItems];
 };
 
 template <class Cell, class S, bool Tensor, template <class, class> class Exchange>
@@ -114,16 +129,18 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
 
     auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
     ForwardItems<Cell, S> items(block);
-    const char* weights = block_weights(block);
+    const Product<S, Tensor, 2> product(p.layout, block_weights(block), p.plan.resident, sums);
+    const SliceSum<Compute<S>> total(p.layout, sums);
     StateExchange exchange(block);
     exchange.start();
     for (int64_t i = first; i < last; ++i) {
       items.read(block.time(i));  // while others finish h_{t-1}
       exchange.wait(i);
-      multiply<S, Tensor>(p.layout, weights, exchange.states(i), StateExchange::load_state, sums);
+      product.run(exchange.states(i), StateExchange::load_state);
       sync_block();
-      items.finish(i, sums, exchange);
+      items.finish(i, total, exchange);
       exchange.arrive();
+      items.store(i);
     }
     exchange.finish();
     items.save_carried(last == block.count);

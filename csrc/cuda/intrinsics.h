@@ -68,34 +68,52 @@ FASTRNN_DEVICE T shuffle_xor(T value, int mask) {
 
 FASTRNN_DEVICE Vector16 load(const void* p) { return *static_cast<const Vector16*>(p); }
 FASTRNN_DEVICE void store(void* p, Vector16 v) { *static_cast<Vector16*>(p) = v; }
-// From the cache that all blocks share: another block may just have written it.
-FASTRNN_DEVICE Vector16 load_shared_cache(const void* p) {
-  const uint4 v = __ldcg(static_cast<const uint4*>(p));
-  return {v.x, v.y, v.z, v.w};
-}
 
-// A counter as a barrier between blocks: what was written before an arrival is seen after a wait
-// for it.
-FASTRNN_DEVICE void arrive(int64_t* counter) {
-  asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.u64 [%0], 1;"
+// 16 bytes, or zeros. Predicated loads, where the compiler would branch: of global memory, of the
+// block's shared memory, and of the cache that all blocks share, as another block may just have
+// written there.
+#define FASTRNN_LOAD_IF(name, instruction, letter, address)                      \
+  FASTRNN_DEVICE Vector16 name(bool condition, const void* p) {                  \
+    Vector16 v{0, 0, 0, 0};                                                      \
+    asm volatile("{.reg .pred is;\n\tsetp.ne.b32 is, %4, 0;\n\t@is " instruction \
+                 " {%0,%1,%2,%3}, [%5];}"                                        \
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)                    \
+                 : "r"(static_cast<int>(condition)), letter(address)             \
+                 : "memory");                                                    \
+    return v;                                                                    \
+  }
+FASTRNN_LOAD_IF(load_if, "ld.global.v4.u32", "l", __cvta_generic_to_global(p))
+FASTRNN_LOAD_IF(load_shared_cache_if, "ld.global.cg.v4.u32", "l", __cvta_generic_to_global(p))
+FASTRNN_LOAD_IF(load_shared_if, "ld.shared.v4.u32", "r",
+                static_cast<uint32_t>(__cvta_generic_to_shared(p)))
+#undef FASTRNN_LOAD_IF
+
+// A flag between blocks: what was written before its release is seen after a wait for it.
+FASTRNN_DEVICE void release(int64_t* flag, int64_t value) {
+  asm volatile("st.release.gpu.global.s64 [%0], %1;"
                :
-               : "l"(__cvta_generic_to_global(counter))
+               : "l"(__cvta_generic_to_global(flag)), "l"(value)
                : "memory");
 }
-FASTRNN_DEVICE void wait_for(const int64_t* counter, int64_t count) {
+FASTRNN_DEVICE void wait_for(const int64_t* flag, int64_t value) {
   int64_t seen;
   do {
     asm volatile("ld.acquire.gpu.global.s64 %0, [%1];"
                  : "=l"(seen)
-                 : "l"(__cvta_generic_to_global(counter))
+                 : "l"(__cvta_generic_to_global(flag))
                  : "memory");
-  } while (seen < count);
+  } while (seen < value);
 }
 
 // A cluster's barrier in two halves, and stores to the shared memory of its blocks.
-FASTRNN_DEVICE void arrive_cluster() {
+// `releases`: what this thread, and those it has waited for, wrote is seen after the wait.
+FASTRNN_DEVICE void arrive_cluster([[maybe_unused]] bool releases) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  if (releases) {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  }
 #endif
 }
 FASTRNN_DEVICE void wait_cluster() {
@@ -114,6 +132,12 @@ FASTRNN_DEVICE void store_in_cluster([[maybe_unused]] S* own, [[maybe_unused]] i
 #endif
 }
 
+// The value is used here: the compiler moves nothing that needs it to a place before.
+FASTRNN_DEVICE void pin(float& v) { asm volatile("" : "+f"(v)); }
+FASTRNN_DEVICE void pin(double& v) { asm volatile("" : "+d"(v)); }
+FASTRNN_DEVICE void pin(BFloat16& v) { asm volatile("" : "+h"(v.bits)); }
+FASTRNN_DEVICE void pin(Float16& v) { asm volatile("" : "+h"(v.bits)); }
+
 FASTRNN_DEVICE float widen(float v) { return v; }
 FASTRNN_DEVICE double widen(double v) { return v; }
 FASTRNN_DEVICE float widen(BFloat16 v) { return __uint_as_float(uint32_t{v.bits} << 16); }
@@ -127,6 +151,17 @@ FASTRNN_DEVICE void narrow(float v, Float16& to) { to.bits = __half_as_ushort(__
 
 FASTRNN_DEVICE float exp_(float x) { return expf(x); }
 FASTRNN_DEVICE double exp_(double x) { return exp(x); }
+// 2^x within 2 ulp and 1 / x within 1; the smallest numbers are zero to both.
+FASTRNN_DEVICE float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FASTRNN_DEVICE float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 FASTRNN_DEVICE float tanh_(float x) { return tanhf(x); }
 FASTRNN_DEVICE double tanh_(double x) { return ::tanh(x); }
 
@@ -177,15 +212,13 @@ struct Launch {
 
 // Throws std::runtime_error.
 void check(cudaError_t error, const char* what);
+// That a kernel is launched on the current device with so much shared memory and such clusters.
+void allow(const void* function, int64_t shared, int cluster);
 
 template <class Args>
 void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (how.shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(how.shared)),
-          "shared memory");
-  }
+  allow(function, how.shared, how.cluster);
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(how.grid.x, how.grid.y, how.grid.z);

@@ -1,13 +1,19 @@
 // The product of one step in one block: sums[row][column] = weights of the column times states of
 // the row. Warps take parts of columns, rows and depth; the parts of the depth are added up by
-// sum_slices.
+// SliceSum.
 //
 // Weights and states lie in blocks of 64 bytes of their depth. Of each block, lane 4r + q holds the
 // q-th 16 bytes: of the columns r and r + 8 of every tile, and of rows of states. The order of
 // elements within the depth does not matter to a product, so these bytes, as they are, are
 // fragments for tensor cores. Without them, each lane multiplies its quarter of the depth and the
 // quarters are added up into the same places.
+//
+// A step is a chain of latencies, so loads are issued well before their values are needed, under
+// conditions that are predicates and no branches: a branch between two loads makes one wait for the
+// other.
 #pragma once
+
+#include <type_traits>
 
 #include "element.h"
 #include "plan.h"
@@ -20,90 +26,97 @@ struct Lane {
   FASTRNN_DEVICE Lane() : column(thread_index() % 32 / 4), quarter(thread_index() % 4) {}
 };
 
-// Accumulates tiles of 16 columns by octets of rows; sums(tile, octet) are the values of this lane:
-// of column r, then of column r + 8, in the rows 2q and 2q + 1.
-template <class S, bool Tensor>
-struct Accumulator;
+// How many blocks of states are loaded before the first is used: 8 loads.
+template <class S, bool Tensor, int Tiles>
+constexpr int blocks_ahead(int octets) {
+  return Tensor ? 8 / octets : sizeof(S) * Tiles <= 8 ? 2 : 1;
+}
 
-template <class S>
-struct Accumulator<S, true> {
-  static constexpr int octets = 2;
-  static constexpr int ahead = 4;  // blocks of states that are loaded at once
-  struct Fragments {
-    Vector16 of[octets];
-  };
-  float sums[kWarpTiles][octets][4] = {};
+// The states of one block: of one lane, one of each octet's rows on tensor cores, else all rows.
+template <class S, bool Tensor, int Octets>
+struct States {
+  static constexpr int count = Tensor ? Octets : kOctet;
+  static constexpr int rows_apart = Tensor ? kOctet : 1;
+  Vector16 of[count];
 
   template <class Load>
-  FASTRNN_DEVICE static Fragments read(const char* states, int64_t row_bytes, int parts,
-                                       Load load) {
-    Fragments result;
+  FASTRNN_DEVICE void read(const char* states, int64_t row_bytes, bool condition, Load load) {
 #pragma unroll
-    for (int n = 0; n < octets; ++n) {
-      if (n < parts) result.of[n] = load(states + n * kOctet * row_bytes);
+    for (int n = 0; n < count; ++n) {
+      of[n] = load(states + n * rows_apart * row_bytes, condition);
     }
-    return result;
+    if constexpr (Tensor && sizeof(S) == 4) round();
   }
 
-  FASTRNN_DEVICE void add(const char* weights, int tiles, const Fragments& states, int parts) {
-    Vector16 b[octets];
-#pragma unroll
-    for (int n = 0; n < octets; ++n) b[n] = prepare(states.of[n]);
-#pragma unroll
-    for (int m = 0; m < kWarpTiles; ++m) {
-      if (m >= tiles) break;
-      const Vector16 low = load(weights + m * kTile * kBlockBytes);
-      const Vector16 high = load(weights + (m * kTile + kTile / 2) * kBlockBytes);
-#pragma unroll
-      for (int n = 0; n < octets; ++n) {
-        if (n >= parts) break;
-        mma(S{}, sums[m][n], {low.x, high.x, low.y, high.y}, {b[n].x, b[n].y});
-        mma(S{}, sums[m][n], {low.z, high.z, low.w, high.w}, {b[n].z, b[n].w});
-      }
-    }
-  }
-  FASTRNN_DEVICE void finish(int) {}
-
+ private:
   // The weights are rounded once, before the scan.
-  FASTRNN_DEVICE static Vector16 prepare(Vector16 v) {
-    if constexpr (sizeof(S) == 4) {
+  FASTRNN_DEVICE void round() {
+#pragma unroll
+    for (Vector16& v : of) {
       float values[4];
       __builtin_memcpy(values, &v, sizeof(v));
 #pragma unroll
       for (float& value : values) value = round_to_tf32(value);
       __builtin_memcpy(&v, values, sizeof(v));
     }
-    return v;
   }
-  FASTRNN_DEVICE static int64_t first_row(const Lane& lane) { return lane.column; }
 };
 
-template <class S>
-struct Accumulator<S, false> {
-  static constexpr int octets = 1;
-  static constexpr int ahead = 1;
-  struct Fragments {
-    Vector16 of[kOctet];
-  };
-  using T = Compute<S>;
-  T quarters[kWarpTiles][2][kOctet] = {};
-  T sums[kWarpTiles][octets][4];
+// The weights of one block in tiles of 16 columns, of which the last may lack its second octet.
+template <int Tiles, bool InShared>
+struct Weights {
+  Vector16 of[Tiles][2];
 
-  template <class Load>
-  FASTRNN_DEVICE static Fragments read(const char* states, int64_t row_bytes, int, Load load) {
-    Fragments result;
+  FASTRNN_DEVICE void read(const char* weights, int octets, bool condition) {
 #pragma unroll
-    for (int row = 0; row < kOctet; ++row) result.of[row] = load(states + row * row_bytes);
-    return result;
+    for (int m = 0; m < 2 * Tiles; ++m) {
+      const char* at = weights + m * kOctet * kBlockBytes;
+      const bool is_there = condition && m < octets;
+      of[m / 2][m % 2] = InShared ? load_shared_if(is_there, at) : load_if(is_there, at);
+    }
   }
+};
 
-  FASTRNN_DEVICE void add(const char* weights, int tiles, const Fragments& states, int) {
+// Accumulates tiles of 16 columns by octets of rows; sums(tile, octet) are the values of this lane:
+// of column r, then of column r + 8, in the rows 2q and 2q + 1.
+template <class S, bool Tensor, int Tiles, int Octets>
+struct Accumulator;
+
+template <class S, int Tiles, int Octets>
+struct Accumulator<S, true, Tiles, Octets> {
+  float sums[Tiles][Octets][4] = {};
+
+  template <bool InShared>
+  FASTRNN_DEVICE void add(const Weights<Tiles, InShared>& weights,
+                          const States<S, true, Octets>& states) {
 #pragma unroll
-    for (int m = 0; m < kWarpTiles; ++m) {
-      if (m >= tiles) break;
+    for (int m = 0; m < Tiles; ++m) {
+      const auto& [low, high] = weights.of[m];
+#pragma unroll
+      for (int n = 0; n < Octets; ++n) {
+        const Vector16& b = states.of[n];
+        mma(S{}, sums[m][n], {low.x, high.x, low.y, high.y}, {b.x, b.y});
+        mma(S{}, sums[m][n], {low.z, high.z, low.w, high.w}, {b.z, b.w});
+      }
+    }
+  }
+  FASTRNN_DEVICE void finish() {}
+};
+
+template <class S, int Tiles>
+struct Accumulator<S, false, Tiles, 1> {
+  using T = Compute<S>;
+  T quarters[Tiles][2][kOctet] = {};
+  T sums[Tiles][1][4];
+
+  template <bool InShared>
+  FASTRNN_DEVICE void add(const Weights<Tiles, InShared>& weights,
+                          const States<S, false, 1>& states) {
+#pragma unroll
+    for (int m = 0; m < Tiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Widened<S> w(load(weights + (m * 2 + half) * kOctet * kBlockBytes));
+        const Widened<S> w(weights.of[m][half]);
 #pragma unroll
         for (int row = 0; row < kOctet; ++row) {
           const Widened<S> state(states.of[row]);
@@ -116,11 +129,10 @@ struct Accumulator<S, false> {
     }
   }
 
-  FASTRNN_DEVICE void finish(int tiles) {
+  FASTRNN_DEVICE void finish() {
     const int quarter = Lane().quarter;
 #pragma unroll
-    for (int m = 0; m < kWarpTiles; ++m) {
-      if (m >= tiles) break;
+    for (int m = 0; m < Tiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         T four[4], two[2];
@@ -131,8 +143,6 @@ struct Accumulator<S, false> {
       }
     }
   }
-
-  FASTRNN_DEVICE static int64_t first_row(const Lane&) { return 0; }
 
  private:
   // Two lanes add up what they have: each half of the values in one of them.
@@ -148,62 +158,166 @@ struct Accumulator<S, false> {
   }
 };
 
-// Writes the sums of an accumulator to `target`, rows of `pitch`.
-template <class Acc, class T>
-FASTRNN_DEVICE void store_sums(const Acc& acc, const Lane& lane, int tiles, int octets, int pitch,
-                               T* target) {
-#pragma unroll
-  for (int m = 0; m < kWarpTiles; ++m) {
-    if (m >= tiles) break;
-#pragma unroll
-    for (int n = 0; n < Acc::octets; ++n) {
-      if (n >= octets) break;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        target[(n * kOctet + i % 2) * pitch + m * kTile + i / 2 * kOctet + lane.column] =
-            acc.sums[m][n][i];
-      }
+// The product of a block, by the parts that its warps take. Where a warp's first part lies takes
+// some divisions, so it is found out once, before the first step.
+// sums: [slices][rows][columns + kSkew].
+// WideSets: blocks of weights that lie in registers beside four tiles of sums; 1 leaves room for
+// items that need many.
+template <class S, bool Tensor, int WideSets>
+class Product {
+ public:
+  using T = Compute<S>;
+
+  FASTRNN_DEVICE Product(const Layout& layout, const char* weights, bool in_shared, T* sums)
+      : layout_(layout),
+        weights_(weights),
+        in_shared_(in_shared),
+        sums_(sums),
+        row_bytes_(layout.stride * static_cast<int>(sizeof(S))),
+        block_bytes_(int64_t{layout.columns} * kBlockBytes),
+        pitch_(layout.columns + kSkew),
+        parts_(layout.slices * layout.row_parts * layout.column_parts),
+        first_(layout, thread_index() / 32) {}
+
+  // load(p, condition) reads 16 bytes of states, or zeros.
+  template <class Load>
+  FASTRNN_DEVICE void run(const char* states, Load load) const {
+    int index = thread_index() / 32;
+    if (index >= parts_) return;
+    Part part = first_;
+    while (true) {
+      in_shared_ ? run_part<true>(part, states, load) : run_part<false>(part, states, load);
+      index += kWarps;
+      if (index >= parts_) return;
+      part = Part(layout_, index);
     }
   }
-}
 
-// sums: [slices][rows][columns + kSkew]; load_state reads 16 bytes of states.
-template <class S, bool Tensor, class Load>
-FASTRNN_DEVICE void multiply(const Layout& layout, const char* weights, const char* states,
-                             Load load_state, Compute<S>* sums) {
-  using Acc = Accumulator<S, Tensor>;
-  const Lane lane;
-  const int64_t row_bytes = layout.stride * sizeof(S);
-  const int64_t block_bytes = int64_t{layout.columns} * kBlockBytes;
-  const int pitch = layout.columns + kSkew;
-  const int parts = layout.slices * layout.row_parts * layout.column_parts;
-  for (int part = thread_index() / 32; part < parts; part += kWarps) {
-    const int slice = part % layout.slices;
-    const int row = part / layout.slices % layout.row_parts * (Acc::octets * kOctet);
-    const int column = part / layout.slices / layout.row_parts * (kWarpTiles * kTile);
-    const int tiles = (layout.columns - column) / kTile;
-    const int octets = (layout.rows - row) / kOctet;
-    const int64_t end = layout.depth_blocks * (slice + 1) / layout.slices;
-    const char* w = weights + (column + lane.column) * kBlockBytes + lane.quarter * 16;
-    const char* s = states + (row + Acc::first_row(lane)) * row_bytes + lane.quarter * 16;
-    Acc acc;
-    for (int64_t k = layout.depth_blocks * slice / layout.slices; k < end; k += Acc::ahead) {
-      typename Acc::Fragments read[Acc::ahead];
-#pragma unroll
-      for (int j = 0; j < Acc::ahead; ++j) {
-        if (k + j < end) {
-          read[j] = Acc::read(s + (k + j) * kBlockBytes, row_bytes, octets, load_state);
+ private:
+  static constexpr int kTiles = warp_tiles(sizeof(S));  // at most, of a part
+
+  struct Part {
+    int slice, row, column;
+    int begin, end;             // blocks of the depth
+    int column_octets, octets;  // of columns and rows
+    FASTRNN_DEVICE Part(const Layout& layout, int index) {
+      slice = index % layout.slices;
+      row = index / layout.slices % layout.row_parts * Layout::rows_per_warp(Tensor);
+      column = index / layout.slices / layout.row_parts * (kTiles * kTile);
+      const int depth = static_cast<int>(layout.depth_blocks);
+      begin = depth * slice / layout.slices;
+      end = depth * (slice + 1) / layout.slices;
+      column_octets = (layout.columns - column) / kOctet;
+      octets = (layout.rows - row) / kOctet;
+    }
+  };
+
+  // What the loops are unrolled by is one of a few numbers; the rest are conditions.
+  template <bool InShared, class Load>
+  FASTRNN_DEVICE void run_part(const Part& part, const char* states, Load load) const {
+    const auto with_octets = [&](auto tiles) {
+      if constexpr (Tensor) {
+        if (part.octets > 1) {
+          return run_part<InShared, decltype(tiles)::value, 2>(part, states, load);
         }
       }
+      run_part<InShared, decltype(tiles)::value, 1>(part, states, load);
+    };
+    if (kTiles == 1 || part.column_octets <= 2) {
+      with_octets(std::integral_constant<int, 1>{});
+    } else if (part.column_octets <= 4) {
+      with_octets(std::integral_constant<int, kTiles == 1 ? 1 : 2>{});
+    } else {
+      with_octets(std::integral_constant<int, kTiles>{});
+    }
+  }
+
+  template <bool InShared, int Tiles, int Octets, class Load>
+  FASTRNN_DEVICE void run_part(const Part& part, const char* states, Load load) const {
+    constexpr int ahead = blocks_ahead<S, Tensor, Tiles>(Octets);
+    const Lane lane;
+    const char* w = weights_ + part.begin * block_bytes_ +
+                    (part.column + lane.column) * kBlockBytes + lane.quarter * 16;
+    const char* s = states + (part.row + (Tensor ? lane.column : 0)) * row_bytes_ +
+                    int64_t{part.begin} * kBlockBytes + lane.quarter * 16;
+    const int count = part.end - part.begin;
+    Accumulator<S, Tensor, Tiles, Octets> sums;
+    States<S, Tensor, Octets> read[ahead];
 #pragma unroll
-      for (int j = 0; j < Acc::ahead; ++j) {
-        if (k + j < end) acc.add(w + (k + j) * block_bytes, tiles, read[j], octets);
+    for (int j = 0; j < ahead; ++j) {
+      read[j].read(s + j * kBlockBytes, row_bytes_, j < count, load);
+    }
+    // Weights are nearer than states: one block ahead is enough.
+    constexpr int sets = !Tensor ? 1 : Tiles == 4 ? WideSets : 2;
+    Weights<Tiles, InShared> weights[sets];
+    if constexpr (sets == 2) weights[0].read(w, part.column_octets, true);
+    for (int k = 0; k < count; k += ahead) {
+#pragma unroll
+      for (int j = 0; j < ahead; ++j) {
+        if (k + j >= count) break;
+        const int next = k + j + sets - 1;
+        weights[next % sets].read(w + next * block_bytes_, part.column_octets, next < count);
+        sums.add(weights[j % sets], read[j]);
+        const int later = k + j + ahead;
+        read[j].read(s + later * kBlockBytes, row_bytes_, later < count, load);
       }
     }
-    acc.finish(tiles);
-    store_sums(acc, lane, tiles, octets, pitch,
-               sums + (slice * layout.rows + row + 2 * lane.quarter) * pitch + column);
+    sums.finish();
+    store(part, lane, sums.sums);
   }
-}
+
+  template <int Tiles, int Octets>
+  FASTRNN_DEVICE void store(const Part& part, const Lane& lane,
+                            const T (&sums)[Tiles][Octets][4]) const {
+    T* target = sums_ + (part.slice * layout_.rows + part.row + 2 * lane.quarter) * pitch_ +
+                part.column + lane.column;
+#pragma unroll
+    for (int m = 0; m < 2 * Tiles; ++m) {
+      if (m >= part.column_octets) break;
+#pragma unroll
+      for (int n = 0; n < Octets; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          target[(n * kOctet + i) * pitch_ + m * kOctet] = sums[m / 2][n][2 * (m % 2) + i];
+        }
+      }
+    }
+  }
+
+  const Layout& layout_;
+  const char* const weights_;
+  const bool in_shared_;
+  T* const sums_;
+  const int64_t row_bytes_, block_bytes_;
+  const int pitch_, parts_;
+  const Part first_;
+};
+
+// The product for one row and one of the block's columns: its parts over the depth, added up in
+// order. All are loaded at once.
+template <class T>
+class SliceSum {
+ public:
+  FASTRNN_DEVICE SliceSum(const Layout& layout, const T* sums)
+      : sums_(sums),
+        slices_(layout.slices),
+        pitch_(layout.columns + kSkew),
+        slice_(layout.rows * pitch_) {}
+
+  FASTRNN_DEVICE T operator()(int row, int column) const {
+    const T* first = sums_ + row * pitch_ + column;
+    T parts[kWarps];
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) parts[i] = i < slices_ ? first[i * slice_] : T(0);
+    T sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += parts[i];
+    return sum;
+  }
+
+ private:
+  const T* const sums_;
+  const int slices_, pitch_, slice_;
+};
 
 }  // namespace fastrnn::cuda

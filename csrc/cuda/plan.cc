@@ -9,33 +9,71 @@ bool has_tensor_cores(const Problem& p, const DeviceInfo& device) {
   return device.capability >= 80 && (p.element() == 2 || (p.dtype == DType::kFloat32 && p.tf32));
 }
 
-// Time of a step, roughly, in cycles of one multiprocessor. The rates are those of the hardware's
-// documents; what a barrier costs is a guess until it has been measured.
-double cost(const Problem& p, const DeviceInfo& device, const Plan& plan, const Layout& l) {
-  constexpr double kFromCache = 32, kFromShared = 128;  // bytes a cycle
+// Time of a step, roughly, in cycles of one multiprocessor. The rates and latencies are those of an
+// H100 as documents and others' measurements have them; until ours have been measured, what a plan
+// costs is a guess, and only good to compare plans.
+Terms terms(const Problem& p, const DeviceInfo& device, const Plan& plan, const Layout& l) {
+  constexpr double kFromCache = 32, kFromShared = 128;  // bytes a cycle, while all others read
+  constexpr double kCacheLatency = 300, kSharedLatency = 35, kMathLatency = 250;
+  constexpr double kRemoteStore = 4;  // of a warp, to the shared memory of another block
+  // Of a lane; see blocks_ahead.
+  const double loads_ahead = !plan.tensor && l.columns <= 2 * kTile ? 16 : 8;
+  const bool in_cluster = plan.kind == Kind::kCluster;
   const double products = plan.tensor                  ? 2048.0 / static_cast<double>(p.element())
                           : p.dtype == DType::kFloat64 ? 64
                                                        : 128;
   const double bytes = static_cast<double>(l.depth_blocks * kBlockBytes);
   const double depth = bytes / static_cast<double>(p.element());
   const int rows = l.row_parts * std::min(l.rows, Layout::rows_per_warp(plan.tensor));
-  double cycles = depth * l.columns * rows / products;
-  cycles += bytes * l.rows / (plan.kind == Kind::kCluster ? kFromShared : kFromCache);
-  cycles += bytes * l.columns * l.row_parts / kFromShared;
-  if (!plan.resident) cycles += bytes * l.columns / kFromCache;
-  const int64_t waves = divide_up(l.blocks(p.directions), device.processors);
-  const double barrier = plan.kind == Kind::kStep   ? 4000
-                         : plan.kind == Kind::kGrid ? 1500
-                         : plan.cluster > 1         ? 600
-                                                    : 100;
-  return cycles * static_cast<double>(waves) + barrier;
+  const double product = depth * l.columns * rows / products;
+
+  // What warps load follows the first load's latency, or is limited by what is under way at once.
+  const auto reading = [&](double all, double loads, bool shared) {
+    const double latency = shared ? kSharedLatency : kCacheLatency;
+    return std::max(latency * (1 + (loads - 1) / loads_ahead),
+                    latency + all / (shared ? kFromShared : kFromCache));
+  };
+  const int parts = l.slices * l.row_parts * l.column_parts;
+  const double turns = static_cast<double>(divide_up(parts, kWarps));
+  const double blocks = turns * static_cast<double>(divide_up(l.depth_blocks, l.slices));
+  const int own_rows = std::min(l.rows, Layout::rows_per_warp(plan.tensor));
+  const double state_loads = blocks * (plan.tensor ? divide_up(own_rows, kOctet) : own_rows);
+  const double states = reading(bytes * l.rows * l.column_parts, state_loads, in_cluster);
+  const int own_columns = std::min(l.columns, kTile * warp_tiles(p.element()));
+  const double weights =
+      reading(bytes * l.columns * l.row_parts,
+              blocks * static_cast<double>(divide_up(own_columns, kOctet)), plan.resident);
+
+  // Every sum of every slice goes through shared memory; the cells of a thread follow one another.
+  const double sums = static_cast<double>(l.rows) * l.columns * l.slices * p.compute();
+  const double items = static_cast<double>(divide_up(int64_t{l.units} * l.rows, kThreads));
+  const double stores = static_cast<double>(divide_up(int64_t{l.units} * l.rows, 32)) *
+                        (plan.cluster - 1) * kRemoteStore *
+                        (p.pass == Pass::kForward ? 1 : p.gates);
+  Terms result{};
+  result.states = states;
+  result.product = plan.resident ? std::max(product, weights) : product + weights;
+  result.sums = 2 * sums / kFromShared;
+  result.cells = kMathLatency * (1 + items / 4);
+  result.hand_over = stores + (plan.kind == Kind::kStep   ? 4000
+                               : plan.kind == Kind::kGrid ? 1500
+                               : plan.cluster > 1         ? 700
+                                                          : 50);
+  // Blocks of a step that do not run at once run one after another; so do whole scans of clusters.
+  const int64_t all = l.blocks(p.directions);
+  result.turns = static_cast<double>(
+      in_cluster ? divide_up(all / plan.cluster, device.clusters_at_once(plan.cluster))
+                 : divide_up(all, device.processors));
+  result.one_hand_over = !in_cluster;
+  return result;
 }
 
 }  // namespace
 
 bool is_possible(const Problem& p, const DeviceInfo& device, const Plan& plan) {
   if (plan.units < 1 || kThreads % plan.units != 0 || plan.rows < kOctet ||
-      plan.rows % kOctet != 0 || plan.units * plan.rows > kThreads * kItems || plan.slices < 1) {
+      plan.rows % kOctet != 0 || plan.units * plan.rows > kThreads * kItems || plan.slices < 1 ||
+      plan.slices > kWarps) {
     return false;
   }
   if (plan.tensor && !has_tensor_cores(p, device)) return false;
@@ -48,10 +86,14 @@ bool is_possible(const Problem& p, const DeviceInfo& device, const Plan& plan) {
     case Kind::kGrid:
       return plan.cluster == 1 && layout.blocks(p.directions) <= device.processors;
     case Kind::kCluster:
-      return (plan.cluster == 1 || (device.capability >= 90 && plan.cluster <= 8)) &&
+      return plan.cluster >= 1 && device.clusters_at_once(plan.cluster) > 0 &&
              plan.cluster * int64_t{plan.units} >= p.hidden;
   }
   return false;
+}
+
+Terms step_terms(const Problem& p, const DeviceInfo& device, const Plan& plan) {
+  return terms(p, device, plan, Layout(p, plan));
 }
 
 std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device,
@@ -66,7 +108,7 @@ std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device,
     const int64_t idle = kWarps / (whole.row_parts * whole.column_parts);
     plan.slices = static_cast<int>(std::max<int64_t>(1, std::min(idle, whole.depth_blocks)));
     if (!is_possible(p, device, plan)) return;
-    const double time = cost(p, device, plan, Layout(p, plan));
+    const double time = terms(p, device, plan, Layout(p, plan)).cycles();
     if (best && time >= least) return;
     best = plan;
     least = time;
@@ -78,7 +120,7 @@ std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device,
       consider({Kind::kStep, units, rows, 1, 1, false, tensor});
       for (const bool resident : {true, false}) {
         consider({Kind::kGrid, units, rows, 1, 1, resident, tensor});
-        for (int cluster = 1; cluster <= 8; cluster *= 2) {
+        for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
           if (cluster > 1 && cluster / 2 * int64_t{units} >= p.hidden) break;
           consider({Kind::kCluster, units, rows, 1, cluster, resident, tensor});
         }

@@ -6,6 +6,7 @@
 // step; groups never wait for each other.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 
@@ -24,16 +25,18 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kItems = 4;        // (row, unit) pairs of a thread, at most
 constexpr int kBlockBytes = 64;  // of one column or row, along the depth of the product
 constexpr int kTile = 16;        // columns of a tensor core's product
-constexpr int kWarpTiles = 4;    // of them in one warp at once
-constexpr int kOctet = 8;        // rows of a tensor core's product
+constexpr int kOctet = 8;        // rows of a tensor core's product, and half a tile of columns
 constexpr int kSkew = 4;         // between rows of sums: no two of a warp in one bank
+
+// Tiles of columns in one warp at once: those whose sums stay in registers.
+FASTRNN_HD constexpr int warp_tiles(int64_t element) { return element == 8 ? 1 : 4; }
 
 enum class Pass : int { kForward, kBackward };
 
 // What separates a step, which writes states, from the next one, which reads them.
 enum class Kind : int {
   kStep,     // the end of a launch: every size
-  kGrid,     // a counter in global memory; all blocks run at once
+  kGrid,     // flags in global memory; all blocks run at once
   kCluster,  // a cluster's barrier and distributed shared memory, or one block alone
 };
 
@@ -46,11 +49,32 @@ struct Plan {
   bool tensor;      // tensor cores multiply
 };
 
-// Of a GPU, what a plan depends on.
+constexpr int kMaxCluster = 16;  // more than 8 where the device grants it
+
+// Of a GPU, or a slice of one, what a plan depends on.
 struct DeviceInfo {
   int processors;
-  int64_t shared;  // bytes of shared memory a block may have
-  int capability;  // 10 * major + minor
+  int64_t shared;               // bytes of shared memory a block may have
+  int capability;               // 10 * major + minor
+  std::array<int, 4> clusters;  // of 2, 4, 8 and 16 blocks that run at once, a block a processor
+
+  // Clusters as sm_90 promises them, of at most 8 blocks, where nobody has asked the device.
+  DeviceInfo(int count, int64_t bytes, int version)
+      : DeviceInfo(count, bytes, version,
+                   version < 90 ? std::array<int, 4>{}
+                                : std::array<int, 4>{count / 2, count / 4, count / 8, 0}) {}
+  DeviceInfo(int count, int64_t bytes, int version, const std::array<int, 4>& at_once)
+      : processors(count), shared(bytes), capability(version), clusters(at_once) {}
+
+  // Of `size` blocks.
+  int clusters_at_once(int size) const {
+    return size == 1             ? processors
+           : size == 2           ? clusters[0]
+           : size <= 4           ? clusters[1]
+           : size <= 8           ? clusters[2]
+           : size <= kMaxCluster ? clusters[3]
+                                 : 0;
+  }
 };
 
 // The recurrence of a layer: `input` and `proj` of the shape are none of its own.
@@ -76,20 +100,20 @@ FASTRNN_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1
 // Everything that follows from a problem and a plan. Offsets and sizes are in bytes, `stride` in
 // elements.
 struct Layout {
-  int units, rows, columns;  // of a block; columns are filled up to whole tiles
+  int units, rows, columns;  // of a block; columns are filled up to whole octets
   int slices, row_parts, column_parts;
   int64_t unit_tiles, row_tiles;
   int64_t depth_blocks, stride;  // of a row of exchanged states
-  int64_t packed, exchange, carry, counters, workspace;
+  int64_t packed, exchange, carry, flags, workspace;
   int64_t shared_exchange, shared_sums, shared;
 
   FASTRNN_HD constexpr Layout(const Problem& p, const Plan& plan)
       : units(plan.units),
         rows(plan.rows),
-        columns(static_cast<int>(divide_up(p.columns_per_unit() * plan.units, kTile)) * kTile),
+        columns(static_cast<int>(divide_up(p.columns_per_unit() * plan.units, kOctet)) * kOctet),
         slices(plan.slices),
         row_parts(static_cast<int>(divide_up(plan.rows, rows_per_warp(plan.tensor)))),
-        column_parts(static_cast<int>(divide_up(columns, kTile * kWarpTiles))),
+        column_parts(static_cast<int>(divide_up(columns, kTile * warp_tiles(p.element())))),
         unit_tiles(plan.kind == Kind::kCluster ? plan.cluster : divide_up(p.hidden, plan.units)),
         row_tiles(divide_up(p.batch, plan.rows)),
         depth_blocks(divide_up(p.depth() * p.element(), kBlockBytes)),
@@ -98,8 +122,8 @@ struct Layout {
         packed(0),
         exchange(p.directions * unit_tiles * depth_blocks * columns * kBlockBytes),
         carry(exchange + 2 * p.directions * row_tiles * rows * stride * p.element()),
-        counters(carry + divide_up(2 * p.directions * p.batch * p.hidden * p.compute(), 16) * 16),
-        workspace(counters + p.directions * row_tiles * int64_t{sizeof(int64_t)}),
+        flags(carry + divide_up(2 * p.directions * p.batch * p.hidden * p.compute(), 16) * 16),
+        workspace(flags + p.directions * row_tiles * unit_tiles * int64_t{sizeof(int64_t)}),
         shared_exchange(plan.resident ? depth_blocks * columns * kBlockBytes : 0),
         shared_sums(shared_exchange +
                     (plan.kind == Kind::kCluster ? 2 * rows * stride * p.element() : 0)),
@@ -115,6 +139,23 @@ struct Layout {
 
 // Whether a device can run a problem so.
 bool is_possible(const Problem& problem, const DeviceInfo& device, const Plan& plan);
+
+// What a step should take, in cycles of one multiprocessor, by what it spends them on.
+struct Terms {
+  double states;       // from where others left them
+  double product;      // with the weights, from wherever they lie
+  double sums;         // of slices, through shared memory
+  double cells;        // the dependent operations of a thread's items
+  double hand_over;    // to the blocks of the group
+  double turns;        // how often all that, as not all blocks run at once
+  bool one_hand_over;  // for all turns together
+
+  double cycles() const {
+    const double step = states + product + sums + cells;
+    return one_hand_over ? step * turns + hand_over : (step + hand_over) * turns;
+  }
+};
+Terms step_terms(const Problem& problem, const DeviceInfo& device, const Plan& plan);
 
 // The plan that should take the least time; of the given kind if there is one, which a size or a
 // device may not allow.

@@ -1,5 +1,5 @@
 // Before a scan, in one launch: the weights in the order in which blocks read them, the states that
-// the first step reads, and counters at zero.
+// the first step reads, and flags at zero.
 #pragma once
 
 #include "block.h"
@@ -119,9 +119,10 @@ start_kernel(FASTRNN_ARGUMENT Params<Args> p) {
   start_exchange<S>(p, thread, threads);
   start_carried<S>(p, thread, threads);
 
-  int64_t* counters = reinterpret_cast<int64_t*>(p.workspace + l.counters);
-  for (int64_t i = thread; i < p.args.problem.directions * l.row_tiles; i += threads) {
-    counters[i] = 0;
+  int64_t* flags = reinterpret_cast<int64_t*>(p.workspace + l.flags);
+  for (int64_t i = thread; i < p.args.problem.directions * l.row_tiles * l.unit_tiles;
+       i += threads) {
+    flags[i] = 0;
   }
 }
 

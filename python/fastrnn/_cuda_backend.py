@@ -14,9 +14,10 @@ captured in a CUDA graph.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
+from threading import Lock
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -34,6 +35,32 @@ def allows_tf32() -> bool:
     """Whether torch would let nn.LSTM round float32 on CUDA."""
     precision = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
     return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+
+
+_settings = Lock()
+
+
+@contextmanager
+def _products_as(allowed: bool) -> Iterator[None]:
+    """Lets torch's own products round float32 to TF32, or not, as the scan does.
+
+    torch has a setting for cuDNN, which is for all products of a layer, and another for cuBLAS, off
+    by default. It is one for all threads, so it is changed only where the two differ.
+    """
+    matmul = torch.backends.cuda.matmul
+    new = getattr(matmul, "fp32_precision", None)
+    before = matmul.allow_tf32 if new is None else new == "tf32"
+    if before == allowed:
+        yield
+        return
+    with _settings:
+        matmul.allow_tf32 = allowed  # sets what a newer torch has beside it, too
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
+            if new is not None:
+                matmul.fp32_precision = new
 
 
 class Weights(NamedTuple):
@@ -93,7 +120,7 @@ class CudaBackend(Backend):
     def forward(self, layer: Layer) -> Results:
         layer.check()
         _refuse(layer)
-        with _on(layer.x.device):
+        with _on(layer.x.device), self._rounding(layer):
             layer = _contiguous(layer)
             if layer.segments > 1:
                 return forward_in_segments(layer, self._forward)
@@ -102,7 +129,7 @@ class CudaBackend(Backend):
     def backward(self, layer: Layer, saved: Saved) -> list[Tensor | None]:
         saved.check(layer)
         _refuse(layer)
-        with _on(layer.x.device):
+        with _on(layer.x.device), self._rounding(layer):
             layer, saved = _contiguous(layer), _contiguous(saved)
             if layer.segments > 1:
                 return backward_in_segments(layer, saved, self._forward, self._backward)
@@ -201,6 +228,11 @@ class CudaBackend(Backend):
         plan = self._choose(problem, self._kernels.device_info(device))
         return plan, plan.workspace(problem)
 
+    def _rounding(self, layer: Layer) -> AbstractContextManager[Any]:
+        if layer.x.dtype != torch.float32:
+            return nullcontext()
+        return _products_as(self._allows_tf32())
+
     def _index(self, device: torch.device) -> int:
         return self._device if device.index is None else device.index
 
@@ -257,6 +289,8 @@ class _GateGradients:
         new = layer.x.new_empty if rows.mask is None else layer.x.new_zeros
         hidden, width = layer.hidden, layer.weights[0].shape[0]
         self.gates = new((layer.directions, rows.count, width))  # of W_ih x + b_ih
+        self.each = self.gates.unbind()  # of one direction [N, G*H], and turned around
+        self.transposed = [gates.t() for gates in self.each]
         # Those of W_hh h + b_hh are the same, but for the last gate of some cells.
         self.last_gate: Tensor | None = None
         self.same = width
@@ -273,37 +307,48 @@ class _GateGradients:
         layer, rows = self.layer, self.rows
         d_x, _, _, _, *rest = gradients
         inputs = rows.zero_masked(layer.x.view(rows.count, -1))
-        states = output.view(rows.count, layer.directions, layer.proj)
+        states = output.view(rows.count, layer.directions, layer.proj).unbind(1)
         grouped = zip(_by_direction(layer, layer.weights), _by_direction(layer, rest))
         for d, (weights, wanted) in enumerate(grouped):
+            gates = self.each[d]
             if d_x is not None:
                 flat = d_x.view_as(inputs)
                 if d == 0:
-                    torch.mm(self.gates[d], weights.ih, out=flat)
+                    torch.mm(gates, weights.ih, out=flat)
                 else:
-                    flat.addmm_(self.gates[d], weights.ih)
+                    flat.addmm_(gates, weights.ih)
             if wanted.ih is not None:
-                torch.mm(self.gates[d].t(), inputs, out=wanted.ih)
+                torch.mm(self.transposed[d], inputs, out=wanted.ih)
             if wanted.hh is not None:
                 h_0 = None if layer.h_0 is None else layer.h_0[d]
-                self._multiply_before(d, states[:, d], h_0, wanted.hh)
+                self._multiply_before(d, states[d], h_0, wanted.hh)
             self._sum_up(d, wanted)
 
     def _sum_up(self, d: int, wanted: Weights) -> None:
         """Sets the gradients of the biases."""
         if wanted.bias_ih is not None:
-            torch.sum(self.gates[d], 0, out=wanted.bias_ih)
-        if wanted.bias_hh is not None:
-            torch.sum(self.gates[d, :, : self.same], 0, out=wanted.bias_hh[: self.same])
-            if self.last_gate is not None:
-                torch.sum(self.last_gate[d], 0, out=wanted.bias_hh[self.same :])
+            torch.sum(self.each[d], 0, out=wanted.bias_ih)
+        if wanted.bias_hh is None:
+            return
+        if self.last_gate is not None:
+            torch.sum(self.each[d][:, : self.same], 0, out=wanted.bias_hh[: self.same])
+            torch.sum(self.last_gate[d], 0, out=wanted.bias_hh[self.same :])
+        elif wanted.bias_ih is not None:
+            wanted.bias_hh.copy_(wanted.bias_ih)
+        else:
+            torch.sum(self.each[d], 0, out=wanted.bias_hh)
 
     def _multiply_before(self, d: int, states: Tensor, h_0: Tensor | None, out: Tensor) -> None:
         """out [G*H, P]: the gradients of W_hh h + b_hh times the states before each step."""
+        if self.last_gate is None:
+            parts = [(self.transposed[d], out)]
+        else:
+            parts = [(self.transposed[d][: self.same], out[: self.same])]
+            parts += [(self.last_gate[d].t(), out[self.same :])]
+        # One product, so that its sums are those of rows with tables, bit for bit.
         before = self.rows.states_before(states, h_0, d)
-        torch.mm(self.gates[d, :, : self.same].t(), before, out=out[: self.same])
-        if self.last_gate is not None:
-            torch.mm(self.last_gate[d].t(), before, out=out[self.same :])
+        for gates, target in parts:
+            torch.mm(gates, before, out=target)
 
     def set_projected(self, gradients: Sequence[Tensor | None], saved: Saved, m: Tensor) -> None:
         """Sets the gradients of W_hr, from every h_t that it made, and of h_0."""
@@ -322,7 +367,7 @@ class _GateGradients:
                 if d_h_n is not None:
                     wanted.hr.addmm_(d_h_n[d].t(), rows_at(m[:, d], rows.last(d), None))
             if d_h_0 is not None:
-                first = rows_at(self.gates[d], rows.first(d), None) @ weights.hh
+                first = rows_at(self.each[d], rows.first(d), None) @ weights.hh
                 if rows.lengths is not None and d_h_n is not None:
                     # Rows without steps hand it through.
                     first += torch.where((rows.lengths == 0).unsqueeze(1), d_h_n[d], 0)

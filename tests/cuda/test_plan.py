@@ -35,7 +35,7 @@ def test_every_size_has_a_plan(harness, gpus, cell, dtype, backward):
                 if plan.kind == harness.Kind.GRID:  # all blocks run at once
                     assert plan.blocks(given) <= gpu.processors
                 if plan.kind == harness.Kind.CLUSTER:
-                    assert plan.cluster <= (8 if gpu.capability >= 90 else 1)
+                    assert plan.cluster == 1 or gpu.clusters[plan.cluster.bit_length() - 2] > 0
                     assert plan.cluster * plan.units >= H
 
 
@@ -69,6 +69,31 @@ def test_tensor_cores(harness, gpus):
     ]:
         given = problem(harness, "GRU", dtype, tf32=tf32)
         assert harness.make_plan(given, gpu).tensor == expected, (dtype, tf32)
+
+
+def test_clusters_are_those_that_the_device_grants(harness):
+    """A slice of a GPU may have none, a whole one clusters of 16."""
+    given = problem(harness, "LSTM", "bf16", H=256)
+    sizes = 132, 227 * 1024, 90
+    for clusters, largest in [([0] * 4, 1), ([66, 32, 0, 0], 4), ([66, 32, 16, 8], 16)]:
+        device = harness.DeviceInfo(*sizes, clusters)
+        options = {"rows": 8, "slices": 1, "resident": False, "tensor": True}
+        for cluster in (2, 4, 8, 16):
+            plan = harness.Plan(harness.Kind.CLUSTER, 128, cluster=cluster, **options)
+            wide = problem(harness, "RNN_TANH", "bf16", H=128)
+            assert harness.is_possible(wide, device, plan) == (cluster <= largest)
+        assert harness.make_plan(given, device) is not None
+
+
+def test_clusters_that_must_take_turns_cost_a_scan_each(harness):
+    """Where few run at once, other plans take less time."""
+    given = problem(harness, "LSTM", "bf16", B=64, H=128)
+    clusters = [
+        harness.make_plan(given, harness.DeviceInfo(132, 227 * 1024, 90, at_once)).cluster
+        for at_once in ([66, 32, 16, 0], [1, 1, 1, 0])
+    ]
+    assert clusters[0] > 1
+    assert clusters[1] == 1
 
 
 def test_impossible_plans(harness, gpus):

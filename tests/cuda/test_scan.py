@@ -243,6 +243,24 @@ def test_odd_sizes(target, cell, engine, sizes, kind):
     assert_right(run_on(case, target, engine, choose), case, engine)
 
 
+LARGE = {
+    "deep": ("GRID", 8, 8, 1, 1, True),
+    "deep-from-cache": ("STEP", 16, 16, 1, 1, False),
+    "more-parts-than-warps": ("GRID", 32, 32, 5, 1, True),
+    "odd-tile": ("STEP", 8, 16, 2, 1, False),
+    "cluster-of-16": ("CLUSTER", 16, 8, 8, 16, True),
+}
+
+
+@pytest.mark.parametrize("plan", LARGE)
+def test_long_products(target, cell, engine, plan, monkeypatch):
+    """More of the depth than is loaded at once, and more parts than warps."""
+    monkeypatch.setitem(PLANS, plan, LARGE[plan])
+    case = make_case(cell, 2, 33, 3, 150, 1, states=True)
+    choose = chooser(plan, target.kernels, engine)
+    assert_right(run_on(case, target, engine, choose), case, engine)
+
+
 @pytest.mark.parametrize("engine", ["f32", "f64"], indirect=True)
 @pytest.mark.parametrize("rows", ROWS)
 def test_cpu_kernels_agree(target, cell, engine, rows):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from backends import h100
+from backends import ENGINES, Target, h100
 from fastrnn._backends import register
 from helpers import make
 from test_scan import ROWS, Case, make_case, run_on
@@ -98,3 +98,71 @@ def test_layers(fake_cuda, cell, kind):
     with mode, NoReads() as calls:
         torch.func.functional_call(model, weights, (x,), options.get(kind, {}))
     assert calls.scans == ["scan_forward"] * 2
+
+
+class Watched(TorchDispatchMode):
+    """The calls of torch, and whether cuBLAS may round to TF32 in its products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.rounds: set[bool] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(str(func))
+        if func.overloadpacket in (aten.mm, aten.addmm, aten.addmm_):
+            self.rounds.add(torch.backends.cuda.matmul.allow_tf32)
+        return func(*args, **(kwargs or {}))
+
+
+def watch(case: Case, backend) -> list[Watched]:
+    """Of forward and of backward."""
+    watched = []
+    original = case.to(lambda t: t.float())
+
+    def each(operator):
+        def call(*args):
+            with Watched() as calls:
+                result = operator(*args)
+            watched.append(calls)
+            return result
+
+        return call
+
+    original.run(each(backend.forward), each(backend.backward))
+    return [watched[0], watched[-1]]
+
+
+def test_few_calls_of_torch(harness):
+    """Each takes some microseconds on the host, as long as a step or more on the GPU."""
+    target = Target("harness", harness, "cpu")
+    case = make_case("LSTM", 4, 5, 3, 6, 1)
+    forward, backward = watch(case, target.backend(ENGINES["f32"]))
+    assert len(forward.calls) <= 10
+    assert len(backward.calls) <= 23
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("products", [False, True])
+def test_large_products_round_where_cudnn_would(harness, scan, products):
+    """nn.LSTM on cuDNN knows one setting, for all products of a layer."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    engine = ENGINES["tf32" if scan else "f32"]
+    case = make_case("GRU", 3, 2, 4, 8)
+    try:
+        matmul.allow_tf32 = products
+        found = watch(case, Target("harness", harness, "cpu").backend(engine))
+        assert matmul.allow_tf32 == products
+    finally:
+        matmul.allow_tf32 = before
+    assert [calls.rounds for calls in found] == [{scan}] * 2
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older torch"
+)
+def test_the_setting_of_products_comes_back_as_it_was(harness):
+    before = torch.backends.cuda.matmul.fp32_precision
+    watch(make_case("GRU", 3, 2, 4, 8), Target("harness", harness, "cpu").backend(ENGINES["tf32"]))
+    assert torch.backends.cuda.matmul.fp32_precision == before

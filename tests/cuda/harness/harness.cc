@@ -256,16 +256,16 @@ void sync_block() {
   barrier.wait(barrier.arrive());
 }
 
-void arrive(int64_t* counter) {
+void release(int64_t* flag, int64_t value) {
   ++progress;
-  ++*counter;
+  *flag = value;
 }
 
-void wait_for(const int64_t* counter, int64_t count) {
-  while (*counter < count) yield();
+void wait_for(const int64_t* flag, int64_t value) {
+  while (*flag < value) yield();
 }
 
-void arrive_cluster() { self->cluster_generation = self->block->cluster->arrive(); }
+void arrive_cluster(bool) { self->cluster_generation = self->block->cluster->arrive(); }
 void wait_cluster() { self->block->cluster->wait(self->cluster_generation); }
 
 void* shared_of(void* own, int rank) {

@@ -61,9 +61,9 @@ int64_t grid_thread();
 int64_t grid_threads();
 char* dynamic_shared();
 void sync_block();
-void arrive(int64_t* counter);
-void wait_for(const int64_t* counter, int64_t count);
-void arrive_cluster();
+void release(int64_t* flag, int64_t value);
+void wait_for(const int64_t* flag, int64_t value);
+void arrive_cluster(bool releases);
 void wait_cluster();
 // Where `own`, in this block's shared memory, lies in that of another block of the cluster.
 void* shared_of(void* own, int rank);
@@ -80,12 +80,21 @@ T shuffle_xor(T value, int mask) {
 
 inline Vector16 load(const void* p) { return *static_cast<const Vector16*>(p); }
 inline void store(void* p, Vector16 v) { *static_cast<Vector16*>(p) = v; }
-inline Vector16 load_shared_cache(const void* p) { return load(p); }
+inline Vector16 load_if(bool condition, const void* p) {
+  return condition ? load(p) : Vector16{0, 0, 0, 0};
+}
+inline Vector16 load_shared_if(bool condition, const void* p) { return load_if(condition, p); }
+inline Vector16 load_shared_cache_if(bool condition, const void* p) {
+  return load_if(condition, p);
+}
 
 template <class S>
 void store_in_cluster(S* own, int rank, S value) {
   *static_cast<S*>(shared_of(own, rank)) = value;
 }
+
+template <class S>
+void pin(S&) {}
 
 inline void narrow(float v, float& to) { to = v; }
 inline void narrow(double v, double& to) { to = v; }
@@ -96,6 +105,8 @@ void narrow(float v, S& to) {
 
 inline float exp_(float x) { return std::exp(x); }
 inline double exp_(double x) { return std::exp(x); }
+inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float reciprocal_approximate(float x) { return 1 / x; }
 inline float tanh_(float x) { return std::tanh(x); }
 inline double tanh_(double x) { return std::tanh(x); }
 
