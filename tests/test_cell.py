@@ -607,6 +607,32 @@ def test_tools(tool, tmp_path, monkeypatch):
     torch.testing.assert_close((output, h_n), model(x), rtol=0, atol=0)
 
 
+def test_defined_again_after_its_kernel_was_loaded():
+    """As in a notebook: what the kernel saves for backward is not forgotten."""
+
+    def define():
+        @fastrnn.cell(gates=("f", "n"))
+        def Again(x, r, h, c, *, w=0.0):
+            c = torch.sigmoid(x.f + r.f + w * c) * c + torch.tanh(x.n + r.n)
+            return torch.tanh(c), c
+
+        return Again
+
+    first = define()
+    rnn, x = first(3, 4).double(), torch.randn(6, 2, 3).double()
+    rnn(x)[0].sum().backward()
+    saves = CELLS[first.definition.mode].saves
+    assert saves > 0
+    second = define()
+    assert second.definition.mode == first.definition.mode
+    assert CELLS[second.definition.mode].saves == saves
+    again = second(3, 4).double()
+    again.load_state_dict(rnn.state_dict())
+    again(x)[0].sum().backward()
+    for a, b in zip(again.parameters(), rnn.parameters()):
+        assert torch.equal(a.grad, b.grad)
+
+
 def test_torch_compiles_after_cells_were_generated_at_once():
     with ThreadPoolExecutor(4) as pool:
         for _ in pool.map(generate, [OwnLSTM.definition, OwnGRU.definition] * 2):

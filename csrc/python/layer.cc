@@ -342,18 +342,22 @@ void expect_weights(const CellTraits& traits, int64_t count, int directions) {
 
 const CellTraits& cell_traits(int cell) { return all_traits()[cell]; }
 
-const CellTraits& add_cell(CellTraits traits) {
+const CellTraits& declare_cell(CellTraits traits) {
   static std::deque<std::string> names;
   std::deque<CellTraits>& all = all_traits();
-  for (auto known = all.begin() + Cells::size; known != all.end(); ++known) {
-    if (std::string_view(known->mode) != traits.mode) continue;
-    traits.mode = known->mode;
-    traits.index = known->index;
-    return *known = traits;
+  for (const CellTraits& known : all) {
+    if (std::string_view(known.mode) == traits.mode) return known;
   }
   traits.mode = names.emplace_back(traits.mode).c_str();
   traits.index = static_cast<int>(all.size());
   return all.emplace_back(traits);
+}
+
+const CellTraits& define_cell(CellTraits traits) {
+  const CellTraits& declared = declare_cell(traits);
+  traits.mode = declared.mode;
+  traits.index = declared.index;
+  return all_traits()[declared.index] = traits;
 }
 
 int find_cell(const std::string& mode) {

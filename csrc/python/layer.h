@@ -13,8 +13,11 @@
 namespace fastrnn {
 
 const CellTraits& cell_traits(int cell);
-// Adds a cell, or says more of one that was added before; returns its traits, which stay there.
-const CellTraits& add_cell(CellTraits traits);
+// Adds a cell that may have no kernel yet. Returns its traits, which stay there; of a cell that is
+// known those that it has, as a kernel may have said more.
+const CellTraits& declare_cell(CellTraits traits);
+// The traits of a cell as its kernel has them.
+const CellTraits& define_cell(CellTraits traits);
 int find_cell(const std::string& mode);  // throws ValueError for an unknown one
 int find_cell(py::handle mode);          // and for what is no str
 

@@ -86,8 +86,8 @@ PYBIND11_MODULE(_cpu, m) {
       "add_cell",
       [](const std::string& mode, int gates, int recurrent, int states, int inputs,
          int parameters) -> const CellTraits& {
-        return add_cell({mode.c_str(), -1, gates, recurrent, states, states, 0, inputs, parameters,
-                         false, false, false});
+        return declare_cell({mode.c_str(), -1, gates, recurrent, states, states, 0, inputs,
+                             parameters, false, false, false});
       },
       py::return_value_policy::reference);
   m.def("load_cell", &load_cell);

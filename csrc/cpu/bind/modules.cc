@@ -19,7 +19,7 @@ void load_cell(const std::string& mode, uintptr_t address) {
   if (mode != module.traits.mode) {
     throw py::import_error("expected the cell " + mode + ", got " + module.traits.mode);
   }
-  const int cell = add_cell(module.traits).index;
+  const int cell = define_cell(module.traits).index;
   loaded()[{cell, module.dtype}] = {module.forward, module.pack, module.backward};
 }
 
