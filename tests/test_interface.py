@@ -4,6 +4,8 @@ import copy
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -758,3 +760,19 @@ def test_projection_errors(hx):
     expected = outcome(lambda: theirs(x, states))[0]
     assert expected is not None
     assert outcome(lambda: ours(x, states))[0] == expected
+
+
+# -- Import ----------------------------------------------------------------------------------------
+
+
+def test_import_is_light():
+    """torch's compiler alone takes more than a second; the extension and ours a tenth of it."""
+    program = (
+        "import torch; before = {*sys.modules}; import fastrnn; print(*{*sys.modules} - before)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; {program}"], capture_output=True, text=True, check=True
+    )
+    heavy = {"torch._dynamo", "torch._inductor", "torch.onnx", "torch.ao", "sympy", "onnx"}
+    assert "fastrnn._cpu" in result.stdout
+    assert not heavy & {*result.stdout.split()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._layer import BUILT_IN, Layer, Results, Saved
+from ._torch import assume_constant
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -135,7 +136,7 @@ def has_kernel(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.device.type in _backends
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant
 def _runs_cell(mode: str, device_type: str, dtype: torch.dtype) -> bool:
     found = _backends.get(device_type)
     return found is not None and dtype in DTYPES and found.runs_cell(mode, dtype)

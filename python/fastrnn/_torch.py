@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ __all__ = [
     "RnnCell",
     "add_to_each",
     "assert_async",
+    "assume_constant",
     "below_autograd",
     "bind_apply",
     "by_sample",
@@ -48,6 +49,8 @@ __all__ = [
     "version_of",
     "wrap_quantizers",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def has_forward_ad() -> bool:
@@ -110,14 +113,17 @@ def is_expanded(tensors: Iterable[Tensor | None]) -> bool:
     return module is not None and any(isinstance(t, module.ExpandedWeight) for t in tensors)
 
 
+def assume_constant(function: F) -> F:
+    """torch.compiler.assume_constant_result, which imports the compiler: that takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assume_constant
 def is_exporting_to_onnx() -> bool:
     """Whether torch.onnx.export is at work, by either of its ways."""
     onnx = sys.modules.get("torch.onnx")  # not to be imported for the question
     return onnx is not None and onnx.is_in_onnx_export()
-
-
-# As torch.compiler.assume_constant_result does, which would import the compiler.
-is_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def symbolic_node(
