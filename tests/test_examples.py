@@ -17,13 +17,16 @@ import seq2seq
 import stream
 import surnames
 import tagging
+import truncation
 import visualise
+import word_lm
 from example_data import write_names, write_pairs, write_sentences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BACKENDS = ["fastrnn", "torch"]
-PROGRAMS = cell_search, char_lm, policy, seq2seq, stream, surnames, tagging, visualise
+PROGRAMS = [cell_search, char_lm, policy, seq2seq, stream, surnames, tagging, truncation]
+PROGRAMS += [visualise, word_lm]
 MODULES = {module.__name__: module for module in PROGRAMS}
 DATA = {
     "seq2seq": (write_pairs, ["--data={}/pairs.tsv"]),
