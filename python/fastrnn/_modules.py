@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -454,15 +454,11 @@ class _RNNBase(DropIn, RNNBase):
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
-        def by_step(name: str, given: Any) -> Tensor:  # [T, B]
-            marks = check_steps(name, given, shape).to(input.device).reshape(input.shape[:-1])
-            return marks.t() if self.batch_first else marks
+        def by_step(name: str, given: Any, check: Callable[..., Tensor] = check_steps) -> Tensor:
+            values = check(name, given, shape).to(input.device).reshape(input.shape[:-1])
+            return values.t() if self.batch_first else values  # [T, B]
 
-        scale = None
-        if grad_scale is not None:
-            scale = check_scale("grad_scale", grad_scale, shape).to(input.device)
-            scale = scale.reshape(input.shape[:-1])
-            scale = scale.t() if self.batch_first else scale
+        scale = None if grad_scale is None else by_step("grad_scale", grad_scale, check_scale)
         if is_exporting_to_onnx():
             refuse(self, mask=mask, reset=reset, return_states=all_states, grad_scale=grad_scale)
             ends = None if lengths is None else as_lengths(lengths, batch, steps).to(input.device)
@@ -547,14 +543,13 @@ class _RNNBase(DropIn, RNNBase):
             return self._run_padded(input, states, rows, all_states)
         if states is not None:
             states = tuple(s.index_select(1, ragged.sorted_indices) for s in states)
-        resets, inputs = rows.resets, rows.inputs
-        if resets is not None:
-            resets = segment_starts(mask, resets)
-            resets = (resets.t() if self.batch_first else resets).flatten()[ragged.rows]
+        resets, scale, inputs = rows.resets, rows.grad_scale, rows.inputs
 
-        scale = rows.grad_scale
-        if scale is not None:
-            scale = (scale.t() if self.batch_first else scale).flatten()[ragged.rows]
+        def of_valid(values: Tensor) -> Tensor:  # [T, B] -> [N]
+            return (values.t() if self.batch_first else values).flatten()[ragged.rows]
+
+        resets = None if resets is None else of_valid(segment_starts(mask, resets))
+        scale = None if scale is None else of_valid(scale)
 
         def packed(features: Tensor) -> Tensor:
             return gather(features.reshape(-1, features.shape[-1]), ragged.rows)
