@@ -88,11 +88,13 @@ def right_layer(r: Random) -> list[Any]:
     sizes = torch.tensor(sorted((r.randint(0, B) for _ in range(T)), reverse=True)).long()
     steps = (int(sizes.sum()),) if is_ragged else (T, B)
     weights = []
-    biases = r.random() < 0.7
+    biases, layer_norm = r.random() < 0.7, r.random() < 0.3
     for _ in range(D):
         weights += [new(G * H, I), new(G * H, P)]
         weights += [new(G * H), new(G * H)] if biases else []
         weights += [new(P, H)] if P != H else []
+        weights += [new(G * H), new(G * H)] if layer_norm else []
+        weights += [new(H), new(H)] if layer_norm and has_cell_state else []
     return [
         mode,
         D,
@@ -104,6 +106,7 @@ def right_layer(r: Random) -> list[Any]:
         r.choice((0.0, 0.0, 0.1)),
         r.choice((0.0, 0.0, 0.3)),
         r.choice((0.0, 0.0, 0.3)) if mode == "LSTM" else 0.0,
+        layer_norm,
         new(*steps, I),
         new(D, B, P) if r.random() < 0.5 else None,
         new(D, B, H) if has_cell_state and r.random() < 0.5 else None,

@@ -108,9 +108,9 @@ def test_replace_and_restore():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, "layer_norm"])
 def test_what_torch_has_not(name):
-    model = fastrnn.GRU(3, 5, **{name: OPTIONS[name]})
+    model = fastrnn.GRU(3, 5, **{name: OPTIONS.get(name, True)})
     with pytest.raises(RuntimeError, match=rf"{name}=.*: torch\.jit\.script compiles"):
         torch.jit.script(torch.nn.Sequential(model))
 
@@ -175,7 +175,21 @@ FORMS = {
     "zoneout in eval": {"zoneout": 0.3},
     "all": OPTIONS,
     "scale": {},
+    "layer_norm": {"layer_norm": True},
+    "layer_norm of all": {**OPTIONS, "layer_norm": True},
 }
+WITH_SCALE = "all", "scale", "layer_norm of all"
+CLIPPED = "grad_clip", "all", "layer_norm of all"
+
+
+def with_gains(model):
+    """The model, with gains and biases that are not their initial ones."""
+    random = seeded(5)
+    for name, parameter in model.named_parameters():
+        if "gain" in name or "bias_c" in name:
+            with torch.no_grad():
+                parameter += torch.randn(parameter.shape, generator=random).to(parameter) / 2
+    return model
 
 
 def form_of(form: str, cell: str, **options):
@@ -183,7 +197,7 @@ def form_of(form: str, cell: str, **options):
     own = dict(FORMS[form])
     if isinstance(own.get("zoneout"), tuple) and cell != "LSTM":
         pytest.skip("a pair is for an LSTM")
-    model = make(fastrnn, cell, 3, 5, 2, dropout=0.3, **own, **options)
+    model = with_gains(make(fastrnn, cell, 3, 5, 2, dropout=0.3, **own, **options))
     return model.eval() if "eval" in form else model
 
 
@@ -193,7 +207,7 @@ def form_of(form: str, cell: str, **options):
 def test_kernels_equal_the_reference(cell, form, kind, every):
     options = {"bidirectional": True, "dtype": torch.float64, "checkpoint_every": every}
     model = form_of(form, cell, **options)
-    kind += " scale" if form in ("all", "scale") else ""
+    kind += " scale" if form in WITH_SCALE else ""
     for hx in (True, False):
         x, hx = inputs(model, T, B, hx=hx)
         actual = seeded_run(model, x, hx, **given(kind))
@@ -208,7 +222,7 @@ def test_kernels_equal_the_reference(cell, form, kind, every):
 def test_projection(form, kind, every):
     options = {"bidirectional": True, "dtype": torch.float64, "checkpoint_every": every}
     model = form_of(form, "LSTM", proj_size=2, **options)
-    kind += " scale" if form in ("all", "scale") else ""
+    kind += " scale" if form in WITH_SCALE else ""
     x, hx = inputs(model, T, B)
     actual = seeded_run(model, x, hx, **given(kind))
     with by_reference():
@@ -224,14 +238,14 @@ def test_blocks_and_threads(cell, form, rows):
     if form == "projection":
         if cell != "LSTM":
             pytest.skip("no projection")
-        form, more = "all", more | {"proj_size": 33}
+        form, more = "layer_norm of all", more | {"proj_size": 33}
     own = FORMS[form]
     if isinstance(own.get("zoneout"), tuple) and cell != "LSTM":
         pytest.skip("a pair is for an LSTM")
-    model = make(fastrnn, cell, 20, 70, **own, **more)
+    model = with_gains(make(fastrnn, cell, 20, 70, **own, **more))
     model.train("eval" not in form)
     x, hx = inputs(model, 100, rows)
-    call = {"grad_scale": torch.rand(100, rows)} if form in ("all", "scale") else {}
+    call = {"grad_scale": torch.rand(100, rows)} if form in WITH_SCALE else {}
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2, 3):
@@ -243,7 +257,8 @@ def test_blocks_and_threads(cell, form, rows):
         assert_same_bits(results[2], results[0])
     with by_reference():
         expected = seeded_run(model, x, hx, **call)
-    assert_close(results[0], expected, 3e-5)
+    # To normalise c is to divide by what may be small.
+    assert_close(results[0], expected, 1e-4 if "layer_norm" in own else 3e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -252,7 +267,7 @@ def test_16_bit_types(cell, form, dtype):
     """Close to float64 as far as the type reaches."""
     model = form_of(form, cell, dtype=dtype, checkpoint_every=3)
     x, hx = inputs(model, T, B)
-    kind = "holes scale" if form in ("all", "scale") else "holes"
+    kind = "holes scale" if form in WITH_SCALE else "holes"
     actual = seeded_run(model, x, hx, **given(kind))
     states = tuple(h.double() for h in hx) if isinstance(hx, tuple) else hx.double()
     expected = seeded_run(copy.deepcopy(model).double(), x.double(), states, **given(kind))
@@ -264,7 +279,7 @@ def test_double_backward(cell, form):
     model = form_of(form, cell, bidirectional=True, dtype=torch.float64)
     model.grad_clip = None  # of "all"
     x, hx = inputs(model, T, B)
-    kind = "lengths scale" if form in ("all", "scale") else "lengths"
+    kind = "lengths scale" if form in WITH_SCALE else "lengths"
     results = []
 
     def differentiate_twice():
@@ -290,14 +305,14 @@ def test_a_clipped_gradient_has_none(cell):
         torch.autograd.grad(first.sum(), x)
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if f not in ("scale", "grad_clip", "all")])
+@pytest.mark.parametrize("form", [f for f in FORMS if f not in ("scale", *CLIPPED)])
 def test_gradcheck(cell, form):
     """With a fixed seed, against finite differences; scaled edges are compared elsewhere."""
     own = FORMS[form]
     if isinstance(own.get("zoneout"), tuple) and cell != "LSTM":
         pytest.skip("a pair is for an LSTM")
     options = {"bidirectional": True, "dtype": torch.float64, "dropout": 0.3}
-    model = make(fastrnn, cell, 2, 3, 2, **options, **own).train("eval" not in form)
+    model = with_gains(make(fastrnn, cell, 2, 3, 2, **options, **own)).train("eval" not in form)
     x, hx = inputs(model, 4, 3)
     states = hx if isinstance(hx, tuple) else (hx,)
     parameters = dict(model.named_parameters())
@@ -315,8 +330,9 @@ def test_gradcheck(cell, form):
 
 def test_gradcheck_of_all(cell):
     """The same of everything that changes no gradient on its way."""
-    own = {k: v for k, v in OPTIONS.items() if k != "grad_clip"}
+    own = {k: v for k, v in FORMS["layer_norm of all"].items() if k != "grad_clip"}
     model = make(fastrnn, cell, 2, 3, 2, dtype=torch.float64, dropout=0.3, **own)
+    with_gains(model)
     x = inputs(model, 4, 3)[0].requires_grad_()
 
     def forward(x):
@@ -334,7 +350,7 @@ def test_it_compiles(cell, form):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x, hx = inputs(model, T, B)
     for kind in ("none", "holes"):
-        kind += " scale" if form in ("all", "scale") else ""
+        kind += " scale" if form in WITH_SCALE else ""
         actual = seeded_run(model, x, hx, forward=compiled.__call__, **given(kind))
         assert_close(actual, seeded_run(model, x, hx, **given(kind)))
 
@@ -346,7 +362,7 @@ def test_transforms(cell, form):
     if form == "scale":
         model.dropout = 0.0  # nothing is drawn, so that samples can be compared
     x, _ = inputs(model, T, B)
-    call = given("scale") if form in ("all", "scale") else {}
+    call = given("scale") if form in WITH_SCALE else {}
     parameters = dict(model.named_parameters())
 
     def loss(weights, x, **options):
@@ -370,6 +386,126 @@ def test_transforms(cell, form):
     if form == "scale":
         by_hand = [of_sample(x[:, i], scale[:, i]) for i in range(B)]
         torch.testing.assert_close(each, torch.stack(by_hand, 1))
+
+
+# -- layer_norm ------------------------------------------------------------------------------------
+
+
+def loop_of(model, x):
+    """A unidirectional layer with layer_norm as a loop over torch's own functions."""
+    w = {name.removesuffix("_l0"): p for name, p in model.named_parameters()}
+    h = c = x.new_zeros(x.shape[1], model.hidden_size)
+
+    def norm(values, gain, bias):
+        return torch.nn.functional.layer_norm(values, values.shape[-1:], gain, bias)
+
+    outputs = []
+    for step in x:
+        own = norm(step @ w["weight_ih"].t(), w["gain_ih"], w["bias_ih"])
+        recurrent = norm(h @ w["weight_hh"].t(), w["gain_hh"], w["bias_hh"])
+        if model.mode == "LSTM":
+            i, f, g, o = (own + recurrent).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * norm(c, w["gain_c"], w["bias_c"]).tanh()
+        elif model.mode == "GRU":
+            (x_r, x_z, x_n), (h_r, h_z, h_n) = own.chunk(3, -1), recurrent.chunk(3, -1)
+            r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+            h = (1 - z) * (x_n + r * h_n).tanh() + z * h
+        else:
+            f = {"RNN_TANH": torch.tanh, "RNN_RELU": torch.relu}[model.mode]
+            h = f(own + recurrent)
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(("rows", "features", "hidden"), [(4, 3, 5), (1, 40, 70), (9, 64, 48)])
+def test_layer_norm_is_a_loop_of_torchs(cell, rows, features, hidden):
+    model = with_gains(make(fastrnn, cell, features, hidden, layer_norm=True))
+    x = torch.randn(T, rows, features, generator=seeded())
+    wanted = [x.requires_grad_(), *model.parameters()]
+    weights = torch.randn(T, rows, hidden, generator=seeded(1))
+    results = []
+    for forward in (lambda x: model(x)[0], lambda x: loop_of(model, x)):
+        output = forward(x)
+        grads = torch.autograd.grad((output * weights).mean(), wanted)
+        results.append((output, *grads))
+    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert (actual - expected).norm() <= (4e-6 if i else 1e-6) * expected.norm()
+
+
+def test_parameters_of_layer_norm(cell):
+    model = make(fastrnn, cell, 3, 5, 2, bidirectional=True, layer_norm=True)
+    plain = make(fastrnn, cell, 3, 5, 2, bidirectional=True)
+    assert repr(model).endswith(", layer_norm=True)")
+    own = {k: v for k, v in model.state_dict().items() if k not in plain.state_dict()}
+    gates = {"LSTM": 4, "GRU": 3}.get(cell, 1)
+    sizes = {"gain_ih": gates * 5, "gain_hh": gates * 5}
+    sizes |= {"gain_c": 5, "bias_c": 5} if cell == "LSTM" else {}
+    places = ["_l0", "_l0_reverse", "_l1", "_l1_reverse"]
+    assert {k: v.tolist() for k, v in own.items()} == {
+        name + place: [float(name != "bias_c")] * size
+        for name, size in sizes.items()
+        for place in places
+    }
+    assert [len(names) for names in model.all_weights] == [4 + len(sizes)] * 4
+    with_gains(model).reset_parameters()
+    assert {k: v.tolist() for k, v in model.state_dict().items() if k in own} == {
+        k: v.tolist() for k, v in own.items()
+    }
+    with_gains(model)
+    x, hx = inputs(model, T, B)
+    expected = run(model, x, hx)
+    for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert repr(other) == repr(model)
+        assert_same_bits(run(other, x, hx), expected)
+    fresh = make(fastrnn, cell, 3, 5, 2, bidirectional=True, layer_norm=True)
+    fresh.load_state_dict(model.state_dict())
+    assert_same_bits(run(fresh, x, hx), expected)
+
+
+def test_layer_norm_is_the_constructors(cell):
+    """Its parameters are made there, so neither other classes nor other calls can do without."""
+    model, plain = make(fastrnn, cell, 3, 5, layer_norm=True), make(fastrnn, cell, 3, 5)
+    with pytest.raises(ValueError, match=r"^layer_norm: expected True for one made with it$"):
+        model.layer_norm = False
+    with pytest.raises(ValueError, match=r"^layer_norm: expected False for a module made without$"):
+        plain.layer_norm = True
+    with pytest.raises(ValueError, match=r"^layer_norm: expected a bool, got 1$"):
+        make(fastrnn, cell, 3, 5, layer_norm=1)
+    with pytest.raises(ValueError, match="expected False for a cell made by"):
+        fastrnn.cells.MGU(3, 5, layer_norm=True)
+    report = fastrnn.restore(torch.nn.Sequential(model), all=True)
+    assert "torch.nn has no layer normalisation" in str(report[0])
+    assert model.layer_norm
+    with pytest.raises(ValueError, match=r"expected None or torch\.bfloat16 for a"):
+        fastrnn.freeze(model.eval(), torch.int8)
+
+
+@pytest.mark.parametrize("proj_size", [0, 4])
+def test_layer_norm_step_by_step(cell, proj_size):
+    if proj_size and cell != "LSTM":
+        pytest.skip("torch's projections are an LSTM's")
+    sizes = {"proj_size": proj_size} if proj_size else {}
+    model = with_gains(make(fastrnn, cell, 3, 70, 2, **sizes, layer_norm=True)).eval()
+    x, hx = inputs(model, T, B)
+    with torch.no_grad():
+        whole = model(x, hx)[0]
+        torch.testing.assert_close(steps(model, x, hx), whole)
+        torch.testing.assert_close(model.initial_state(hx).transduce(x), whole)
+        for weights in (None, torch.bfloat16):
+            frozen = fastrnn.freeze(copy.deepcopy(model), weights)
+            result = frozen(x, hx)[0]
+            tolerance = {} if weights is None else {"rtol": 0.1, "atol": 0.1}
+            torch.testing.assert_close(result, whole, **tolerance)
+            assert torch.equal(steps(frozen, x, hx), result)
+            assert torch.equal(frozen.initial_state(hx).transduce(x), result)
+            single = tuple(s[:, :1] for s in hx) if cell == "LSTM" else hx[:, :1]
+            assert torch.equal(frozen(x[:, :1], single)[0], result[:, :1])
+    # With gradients, through the states.
+    outputs = [s.output() for s in model.initial_state(hx).add_inputs(x.requires_grad_())]
+    (stepwise,) = torch.autograd.grad(torch.stack(outputs).sum(), x)
+    (at_once,) = torch.autograd.grad(model(x, hx)[0].sum(), x)
+    torch.testing.assert_close(stepwise, at_once)
 
 
 # -- weight_dropout --------------------------------------------------------------------------------
@@ -787,10 +923,12 @@ def unpacked(result):
 
 # -- CUDA ------------------------------------------------------------------------------------------
 
+NOT_ON_CUDA = ["zoneout", "recurrent_dropout", "grad_clip", "grad_scale", "layer_norm"]
 
-@pytest.mark.parametrize("name", ["zoneout", "recurrent_dropout", "grad_clip", "grad_scale"])
+
+@pytest.mark.parametrize("name", NOT_ON_CUDA)
 def test_cuda_kernels_refuse(name):
-    own = {} if name == "grad_scale" else {name: OPTIONS[name]}
+    own = {} if name == "grad_scale" else {name: OPTIONS.get(name, True)}
     model = fastrnn.GRU(3, 5, **own)
     with wrapped() as backend:
         model(torch.randn(T, B, 3), grad_scale=None if own else torch.ones(T, B))
@@ -798,10 +936,10 @@ def test_cuda_kernels_refuse(name):
         _cuda_backend._refuse(backend.layers[0])
 
 
-@pytest.mark.parametrize("name", ["zoneout", "recurrent_dropout", "grad_clip", "grad_scale"])
+@pytest.mark.parametrize("name", NOT_ON_CUDA)
 def test_a_backend_without_options(cell, name, monkeypatch):
     """As CUDA's: the reference implementation runs."""
-    own = {} if name == "grad_scale" else {name: OPTIONS[name]}
+    own = {} if name == "grad_scale" else {name: OPTIONS.get(name, True)}
     model = make(fastrnn, cell, 3, 5, 2, bidirectional=True, **own)
     x, hx = inputs(model, T, B)
     kind = "holes scale" if name == "grad_scale" else "holes"

@@ -27,8 +27,8 @@ constexpr bool is_general = requires { Cell::parameters; };
 
 template <class Cell>
 struct General : Cell {
-  static constexpr int extras = Cell::states;
-  static constexpr bool projects = false, rebuilds_cell_state = false;
+  static constexpr int extras = Cell::states, norms = 0;
+  static constexpr bool projects = false, rebuilds_cell_state = false, normalises_state = false;
 };
 
 template <class Cell>
@@ -44,6 +44,8 @@ struct General<Cell> {
   static constexpr bool reads_output = !Cell::saves_gates;
   static constexpr bool projects = Cell::has_cell_state && !Cell::has_direct_path;
   static constexpr bool rebuilds_cell_state = Cell::has_cell_state;
+  static constexpr bool normalises_state = Cell::has_cell_state;
+  static constexpr int norms = normalises_state ? 4 : 2;
 
   template <class V>
   [[gnu::always_inline]] static constexpr V forward(const V* x, const V* r, const V*, const V*,
@@ -84,6 +86,14 @@ struct General<Cell> {
     return Cell::hidden(gate, extra[0]);
   }
 
+  template <class V>
+  [[gnu::always_inline]] static constexpr V hidden_gradient(const V* saved, V c, V dh) {
+    V gate[gates];
+#pragma GCC unroll 4
+    for (int g = 0; g < gates; ++g) gate[g] = saved[g];
+    return Cell::hidden_gradient(gate, c, dh);
+  }
+
   // The cell state after the step, from the one before.
   template <class V>
   [[gnu::always_inline]] static constexpr V cell_state(const V* saved, V before) {
@@ -106,6 +116,7 @@ constexpr CellTraits traits_of(int index) {
           C::saves,
           C::inputs,
           C::parameters,
+          C::norms,
           C::splits_gradient,
           C::has_direct_path,
           C::rebuilds_cell_state};

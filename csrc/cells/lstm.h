@@ -30,6 +30,13 @@ struct Lstm {
     return gate[3] * tanh(c);
   }
 
+  // The gradient of the c that hidden() was given.
+  template <class V>
+  static constexpr V hidden_gradient(const V (&gate)[4], V c, V dh) {
+    const V tanh_c = tanh(c);
+    return dh * gate[3] * (V(1) - tanh_c * tanh_c);
+  }
+
   template <class V>
   [[gnu::always_inline]] static constexpr V cell_state(const V (&gate)[4], V c_prev) {
     return gate[1] * c_prev + gate[0] * gate[2];

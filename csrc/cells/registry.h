@@ -16,6 +16,7 @@
 //       extra: the cell state in and out, or only out
 //   hidden(gate, extra) -> h
 //       as forward returned it; only of cells with saved gates and without a direct path
+//   hidden_gradient(gate, extra, dh) -> gradient of hidden's extra; only of cells with a cell state
 //   cell_state(gate, before) -> extra
 //       the cell state that forward left; only of cells with one
 //   backward(gate, h_prev, h, extra_prev, extra, dh, d_extra, dx, dr) -> direct part of dh_{t-1}

@@ -15,6 +15,7 @@ struct CellTraits {
   int saves;       // K, values per unit and step that forward saves for backward alone
   int inputs;      // Z, those of each step and unit that no weight multiplies
   int parameters;  // Q, learned vectors [H]
+  int norms;       // those of layer normalisation; 0: it has none
   bool splits_gradient, has_direct_path;
   bool rebuilds_cell_state;  // from what forward saves and the state before: see lstm.h
 
@@ -23,13 +24,15 @@ struct CellTraits {
   bool saves_gates() const { return saves > 0; }
   // Projections of h are in the kernels of cells that carry another state beside it.
   bool can_project() const { return states == 1 && !has_direct_path && inputs + parameters == 0; }
+  // Learned vectors of a direction.
+  int vectors(bool layer_norm) const { return layer_norm ? norms : parameters; }
   // Tensors per direction.
-  int least_weights() const { return (recurrent > 0 ? 2 : 1) + parameters; }
-  int most_weights() const { return (recurrent > 0 ? 5 : 2) + parameters; }
+  int least_weights(bool layer_norm) const { return (recurrent > 0 ? 2 : 1) + vectors(layer_norm); }
+  int most_weights(bool layer_norm) const { return (recurrent > 0 ? 5 : 2) + vectors(layer_norm); }
   // Whether that many are those of so many directions.
-  bool has_weights(int64_t count, int64_t entries) const {
-    return count % entries == 0 && least_weights() <= count / entries &&
-           count / entries <= most_weights();
+  bool has_weights(int64_t count, int64_t entries, bool layer_norm) const {
+    return count % entries == 0 && least_weights(layer_norm) <= count / entries &&
+           count / entries <= most_weights(layer_norm);
   }
 };
 

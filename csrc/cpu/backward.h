@@ -10,6 +10,7 @@
 #include "backward_cell.h"
 #include "input_gradient.h"
 #include "layer_gradients.h"
+#include "layer_norm_gradient.h"
 #include "recomputation.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
@@ -26,6 +27,14 @@ class BackwardScan {
   // L1.
   static constexpr int64_t kChunkRows = 128;
   static constexpr int64_t kNoStep = -1;
+  struct NoNorm {  // of cells without layer normalisation
+    template <class... Args>
+    explicit NoNorm(Args&&...) {}
+    void pack(int, const Part&) const {}
+    void start(int, const Part&) const {}
+    void write(int, const Part&) const {}
+  };
+  using Norm = std::conditional_t<(C::norms > 0), LayerNormGradient<Cell, S>, NoNorm>;
 
  public:
   BackwardScan(const BackwardArgs& args, const Steps& steps, int threads, Workspace& workspace)
@@ -46,6 +55,9 @@ class BackwardScan {
                          workspace),
         cell_(args, steps, chunk_gradients_, workspace) {
     if (recomputes()) recomputation_.emplace(args, steps, workspace);
+    if constexpr (C::norms > 0) {
+      if (args.layer_norm) norm_.emplace(args, steps, chunk_gradients_, workspace);
+    }
     carry_d_gates_ = workspace.take<F>(args.directions * args.batch * stride_);
     zeros_ = workspace.take<F>(stride_);
     std::memset(zeros_, 0, stride_ * sizeof(F));
@@ -66,6 +78,7 @@ class BackwardScan {
     runner.phase([&](const Part& part) {
       pack(direction, part);
       layer_gradients_.start(direction, part);
+      if (norm_) norm_->start(direction, part);
     });
     if (recomputation_) {
       run_segments(direction, runner);
@@ -76,6 +89,7 @@ class BackwardScan {
       const auto no_d_gates = [](int64_t) { return nullptr; };
       write_initial(direction, part, kNoStep, no_d_gates, steps_.rows(0), args_.batch);
       layer_gradients_.write(direction, part);
+      if (norm_) norm_->write(direction, part);
     });
   }
 
@@ -96,9 +110,10 @@ class BackwardScan {
   F* carry_d_gates_;
   F* zeros_;  // the gate gradients of a step beyond a reset
   std::optional<Recomputation<Cell, S>> recomputation_;
+  std::optional<Norm> norm_;
 
   bool recomputes() const {
-    return args_.checkpoint_every > 0 && Recomputation<Cell, S>::kIsNeeded;
+    return args_.checkpoint_every > 0 && Recomputation<Cell, S>::is_needed(args_);
   }
   bool is_one_chunk() const {
     const bool is_one_segment = !recomputes() || args_.steps <= args_.checkpoint_every;
@@ -108,15 +123,16 @@ class BackwardScan {
   // What forward saved of all steps.
   SavedSteps saved(int direction) const {
     return {static_cast<const S*>(args_.gates[direction]),
-            at<T>(args_.extra, direction * C::extras * args_.hidden), C::saves * args_.hidden,
-            args_.directions * C::extras * args_.hidden, 0};
+            at<T>(args_.extra, direction * C::extras * args_.hidden),
+            saved_values<Cell>(args_) * args_.hidden, args_.directions * C::extras * args_.hidden,
+            0};
   }
 
+  Range hh_blocks(const Part& part) const { return part.blocks(hh_.columns.blocks); }
   Range hr_blocks(const Part& part) const { return part.blocks(hr_.columns.blocks); }
   // The part's own units of the cell state.
   Range unit_range(const Part& part) const {
-    return projects_ ? hr_.columns.range(hr_blocks(part))
-                     : hh_.columns.range(part.blocks(hh_.columns.blocks));
+    return projects_ ? hr_.columns.range(hr_blocks(part)) : hh_.columns.range(hh_blocks(part));
   }
 
   // Threads that split units need only their own weights, those that split rows share all.
@@ -126,6 +142,7 @@ class BackwardScan {
     }
     input_gradient_.pack(direction, part);
     if (recomputation_) recomputation_->pack(direction, part);
+    if (norm_) norm_->pack(direction, part);
   }
 
   void run_segments(int direction, PhaseRunner& runner) const {
@@ -147,6 +164,9 @@ class BackwardScan {
       const int64_t last = from - (min_of(chunk_steps_, left) - 1) * stride;
       const Chunk chunk = steps_.chunk(min_of(from, last), max_of(from, last));
       const auto run_chunk = [&](const auto& phase) {
+        if constexpr (C::norms > 0) {
+          if (norm_) norm_->project(direction, chunk, last, phase);
+        }
         for (int64_t t = from; t != last - stride; t -= stride) {
           run_step(direction, chunk, t, saved, phase);
         }
@@ -154,12 +174,23 @@ class BackwardScan {
       runner.step_phases(run_chunk, false, kHasProducts);
       from = last - stride;
       // The gate gradients of the chunk are complete.
+      if constexpr (C::norms > 0) {
+        if (norm_) {
+          runner.shared_phase([&](const Part& part) {
+            layer_gradients_.add_sums(direction, part, chunk);
+            norm_->add(direction, part, chunk, saved);
+          });
+          runner.shared_phase(
+              [&](const Part& part) { norm_->finish_input(direction, part, chunk); });
+        }
+      }
       if constexpr (ChunkRows<S>::kZips) {
         runner.shared_phase([&](const Part& part) {
           chunk_gradients_.zip(direction, chunk.rows, part.rank, part.size);
         });
       }
       runner.shared_phase([&](const Part& part) {
+        if (!norm_) layer_gradients_.add_sums(direction, part, chunk);
         layer_gradients_.add(direction, part, chunk);
         input_gradient_.write(direction, part, chunk);
         keep_d_gates(direction, part, chunk, last);
@@ -195,17 +226,28 @@ class BackwardScan {
       cell_.zoneout().draw(state, direction, t, own, columns);
     };
     phase([&](const Part& part) {
-      draw(Kept::kH, part, hh_.columns.range(part.blocks(hh_.columns.blocks)));
-      if (!projects_) draw(Kept::kC, part, unit_range(part));
+      if (projects_ || !norm_) draw(Kept::kH, part, hh_.columns.range(hh_blocks(part)));
+      if (!projects_ && !norm_) draw(Kept::kC, part, unit_range(part));
       run_rows(direction, part, first_rows, 0, middle);
       run_rows(direction, part, other_rows, middle, rows);
     });
     if (projects_) {
       phase([&](const Part& part) {
-        draw(Kept::kC, part, unit_range(part));
+        if (!norm_) draw(Kept::kC, part, unit_range(part));
         run_projected_rows(direction, part, first_rows, 0, middle);
         run_projected_rows(direction, part, other_rows, middle, rows);
       });
+    }
+    if constexpr (C::norms > 0) {
+      if (norm_) {
+        phase([&](const Part& part) {
+          const Part own = row_part(part, rows);
+          if (!projects_) draw(Kept::kH, own, {0, args_.hidden});
+          draw(Kept::kC, own, {0, args_.hidden});
+          run_whole_rows(direction, own, first_rows, 0, middle);
+          run_whole_rows(direction, own, other_rows, middle, rows);
+        });
+      }
     }
     if (rows_before == rows) return;
     // For the other rows, t is the first step.
@@ -232,7 +274,7 @@ class BackwardScan {
     const Columns<T>& columns = hh_.columns;
     begin = max_of(begin, part.rows.begin);
     end = min_of(end, part.rows.end);
-    const Range blocks = part.blocks(columns.blocks);
+    const Range blocks = hh_blocks(part);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       for_each_tile(begin, end, max_rows(columns.units), [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
@@ -292,9 +334,33 @@ class BackwardScan {
     };
     const auto finish = [&](int64_t row, int count, int64_t column, const V* sums) {
       const BackwardTile<S> tile{direction, row, count, column, sums, hh_.columns.units};
-      projects_ ? finish_projected(step, tile) : cell_.run(step, tile);
+      projects_ ? finish_projected(step, tile) : run_units(step, tile);
     };
     for_each_column(direction, part, step.has_after, d_gates, begin, end, fetch, finish);
+  }
+
+  // The cell on a tile; or, where it needs whole rows, the tile is kept for run_whole_rows.
+  void run_units(const BackwardStep<S>& step, const BackwardTile<S>& tile) const {
+    if constexpr (C::norms > 0) {
+      if (norm_) {
+        const V* sums = tile.sums;
+        for (int r = 0; r < tile.count; ++r) {
+          T* const to = norm_->d_hidden(tile.direction, tile.row + r) + tile.column;
+          for (int v = 0; v < tile.vectors; ++v, ++sums) sums->store(to + v * V::lanes);
+        }
+        return;
+      }
+    }
+    cell_.run(step, tile);
+  }
+
+  void run_whole_rows(int direction, const Part& part, const BackwardStep<S>& step, int64_t begin,
+                      int64_t end) const {
+    const Gains<Cell, S> gains(args_, direction);
+    const int64_t last = min_of(end, part.rows.end);
+    for (int64_t row = max_of(begin, part.rows.begin); row < last; ++row) {
+      cell_.run_whole_row(step, direction, row, gains, *norm_);
+    }
   }
 
   // Completes the gradient of a projected h_t.
@@ -345,7 +411,7 @@ class BackwardScan {
         const TileRows<F> d_projected(
             count, [&](int r) { return chunk_gradients_.projected.factors(direction, local + r); });
         hr_.multiply(direction, block, d_projected.rows, count, i, sums);
-        cell_.run(step, {direction, row, count, columns.column(block, 0), sums, columns.units});
+        run_units(step, {direction, row, count, columns.column(block, 0), sums, columns.units});
       };
       for_each_tile(max_of(begin, part.rows.begin), min_of(end, part.rows.end),
                     max_rows(columns.units), run_tile);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "chunk_gradients.h"
+#include "layer_norm_gradient.h"
 #include "math.h"
 #include "saved.h"
 #include "zoneout.h"
@@ -89,6 +90,131 @@ class BackwardCell {
 
   const Edge<S>& edge() const { return edge_; }
   const Zoneout<S>& zoneout() const { return zoneout_; }
+
+  // The cell on a row of a layer with layer normalisation, when norm.d_hidden() has what products
+  // bring. It computes again what forward has not saved.
+  void run_whole_row(const BackwardStep<S>& step, int direction, int64_t row,
+                     const Gains<Cell, S>& gains, const LayerNormGradient<Cell, S>& norm) const {
+    const int64_t hidden = args_.hidden, full = hidden / V::lanes, rest = hidden % V::lanes;
+    const auto for_each_vector = [&](const auto& body) {
+      for (int64_t v = 0; v < full; ++v) body(std::true_type{}, v * V::lanes, V::lanes);
+      if (rest > 0) body(std::false_type{}, full * V::lanes, rest);
+    };
+    Rows rows = rows_of(step, {direction, row, 1, 0, nullptr, 0});
+    Units units = units_of(step, direction, row, 0);
+    const int64_t k = step.chunk_row(steps_, row);
+    rows.d_recurrent = chunk_gradients_.biased(direction, k);
+    const T* const d_hidden = norm.d_hidden(direction, row);
+    const S* const r = step.saved.gate_row(units.n);
+    const TileRow<G, T> x = norm.x(direction, step.chunk, step.t, row);
+    const Moments<T> x_moments = x.moments(hidden);
+    const Moments<T> r_moments = moments_of<R, T>(hidden, [&](int64_t v, int g, int64_t left) {
+      return load_lanes(r + g * hidden + v * V::lanes, left);
+    });
+    norm.x_inverse(direction, k) = x_moments.inverse;
+    norm.r_moments(direction, k) = r_moments;
+    const S* const bias_ih = static_cast<const S*>(args_.bias_ih[direction]);
+    const S* const bias_hh = static_cast<const S*>(args_.bias_hh[direction]);
+
+    const auto load = [&]<bool Full>(std::bool_constant<Full>, int64_t column, int64_t left,
+                                     CellInputs& in, CellGradients& d) {
+      units.column = column;
+      units.left = left;
+      in.dh = V::load(d_hidden + column);
+      return load_units<Full>(rows, units, in, d);
+    };
+    // What forward computed, from the products and the states before.
+    const auto run_forward = [&](int64_t column, int64_t left, CellInputs& in) {
+      V gate[G], recurrent[R];
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        T* const own = x.at(column / V::lanes, g);
+        const V normalised = x_moments.normalise(V::load(own));
+        normalised.store(own);
+        const int64_t place = g * hidden + column;
+        gate[g] = normalised * load_lanes(gains.ih + place, left);
+        if (bias_ih != nullptr) gate[g] = gate[g] + load_lanes(bias_ih + place, left);
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < R; ++g) {
+        const int64_t place = g * hidden + column;
+        recurrent[g] =
+            r_moments.normalise(load_lanes(r + place, left)) * load_lanes(gains.hh + place, left);
+        if (bias_hh != nullptr) recurrent[g] = recurrent[g] + load_lanes(bias_hh + place, left);
+      }
+      for (int k = 0; k < C::states; ++k) in.extra[k] = in.extra_prev[k];
+      in.h = C::forward(gate, recurrent, in.inputs, in.parameters, in.h_prev, in.extra, in.saved);
+    };
+    const auto run_backward = [&]<bool Full>(std::bool_constant<Full>, const Kept& kept,
+                                             const CellInputs& in, CellGradients& d) {
+      d.direct = C::backward(in.saved, in.inputs, in.parameters, in.h_prev, in.h, in.extra_prev,
+                             in.extra, in.dh, d.extra, d.x, d.r, d.inputs, d.parameters);
+      finish_units<Full>(rows, units, kept, in, d);
+    };
+
+    if constexpr (C::normalises_state) {
+      // Until the gate gradients are stored, their places hold what forward computed; and those
+      // beside them c, and then the gradients of its gain and its bias.
+      T* const gates = rows.d_input;
+      T* const c = gates + G * hidden;
+      T* const d_biased = c + hidden;
+      for_each_vector([&](auto is_full, int64_t column, int64_t left) {
+        CellInputs in;
+        CellGradients d;
+        load(is_full, column, left, in, d);
+        run_forward(column, left, in);
+        for (int g = 0; g < G; ++g) store_lanes(in.saved[g], gates + g * hidden + column, left);
+        store_lanes(in.extra[0], c + column, left);
+      });
+      const Moments<T> c_moments = moments_of<1, T>(
+          hidden, [&](int64_t v, int, int64_t left) { return load_lanes(c + v * V::lanes, left); });
+      // What hidden() is given.
+      const auto load_normalised = [&](int64_t column, int64_t left, CellInputs& in) {
+        for (int g = 0; g < G; ++g) in.saved[g] = load_lanes(gates + g * hidden + column, left);
+        const V normalised = c_moments.normalise(load_lanes(c + column, left));
+        in.extra[0] = normalised * load_lanes(gains.c + column, left) +
+                      load_lanes(gains.bias_c + column, left);
+        return normalised;
+      };
+      NormSums<T> sums;
+      for_each_vector([&](auto is_full, int64_t column, int64_t left) {
+        CellInputs in;
+        CellGradients d;
+        load(is_full, column, left, in, d);
+        V normalised = load_normalised(column, left, in);
+        V d_c = C::hidden_gradient(in.saved, in.extra[0], in.dh);
+        store_lanes(d_c, d_biased + column, left);
+        if (left < V::lanes) {
+          normalised = first_lanes(normalised, left);
+          d_c = first_lanes(d_c, left);
+        }
+        sums.add(d_c, load_lanes(gains.c + column, left), normalised);
+      });
+      sums.complete(hidden);
+      for_each_vector([&](auto is_full, int64_t column, int64_t left) {
+        CellInputs in;
+        CellGradients d;
+        const Kept kept = load(is_full, column, left, in, d);
+        const V normalised = load_normalised(column, left, in);
+        const V d_c = load_lanes(d_biased + column, left);
+        // backward() adds d_c, as if c were not normalised.
+        d.extra[0] =
+            d.extra[0] - d_c +
+            sums.gradient(d_c, load_lanes(gains.c + column, left), normalised, c_moments.inverse);
+        run_backward(is_full, kept, in, d);
+        store_lanes(d_c * normalised, c + column, left);
+      });
+    } else {
+      for_each_vector([&](auto is_full, int64_t column, int64_t left) {
+        CellInputs in;
+        CellGradients d;
+        const Kept kept = load(is_full, column, left, in, d);
+        run_forward(column, left, in);
+        run_backward(is_full, kept, in, d);
+      });
+    }
+    norm.finish_recurrent(direction, k, r, gains);
+  }
 
   void run(const BackwardStep<S>& step, const BackwardTile<S>& tile) const {
     const int64_t left = args_.hidden - tile.column;
@@ -196,44 +322,41 @@ class BackwardCell {
   void run_rows(const BackwardStep<S>& step, const BackwardTile<S>& tile, int begin,
                 int end) const {
     const Rows rows = rows_of(step, tile);
-    const bool has_after = step.has_after, has_before = step.has_before;
-    const bool is_plain = edge_.is_plain(), keeps = zoneout_.is_on();
-    const int64_t n = steps_.offset(step.t) + tile.row;
-    const int64_t n_after = has_after ? steps_.offset(step.after) + tile.row : 0;
     for (int r = 0; r < tile.count; ++r) {
-      const bool reset = steps_.resets_before(tile.direction, step.t, tile.row + r);
+      Units units = units_of(step, tile.direction, tile.row, r);
       for (int v = begin; v < end; ++v) {
-        const int64_t column = v * V::lanes, left = args_.hidden - tile.column - column;
+        units.column = v * V::lanes;
+        units.left = args_.hidden - tile.column - units.column;
         CellInputs in;
         CellGradients d;
         in.dh = tile.sums[r * tile.vectors + v];
-        if (has_after && rows.carry_h != nullptr) {
-          const T* carried = rows.carry_h + r * rows.hidden_units + column;
-          in.dh = in.dh + (Full ? V::load(carried) : V::load(carried, left));
-        }
-        if (!is_plain && !projects_ && has_after) [[unlikely]]
-          in.dh = edge_(in.dh, n_after + r);
-        load_inputs<Full>(rows, r, column, left, reset, has_after, has_before, in, d);
-        Kept kept;
-        if (keeps) [[unlikely]]
-          kept = keep_states<Full>(rows, r, column, left, reset, has_before, in, d);
+        const Kept kept = load_units<Full>(rows, units, in, d);
         d.direct = C::backward(in.saved, in.inputs, in.parameters, in.h_prev, in.h, in.extra_prev,
                                in.extra, in.dh, d.extra, d.x, d.r, d.inputs, d.parameters);
-        if (keeps) [[unlikely]] {
-          d.direct = d.direct + kept.h;
-          d.extra[0] = d.extra[0] + kept.c;
-        }
-        if (!is_plain) [[unlikely]] {
-          for (int k = 0; k < C::states; ++k) d.extra[k] = edge_(d.extra[k], n + r);
-        }
-        if constexpr (C::projects) {
-          if (rows.hidden != nullptr) {
-            C::hidden(in.saved, in.extra).store(rows.hidden + r * rows.chunk_stride + column);
-          }
-        }
-        store_outputs<Full>(rows, r, column, left, reset, d);
+        finish_units<Full>(rows, units, kept, in, d);
       }
     }
+  }
+
+  // A vector of units of a tile's r-th row, and how it stands to the steps beside it. Reset:
+  // nothing of the step before goes into this one.
+  struct Units {
+    int r;
+    bool reset, has_after, has_before;
+    int64_t n, n_after;    // the rows of the step and of the one after it in the layer
+    int64_t column, left;  // of the tile's columns, and how many lanes there are
+  };
+  [[gnu::always_inline]] Units units_of(const BackwardStep<S>& step, int direction, int64_t row,
+                                        int r) const {
+    const int64_t n_after = step.has_after ? steps_.offset(step.after) + row + r : 0;
+    return {r,
+            steps_.resets_before(direction, step.t, row + r),
+            step.has_after,
+            step.has_before,
+            steps_.offset(step.t) + row + r,
+            n_after,
+            0,
+            0};
   }
 
   // What goes past the cell.
@@ -241,12 +364,49 @@ class BackwardCell {
     V h, c;
   };
 
+  // All that the cell's backward takes. In in.dh is what a product has brought.
+  template <bool Full>
+  [[gnu::always_inline]] Kept load_units(const Rows& rows, const Units& units, CellInputs& in,
+                                         CellGradients& d) const {
+    if (units.has_after && rows.carry_h != nullptr) {
+      const T* carried = rows.carry_h + units.r * rows.hidden_units + units.column;
+      in.dh = in.dh + (Full ? V::load(carried) : V::load(carried, units.left));
+    }
+    if (!edge_.is_plain() && !projects_ && units.has_after) [[unlikely]]
+      in.dh = edge_(in.dh, units.n_after);
+    load_inputs<Full>(rows, units, in, d);
+    Kept kept;
+    if (zoneout_.is_on()) [[unlikely]]
+      kept = keep_states<Full>(rows, units, in, d);
+    return kept;
+  }
+
+  // And all that it leaves.
+  template <bool Full>
+  [[gnu::always_inline]] void finish_units(const Rows& rows, const Units& units, const Kept& kept,
+                                           const CellInputs& in, CellGradients& d) const {
+    if (zoneout_.is_on()) [[unlikely]] {
+      d.direct = d.direct + kept.h;
+      d.extra[0] = d.extra[0] + kept.c;
+    }
+    if (!edge_.is_plain()) [[unlikely]] {
+      for (int k = 0; k < C::states; ++k) d.extra[k] = edge_(d.extra[k], units.n);
+    }
+    if constexpr (C::projects) {
+      if (rows.hidden != nullptr) {
+        C::hidden(in.saved, in.extra)
+            .store(rows.hidden + units.r * rows.chunk_stride + units.column);
+      }
+    }
+    store_outputs<Full>(rows, units, d);
+  }
+
   // Zoneout: splits the gradients of the states between the step before and the cell, which it
   // gives the states as the cell's forward left them.
   template <bool Full>
-  [[gnu::always_inline]] Kept keep_states(const Rows& rows, int r, int64_t column, int64_t left,
-                                          bool reset, bool has_before, CellInputs& in,
+  [[gnu::always_inline]] Kept keep_states(const Rows& rows, const Units& units, CellInputs& in,
                                           CellGradients& d) const {
+    const int64_t r = units.r, column = units.column;
     Kept kept{V(T(0)), V(T(0))};
     const int64_t place = r * zoneout_stride_ + column;
     if (rows.keep_h != nullptr) {
@@ -255,10 +415,11 @@ class BackwardCell {
       in.dh = in.dh - kept.h;
       if constexpr (C::reads_output) {
         const int64_t feature = r * rows.feature_stride + column;
-        const S* before = has_before ? at(rows.output_before, feature)
-                                     : at(rows.h_0, r * rows.hidden_units + column);
-        const V h_prev =
-            reset || before == nullptr ? V(T(0)) : V::load(before, min_of(left, V::lanes));
+        const S* before = units.has_before ? at(rows.output_before, feature)
+                                           : at(rows.h_0, r * rows.hidden_units + column);
+        const V h_prev = units.reset || before == nullptr
+                             ? V(T(0))
+                             : V::load(before, min_of(units.left, V::lanes));
         const V one(T(1)), rest = one - weight;
         // Where all is kept, no gradient asks for it.
         in.h = where(rest > V(T(0)), (in.h - weight * h_prev) / rest, in.h);
@@ -274,12 +435,11 @@ class BackwardCell {
     return kept;
   }
 
-  // Of the tile's r-th row. Reset: nothing of the step before goes into this one.
   template <bool Full>
-  [[gnu::always_inline]] static void load_inputs(const Rows& rows, int r, int64_t column,
-                                                 int64_t left, bool reset, bool has_after,
-                                                 bool has_before, CellInputs& in,
-                                                 CellGradients& d) {
+  [[gnu::always_inline]] static void load_inputs(const Rows& rows, const Units& units,
+                                                 CellInputs& in, CellGradients& d) {
+    const int64_t r = units.r, column = units.column, left = units.left;
+    const bool reset = units.reset, has_after = units.has_after, has_before = units.has_before;
     const auto load = [left](const auto* p) {
       if constexpr (Full) return V::load(p);
       return V::load(p, left);
@@ -329,9 +489,10 @@ class BackwardCell {
   }
 
   template <bool Full>
-  [[gnu::always_inline]] static void store_outputs(const Rows& rows, int r, int64_t column,
-                                                   int64_t left, bool reset,
+  [[gnu::always_inline]] static void store_outputs(const Rows& rows, const Units& units,
                                                    const CellGradients& d) {
+    const int64_t r = units.r, column = units.column, left = units.left;
+    const bool reset = units.reset;
     const auto store = [left](auto* p, V v) {
       if constexpr (Full) return v.store(p);
       return v.store(p, left);

@@ -64,41 +64,61 @@ class ChunkRows {
 
 template <class Cell, class S>
 class ChunkGradients {
+  using T = Compute<S>;
   using F = Factor<S>;
   using C = General<Cell>;
 
  public:
   // `rows`: of a chunk, at most.
   ChunkGradients(const LayerArgs& args, int64_t rows, Workspace& workspace)
-      : stride(odd_lines<Compute<S>>((C::gates + C::parameters) * args.hidden)),
+      : stride(odd_lines<T>((C::gates + vectors(args)) * args.hidden)),
         rows(rows),
         input(args.directions, rows, stride, workspace),
-        recurrent(C::splits_gradient ? ChunkRows<S>(args.directions, rows, stride, workspace)
-                                     : input),
+        recurrent(splits(args) ? ChunkRows<S>(args.directions, rows, stride, workspace) : input),
         projected(args.directions, args.weight_hr[0] == nullptr ? 0 : rows, stride, workspace),
+        splits_(splits(args)),
         projects_(args.weight_hr[0] != nullptr),
-        hidden_(workspace.take<F>(projects_ ? args.directions * rows * stride : 0)) {}
+        hidden_(workspace.take<F>(projects_ ? args.directions * rows * stride : 0)) {
+    if (C::splits_gradient && args.layer_norm) {
+      biased_ = workspace.take<T>(args.directions * rows * stride);
+    }
+  }
 
   const int64_t stride;  // between rows
   const int64_t rows;
-  const ChunkRows<S> input;      // of W_ih x + b_ih, and after them of the learned vectors
+  const ChunkRows<S> input;      // of W_ih x + b_ih, and after them of learned vectors
   const ChunkRows<S> recurrent;  // of W_hh h + b_hh, the same unless the cell splits them
   const ChunkRows<S> projected;  // of a projected h
+
+  // With layer normalisation `input` and `recurrent` are in the end the gradients of W_ih x and of
+  // W_hh h as they are multiplied, and this is that of the latter as the cell takes it.
+  T* biased(int direction, int64_t row) const {
+    if (biased_ != nullptr) return biased_ + (direction * rows + row) * stride;
+    return (C::splits_gradient ? recurrent : input).values(direction, row);
+  }
 
   // h before its projection.
   F* hidden(int direction, int64_t row) const {
     return hidden_ + (direction * rows + row) * stride;
   }
 
+  // Those learned vectors whose gradients are sums over rows, as those of biases are.
+  static int vectors(const LayerArgs& args) {
+    return args.layer_norm ? C::norms - 2 : C::parameters;
+  }
+
   void zip(int direction, int64_t count, int rank, int size) const {
     input.zip(direction, count, rank, size);
-    if constexpr (C::splits_gradient) recurrent.zip(direction, count, rank, size);
+    if (splits_) recurrent.zip(direction, count, rank, size);
     if (projects_) projected.zip(direction, count, rank, size);
   }
 
  private:
-  const bool projects_;
+  const bool splits_, projects_;
   F* const hidden_;
+  T* biased_ = nullptr;
+
+  static bool splits(const LayerArgs& args) { return C::splits_gradient || args.layer_norm; }
 };
 
 }  // namespace fastrnn::FASTRNN_VARIANT

@@ -1,6 +1,6 @@
 // The forward scan on the CPU: for each step and each block of hidden units, a register tile
 // computes W_hh h_{t-1} for all gates of some rows, and the cell finishes these rows from
-// registers.
+// registers. With layer normalisation the sums are stored, and the cell takes whole rows.
 //
 // W_ih x comes from input_projection.h. A projection of h (LSTM only) is a second product per step,
 // after the first is complete.
@@ -35,7 +35,10 @@ class ForwardScan {
             workspace, given(args, input_size() + hidden_size())),
         states_(args, workspace),
         zoneout_(args, states_.stride, workspace),
-        cell_(args, steps, states_, zoneout_, hh_.columns) {}
+        cell_(args, steps, states_, zoneout_, hh_.columns) {
+    if (!args.layer_norm) return;
+    products_ = workspace.take<T>(args.directions * args.batch * product_stride());
+  }
 
   Work work() const {
     const Columns<T>& columns = input_.columns();
@@ -133,13 +136,27 @@ class ForwardScan {
           if (args_.h_n != nullptr) finish_rows(direction, part, t, rows_after, rows);
           if (args_.boundaries != nullptr) keep_states(direction, part, t + stride, i + 1);
         };
-        phase([&](const Part& part) {
+        const ForwardStep<S> step{t, i, saved};
+        const auto draw = [&](const Part& part) {
           const Range own{part.rows.begin, min_of(rows, part.rows.end)};
           zoneout_.draw(Zoneout<S>::kC, direction, t, own, unit_range(part));
           if (!projects_) zoneout_.draw(Zoneout<S>::kH, direction, t, own, unit_range(part));
-          run_rows(direction, part, {t, i, saved}, rows);
-          if (!projects_) finish(part);
+        };
+        phase([&](const Part& part) {
+          if (!args_.layer_norm) draw(part);
+          run_rows(direction, part, step, rows);
+          if (!args_.layer_norm && !projects_) finish(part);
         });
+        if constexpr (C::norms > 0) {
+          if (args_.layer_norm) {
+            phase([&](const Part& part) {
+              const Part own = row_part(part, rows);
+              draw(own);
+              run_whole_rows(direction, own, step, rows);
+              if (!projects_) finish(own);
+            });
+          }
+        }
         if (!projects_) continue;
         phase([&](const Part& part) {
           project_hidden(direction, part, t, i, rows);
@@ -159,6 +176,12 @@ class ForwardScan {
   const States<Cell, S> states_;
   const Zoneout<S> zoneout_;
   const ForwardCell<Cell, S> cell_;
+  T* products_ = nullptr;  // [D, B, product_stride]: W_hh h of the current step, see layer_norm.h
+
+  int64_t product_stride() const { return hh_.columns.blocks * hh_.columns.width; }
+  T* product_row(int direction, int64_t row) const {
+    return products_ + (direction * args_.batch + row) * product_stride();
+  }
 
   // Packed weights lie one after the other: those of x, of h, and of the projection.
   static const W* given(const ForwardArgs& args, int64_t begin) {
@@ -198,7 +221,8 @@ class ForwardScan {
   Saved<S, T> saved(int direction) const {
     return {static_cast<S*>(args_.gates[direction]),
             at(static_cast<T*>(args_.extra), direction * C::extras * args_.hidden),
-            C::saves * args_.hidden, args_.directions * C::extras * args_.hidden, 0};
+            saved_values<Cell>(args_) * args_.hidden, args_.directions * C::extras * args_.hidden,
+            0};
   }
 
   // The part's own hidden units, blocks of features of a projected h, and features of h.
@@ -267,6 +291,10 @@ class ForwardScan {
       const auto run_gathered = [&] {
         for (int64_t b = first; b < last; ++b) {
           const int64_t i = b - first;
+          if (args_.layer_norm) {
+            keep_products(direction, begin, gathered, b, sums + i * gathered * vectors);
+            continue;
+          }
           cell_.run(step, {direction, begin, gathered, hh_.columns.column(b, 0),
                            sums + i * gathered * vectors, biases + i * vectors,
                            input_.at(direction, part, b, step.i % input_.steps_ahead, begin)});
@@ -281,7 +309,7 @@ class ForwardScan {
         } else {
           const TileRows<F> h_prev(count,
                                    [&](int r) { return h + states_.offset(direction, row + r); });
-          for (int64_t b = first; b < last; ++b) {
+          for (int64_t b = first; b < last && !args_.layer_norm; ++b) {
             cell_.prefetch_results(step, direction, row, count, hh_.columns.column(b, 0));
           }
           hh_.multiply_blocks(direction, first, last, h_prev.rows, count, index, tile_sums);
@@ -291,6 +319,24 @@ class ForwardScan {
       };
       for_each_tile(part.rows.begin, end, height, run_tile);
       if (gathered > 0) run_gathered();
+    }
+  }
+
+  // The sums of a block, for run_whole_rows.
+  void keep_products(int direction, int64_t row, int count, int64_t block, const V* sums) const {
+    for (int r = 0; r < count; ++r) {
+      T* const to = product_row(direction, row + r) + block * hh_.columns.width;
+      for (int v = 0; v < hh_.columns.vectors; ++v, ++sums) sums->store(to + v * V::lanes);
+    }
+  }
+
+  // The cell on rows of which run_rows left all products.
+  void run_whole_rows(int direction, const Part& part, const ForwardStep<S>& step,
+                      int64_t end) const {
+    const Gains<Cell, S> gains(args_, direction);
+    for (int64_t row = part.rows.begin; row < min_of(end, part.rows.end); ++row) {
+      T* const x = input_.whole_row(direction, step.i % input_.steps_ahead, row);
+      cell_.run_whole_row(step, direction, row, gains, {x}, {product_row(direction, row)});
     }
   }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../cells/general.h"
+#include "layer_norm.h"
 #include "math.h"
 #include "saved.h"
 #include "states.h"
@@ -53,6 +54,60 @@ class ForwardCell {
     const int full = static_cast<int>(min_of(units_, left / V::lanes));
     run_rows<true>(step, tile, 0, full);
     if (full < units_ && left > full * V::lanes) run_rows<false>(step, tile, full, full + 1);
+  }
+
+  // The cell on a row whose products are complete; it overwrites them.
+  void run_whole_row(const ForwardStep<S>& step, int direction, int64_t row,
+                     const Gains<Cell, S>& gains, const TileRow<G, T>& x,
+                     const TileRow<R, T>& recurrent) const {
+    const int64_t hidden = args_.hidden, full = hidden / V::lanes, left = hidden % V::lanes;
+    Rows rows = rows_of(step, {direction, row, 1, 0, nullptr, nullptr, nullptr});
+    S* const kept = rows.gates;
+    rows.gates = nullptr;
+    const bool reset = steps_.resets_after(direction, step.t, row);
+    const Moments<T> x_moments = x.moments(hidden), r_moments = recurrent.moments(hidden);
+    const S* const bias_ih = static_cast<const S*>(args_.bias_ih[direction]);
+    const S* const bias_hh = static_cast<const S*>(args_.bias_hh[direction]);
+
+    const auto run_cell = [&]<bool Full>(std::bool_constant<Full>, int64_t v, int64_t left) {
+      CellValues cell;
+      load_normalised<Full>(x, x_moments, gains.ih, bias_ih, v, left, cell.x);
+      if (kept != nullptr) {
+        for (int g = 0; g < R; ++g) {
+          store_lanes<Full>(V::load(recurrent.at(v, g)), kept + g * hidden + v * V::lanes, left);
+        }
+      }
+      load_normalised<Full>(recurrent, r_moments, gains.hh, bias_hh, v, left, cell.recurrent);
+      load_states<Full>(rows, 0, static_cast<int>(v), left, cell);
+      cell.h = C::forward(cell.x, cell.recurrent, cell.inputs, cell.parameters, cell.h_prev,
+                          cell.extra, cell.saved);
+      if constexpr (C::normalises_state) {
+        for (int k = 0; k < C::saves; ++k) cell.saved[k].store(x.at(v, k));
+        cell.extra[0].store(recurrent.at(v, 0));
+      } else {
+        finish_units<Full>(rows, static_cast<int>(v), left, reset, cell);
+      }
+    };
+    for (int64_t v = 0; v < full; ++v) run_cell(std::true_type{}, v, V::lanes);
+    if (left > 0) run_cell(std::false_type{}, full, left);
+
+    if constexpr (C::normalises_state) {
+      const Moments<T> c_moments = moments_of<1, T>(
+          hidden, [&](int64_t v, int, int64_t) { return V::load(recurrent.at(v, 0)); });
+      const auto run_output = [&]<bool Full>(std::bool_constant<Full>, int64_t v, int64_t left) {
+        const int64_t unit = v * V::lanes;
+        CellValues cell;
+        for (int k = 0; k < C::saves; ++k) cell.saved[k] = V::load(x.at(v, k));
+        cell.extra[0] = V::load(recurrent.at(v, 0));
+        const V normalised =
+            c_moments.normalise(cell.extra[0]) * load_lanes<Full>(gains.c + unit, left) +
+            load_lanes<Full>(gains.bias_c + unit, left);
+        cell.h = C::hidden(cell.saved, &normalised);
+        finish_units<Full>(rows, static_cast<int>(v), left, reset, cell);
+      };
+      for (int64_t v = 0; v < full; ++v) run_output(std::true_type{}, v, V::lanes);
+      if (left > 0) run_output(std::false_type{}, full, left);
+    }
   }
 
   // Results go to memory that nobody has touched for long. Asked for before the product, their
@@ -215,12 +270,7 @@ class ForwardCell {
   template <bool Full>
   [[gnu::always_inline]] void load(const ForwardTile<S>& tile, const Rows& rows, int r, int u,
                                    int64_t left, CellValues& cell) const {
-    const int64_t first = r * rows.units + u, unit = u * V::lanes;
-    const int64_t state = r * rows.state_stride + unit;
-    const auto load_lanes = [left](const S* p) {
-      if constexpr (Full) return V::load(p);
-      return V::load(p, left);
-    };
+    const int64_t first = r * rows.units + u;
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
       cell.x[g] = V::load(tile.projected + (first * G + g) * V::lanes);
@@ -229,17 +279,60 @@ class ForwardCell {
     for (int g = 0; g < R; ++g) {
       cell.recurrent[g] = tile.sums[first * R + g] + tile.bias[u * R + g];
     }
+    load_states<Full>(rows, r, u, left, cell);
+  }
+
+  // The rest of what the cell takes.
+  template <bool Full>
+  [[gnu::always_inline]] void load_states(const Rows& rows, int r, int u, int64_t left,
+                                          CellValues& cell) const {
+    const int64_t unit = u * V::lanes, state = r * rows.state_stride + unit;
     for (int z = 0; z < Z; ++z) {
       cell.inputs[z] =
-          load_lanes(rows.inputs + Z * r * rows.output_stride + z * rows.hidden + unit);
+          load_lanes<Full>(rows.inputs + Z * r * rows.output_stride + z * rows.hidden + unit, left);
     }
-    for (int q = 0; q < Q; ++q) cell.parameters[q] = load_lanes(rows.parameters[q] + unit);
+    for (int q = 0; q < Q; ++q) {
+      cell.parameters[q] = load_lanes<Full>(rows.parameters[q] + unit, left);
+    }
     cell.h_prev = cell.extra[0] = V(T(0));
     if constexpr (C::has_direct_path) cell.h_prev = V::load(rows.before + state);
 #pragma GCC unroll 4
     for (int k = 0; k < C::states; ++k) {
       cell.extra[k] = V::load(rows.cell + (r * C::states + k) * rows.state_stride + unit);
     }
+  }
+
+  template <bool Full>
+  [[gnu::always_inline]] static V load_lanes(const S* p, int64_t left) {
+    if constexpr (Full) return V::load(p);
+    return V::load(p, left);
+  }
+  template <bool Full, class To>
+  [[gnu::always_inline]] static void store_lanes(V value, To* p, int64_t left) {
+    if constexpr (Full) return value.store(p);
+    value.store(p, left);
+  }
+
+  // The N parts of the v-th vector of units, normalised, times their gains and with their biases.
+  template <bool Full, int N>
+  [[gnu::always_inline]] void load_normalised(const TileRow<N, T>& row, const Moments<T>& moments,
+                                              const S* gains, const S* bias, int64_t v,
+                                              int64_t left, V* values) const {
+#pragma GCC unroll 4
+    for (int g = 0; g < N; ++g) {
+      const int64_t column = g * args_.hidden + v * V::lanes;
+      values[g] = moments.normalise(V::load(row.at(v, g))) * load_lanes<Full>(gains + column, left);
+      if (bias != nullptr) values[g] = values[g] + load_lanes<Full>(bias + column, left);
+    }
+  }
+
+  // The u-th vector of units of a row: its states after the step, from what the cell left.
+  template <bool Full>
+  [[gnu::always_inline]] void finish_units(const Rows& rows, int u, int64_t left, bool reset,
+                                           CellValues& cell) const {
+    if (zoneout_.is_on()) keep_states(rows, 0, u, cell);
+    if constexpr (!Full) cell.h = first_lanes(cell.h, left);
+    store<Full>(rows, 0, u, left, reset, cell);
   }
 
   [[gnu::always_inline]] static V mix(V weight, V before, V after) {
@@ -263,15 +356,12 @@ class ForwardCell {
   [[gnu::always_inline]] void store(const Rows& rows, int r, int u, int64_t left, bool reset,
                                     const CellValues& cell) const {
     const int64_t unit = u * V::lanes, state = r * rows.state_stride + unit;
-    const auto store_lanes = [left](auto* p, V v) {
-      if constexpr (Full) return v.store(p);
-      return v.store(p, left);
-    };
     if constexpr (C::saves > 0) {
       if (rows.gates != nullptr) {
 #pragma GCC unroll 4
         for (int k = 0; k < C::saves; ++k) {
-          store_lanes(rows.gates + (r * C::saves + k) * rows.hidden + unit, cell.saved[k]);
+          store_lanes<Full>(cell.saved[k], rows.gates + (r * C::saves + k) * rows.hidden + unit,
+                            left);
         }
       }
     }
@@ -279,7 +369,8 @@ class ForwardCell {
       if (rows.extra != nullptr) {
 #pragma GCC unroll 4
         for (int k = 0; k < C::extras; ++k) {
-          store_lanes(rows.extra + r * rows.extra_stride + k * rows.hidden + unit, cell.extra[k]);
+          store_lanes<Full>(cell.extra[k],
+                            rows.extra + r * rows.extra_stride + k * rows.hidden + unit, left);
         }
       }
     }
@@ -288,7 +379,7 @@ class ForwardCell {
     } else {
       const V next = reset ? V(T(0)) : cell.h;
       if (rows.output != nullptr) {
-        store_lanes(rows.output + r * rows.output_stride + unit, cell.h);
+        store_lanes<Full>(cell.h, rows.output + r * rows.output_stride + unit, left);
       }
       if (rows.direct != nullptr) next.store(rows.direct + state);
       if (rows.h_mask == nullptr) {

@@ -1,4 +1,4 @@
-// W_ih x + b_ih for the forward scan, some steps ahead of it, in a buffer that stays in cache: that
+// W_ih x + b_ih for a scan, some steps ahead of it, in a buffer that stays in cache: that
 // of the whole sequence would be written to memory and read back, and inference would need room for
 // it.
 #pragma once
@@ -41,14 +41,23 @@ class InputProjection {
 
   // Of one row of a part for one block, in the order of the tile's columns; slot counts the steps
   // of a run. The rows of a part lie together: where those of two threads alternate, what one
-  // prefetches is what the other writes.
+  // prefetches is what the other writes. Or all blocks of a row do: see whole_row().
   T* at(int direction, const Part& part, int64_t block, int64_t slot, int64_t row) const {
+    if (args_.layer_norm) {
+      return whole_row(direction, slot, row) + block * weight_.columns.width;
+    }
     const int64_t parts_before = direction * args_.batch + part.rows.begin;
     const int64_t tiles_before = block * steps_ahead + slot;
     const int64_t rows_before = parts_before * weight_.columns.blocks * steps_ahead +
                                 tiles_before * (part.rows.end - part.rows.begin) + row -
                                 part.rows.begin;
     return projected_ + rows_before * weight_.columns.width;
+  }
+
+  // W_ih x of one row, without its bias, where layer normalisation needs the row as a whole.
+  T* whole_row(int direction, int64_t slot, int64_t row) const {
+    return projected_ + ((direction * steps_ahead + slot) * args_.batch + row) *
+                            weight_.columns.blocks * weight_.columns.width;
   }
 
   // `count` steps from t on; phase(body) calls body with the parts, see PhaseRunner::step_phases.
@@ -101,7 +110,7 @@ class InputProjection {
     const int vectors = weight_.columns.vectors;
     const int height = max_rows(vectors);
     V biases[kMaxVectors];
-    weight_.load_bias(args_.bias_ih[direction], block, biases);
+    weight_.load_bias(args_.layer_norm ? nullptr : args_.bias_ih[direction], block, biases);
     const F* rows[kMaxRows];
     T* targets[kMaxRows];
     int gathered = 0;

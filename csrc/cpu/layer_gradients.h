@@ -26,7 +26,7 @@ class LayerGradients {
         chunk_gradients_(chunk_gradients),
         gate_columns_(C::gates * args.hidden),
         recurrent_columns_(C::recurrent * args.hidden),
-        sum_columns_(gate_columns_ + C::parameters * args.hidden),
+        sum_columns_(gate_columns_ + chunk_gradients.vectors(args) * args.hidden),
         is_one_chunk_(is_one_chunk),
         max_parts_(max_parts),
         ih_(gate_columns_, args.input, args.directions, !is_one_chunk, workspace),
@@ -57,7 +57,7 @@ class LayerGradients {
     }
   }
 
-  // Adds a chunk, whose gradients are complete.
+  // Adds a chunk to the gradients of the weights, from the gradients of their products.
   void add(int direction, const Part& part, const Chunk& chunk) const {
     const int64_t scratch = direction * max_parts_ + part.rank;
     F* panel = panels_ + scratch * panel_size();
@@ -75,12 +75,16 @@ class LayerGradients {
             gradient.add(direction, block, rows, left, chunk_gradients_.stride, panel, chunk.rows);
           }
         });
-    if (args_.d_bias_ih[direction] == nullptr && C::parameters == 0) return;
+  }
+
+  // Adds a chunk to those of the biases and learned vectors, from what the cell left.
+  void add_sums(int direction, const Part& part, const Chunk& chunk) const {
+    if (args_.d_bias_ih[direction] == nullptr && chunk_gradients_.vectors(args_) == 0) return;
     const Range columns = bias_columns(part);
     add_bias(chunk_gradients_.input.values(direction, 0), chunk.rows, columns,
              bias_of(bias_ih_, direction));
     if constexpr (C::splits_gradient) {
-      add_bias(chunk_gradients_.recurrent.values(direction, 0), chunk.rows, columns,
+      add_bias(chunk_gradients_.biased(direction, 0), chunk.rows, columns,
                bias_of(bias_hh_, direction));
     }
   }
@@ -105,9 +109,11 @@ class LayerGradients {
     };
     write_sums(bias_ih_, 0, gate_columns_, args_.d_bias_ih[direction]);
     write_sums(bias_hh_, 0, recurrent_columns_, args_.d_bias_hh[direction]);
-    for (int q = 0; q < C::parameters; ++q) {
+    // The gains of layer normalisation come before these: see LayerNormGradient.
+    const int others = args_.layer_norm ? C::norms - chunk_gradients_.vectors(args_) : 0;
+    for (int q = 0; q < chunk_gradients_.vectors(args_); ++q) {
       write_sums(bias_ih_, gate_columns_ + q * args_.hidden, args_.hidden,
-                 args_.d_parameters[direction][q]);
+                 args_.d_parameters[direction][others + q]);
     }
   }
 

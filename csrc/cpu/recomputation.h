@@ -13,7 +13,9 @@ class Recomputation {
 
  public:
   // Whether backward needs more of a step than its output.
-  static constexpr bool kIsNeeded = C::saves > 0 || C::extras > 0;
+  static bool is_needed(const LayerArgs& args) {
+    return saved_values<Cell>(args) > 0 || C::extras > 0;
+  }
 
   Recomputation(const BackwardArgs& args, const Steps& steps, Workspace& workspace)
       : args_(args),
@@ -22,7 +24,7 @@ class Recomputation {
         forward_(forward_args_, steps, workspace),
         rows_(args.steps == 0 ? 0 : segment(0).rows) {
     const int64_t rows = args.directions * rows_;
-    gates_ = workspace.take<S>(rows * C::saves * args.hidden);
+    gates_ = workspace.take<S>(rows * saved_values<Cell>(args) * args.hidden);
     extra_ = workspace.take<T>(args.directions * extra_rows() * C::extras * args.hidden);
   }
 
@@ -55,7 +57,7 @@ class Recomputation {
   const ForwardArgs forward_args_;
   const ForwardScan<Cell, S> forward_;
   const int64_t rows_;  // of the largest segment: no step has more rows than one before it
-  S* gates_;            // [D, rows, K*H]
+  S* gates_;            // [D, rows, K*H], see saved_values
   T* extra_;            // [D, rows + B, E*H]
 
   static ForwardArgs make_forward_args(const BackwardArgs& args) {
@@ -68,7 +70,8 @@ class Recomputation {
   // c_t there.
   int64_t extra_rows() const { return rows_ + (C::states > 0 ? args_.batch : 0); }
   Saved<S, T> buffers(int direction, const Chunk& segment) const {
-    const int64_t gate_stride = C::saves * args_.hidden, extra_stride = C::extras * args_.hidden;
+    const int64_t gate_stride = saved_values<Cell>(args_) * args_.hidden;
+    const int64_t extra_stride = C::extras * args_.hidden;
     T* extra = extra_ + direction * extra_rows() * extra_stride;
     if (!steps_.runs_back(direction)) extra += (extra_rows() - rows_) * extra_stride;
     return {gates_ + direction * rows_ * gate_stride, extra, gate_stride, extra_stride,

@@ -1,14 +1,21 @@
 // What the forward scan saves of some steps of one direction for the backward scan.
 #pragma once
 
-#include <cstdint>
+#include "../cells/general.h"
+#include "scan.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
+
+// K: the values of a unit and step in `gates`.
+template <class Cell>
+int saved_values(const LayerArgs& args) {
+  return args.layer_norm ? General<Cell>::recurrent : General<Cell>::saves;
+}
 
 // Row n of the layer is row n - begin of these buffers.
 template <class Gate, class Extra>
 struct Saved {
-  Gate* gates;   // [rows, gate_stride]: the activated gates, or what else; null: not saved
+  Gate* gates;   // [rows, gate_stride]: see ForwardArgs::gates; null: not saved
   Extra* extra;  // [rows, extra_stride]: this direction's columns of `extra`; null: not saved
   int64_t gate_stride;   // K*H
   int64_t extra_stride;  // E*H times the directions that share the buffer

@@ -34,6 +34,9 @@ struct LayerArgs : ScanShape {
   double zoneout_h, zoneout_c;
   const int64_t* seed;                            // one number, or null
   const void* const* parameters[kMaxDirections];  // Q of [H]
+  // Normalises what the cell takes: see layer_norm.h. `parameters` are then the gains of W_ih x
+  // [G*H] and of W_hh h [R*H] and, of cells that normalise c, gain and bias [H] of it.
+  bool layer_norm;
 };
 
 struct ForwardArgs : LayerArgs {
@@ -42,7 +45,8 @@ struct ForwardArgs : LayerArgs {
   void* c_n;     // [D, B, C*H]; only cells with such states
 
   // What backward needs, or null if there will be no backward.
-  void* gates[kMaxDirections];  // [N, K*H]: the activated gates, or what else a cell saves
+  // [N, K*H]: the activated gates, or what else a cell saves; with layer_norm W_hh h, R for K.
+  void* gates[kMaxDirections];
   void* extra;  // [N, D*E*H]: states beside h, as c_t; GRU: W_hn h + b_hn; only cells that have it
   // With checkpoint_every in place of `gates`: [S-1, D, B, P + C*H], the states that a direction
   // carries across each boundary between two of the S segments. Boundary k lies between steps (k +
@@ -85,7 +89,7 @@ struct BackwardArgs : LayerArgs {
   void* d_weight_hr[kMaxDirections];  // [P, H]
   void* d_bias_ih[kMaxDirections];    // [G*H]; both or none
   void* d_bias_hh[kMaxDirections];    // [R*H]
-  void* const* d_parameters[kMaxDirections];  // Q of [H] or null
+  void* const* d_parameters[kMaxDirections];  // like `parameters`, each may be null
 };
 
 }  // namespace fastrnn

@@ -104,13 +104,18 @@ void read_weights(LayerCall& layer, py::handle sequence) {
   layer.own_weights = py::reinterpret_steal<py::tuple>(items);
   const auto count = static_cast<int64_t>(layer.own_weights.size());
   const CellTraits& traits = layer.traits();
-  expect_weights(traits, count, layer.directions);
+  if (layer.layer_norm && traits.norms == 0) {
+    fail("layer_norm", "expected False for ", traits.mode, ", got True");
+  }
+  expect_weights(traits, count, layer.directions, layer.layer_norm);
   const int64_t each = count / layer.directions;
   Py_ssize_t next = 0;
   for (int d = 0; d < layer.directions; ++d) {
-    read_direction(layer.weights[d], traits, each, [&](const char* name, const char* reverse) {
-      return view_field(d == 0 ? name : reverse, PyTuple_GET_ITEM(items, next++));
-    });
+    const int vectors = traits.vectors(layer.layer_norm);
+    read_direction(layer.weights[d], traits, each, vectors,
+                   [&](const char* name, const char* reverse) {
+                     return view_field(d == 0 ? name : reverse, PyTuple_GET_ITEM(items, next++));
+                   });
   }
 }
 
@@ -140,6 +145,7 @@ constexpr Field kFields[] = {
      }},
     {"zoneout_h", [](LayerCall& l, py::handle v) { l.zoneout_h = to_float("zoneout_h", v, 1); }},
     {"zoneout_c", [](LayerCall& l, py::handle v) { l.zoneout_c = to_float("zoneout_c", v, 1); }},
+    {"layer_norm", [](LayerCall& l, py::handle v) { l.layer_norm = to_bool("layer_norm", v); }},
     {"x", [](LayerCall& l, py::handle v) { l.x = view_field("x", v); }},
     {"h_0", [](LayerCall& l, py::handle v) { l.h_0 = view_optional("h_0", v); }},
     {"c_0", [](LayerCall& l, py::handle v) { l.c_0 = view_optional("c_0", v); }},
@@ -271,7 +277,10 @@ void check_weights(const LayerCall& layer) {
     if (w.bias_ih) expect(layer, "bias_ih", w.bias_ih, {gates}, layer.element());
     if (w.bias_hh) expect(layer, "bias_hh", w.bias_hh, {recurrent}, layer.element());
     if (w.hr) expect(layer, "weight_hr", w.hr, {proj, hidden}, layer.element());
-    for (const Tensor& p : w.parameters) expect(layer, "parameter", p, {hidden}, layer.element());
+    const std::vector<int64_t> sizes = layer.vector_sizes();
+    for (size_t q = 0; q < sizes.size(); ++q) {
+      expect(layer, "parameter", w.parameters[q], {sizes[q]}, layer.element());
+    }
   }
 }
 
@@ -291,7 +300,7 @@ void check_results(const LayerCall& layer, const SavedCall& given) {
   expect_if(traits.has_extra() && !recomputes, "extra", given.extra,
             layer.steps(shape.directions * traits.extras * shape.hidden), state);
   expect_if(recomputes, "saved", given.saved, layer.boundaries(), state);
-  expect_if(traits.saves_gates() && !recomputes, "saved", given.saved, layer.saved(), element);
+  expect_if(layer.saves() > 0 && !recomputes, "saved", given.saved, layer.saved(), element);
 }
 
 void check_incoming(const LayerCall& layer, const SavedCall& given) {
@@ -333,11 +342,12 @@ void check_wanted(const LayerCall& layer, const SavedCall& given) {
 
 }  // namespace
 
-void expect_weights(const CellTraits& traits, int64_t count, int directions) {
-  if (traits.has_weights(count, directions)) return;
-  fail("weights", "expected ", std::to_string(traits.least_weights()), " to ",
-       std::to_string(traits.most_weights()), " tensors per direction, got ", std::to_string(count),
-       " for ", std::to_string(directions), directions == 1 ? " direction" : " directions");
+void expect_weights(const CellTraits& traits, int64_t count, int directions, bool layer_norm) {
+  if (traits.has_weights(count, directions, layer_norm)) return;
+  fail("weights", "expected ", std::to_string(traits.least_weights(layer_norm)), " to ",
+       std::to_string(traits.most_weights(layer_norm)), " tensors per direction, got ",
+       std::to_string(count), " for ", std::to_string(directions),
+       directions == 1 ? " direction" : " directions");
 }
 
 const CellTraits& cell_traits(int cell) { return all_traits()[cell]; }
@@ -379,7 +389,17 @@ Shape LayerCall::steps(int64_t features) const {
 Shape LayerCall::states(int64_t features) const { return {directions, batch, features}; }
 
 Shape LayerCall::gates() const { return {directions, rows, traits().gates * shape.hidden}; }
-Shape LayerCall::saved() const { return {directions, rows, traits().saves * shape.hidden}; }
+Shape LayerCall::saved() const { return {directions, rows, saves() * shape.hidden}; }
+
+std::vector<int64_t> LayerCall::vector_sizes() const {
+  const CellTraits& t = traits();
+  std::vector<int64_t> sizes(t.vectors(layer_norm), shape.hidden);
+  if (layer_norm) {
+    sizes[0] *= t.gates;
+    sizes[1] *= t.recurrent;
+  }
+  return sizes;
+}
 
 Shape LayerCall::boundaries() const {
   const int64_t segments =
@@ -427,7 +447,7 @@ void LayerCall::complete() {
   check_batch(*this, std::max({hh.shape[0], hh.shape[1], shape.input}));
   check_rows(*this);
   // A single segment is the plain scan, and so is a cell whose backward reads the output alone.
-  if (shape.checkpoint_every >= shape.steps || !traits().saves_gates()) shape.checkpoint_every = 0;
+  if (shape.checkpoint_every >= shape.steps || saves() == 0) shape.checkpoint_every = 0;
   check_weights(*this);
   check_states(*this);
 }

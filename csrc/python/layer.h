@@ -32,6 +32,7 @@ struct LayerCall {
   bool all_c = false;  // every c_t
   double grad_clip = 0;
   double zoneout_h = 0, zoneout_c = 0;
+  bool layer_norm = false;
   Tensor x, h_0, c_0;  // a tensor that is not given is false
   Tensor batch_sizes;  // int64 [T] on the CPU; on CUDA also a bool mask [T, B]
   Tensor resets;
@@ -41,7 +42,7 @@ struct LayerCall {
   Tensor inputs;      // of each step and unit, of cells with such
   struct Weights {
     Tensor ih, hh, bias_ih, bias_hh, hr;
-    std::vector<Tensor> parameters;  // learned vectors, of cells with such
+    std::vector<Tensor> parameters;  // learned vectors, see vector_sizes()
   } weights[kMaxDirections];
   py::tuple own_weights;  // keeps the record's alive, whatever sequence they came in
 
@@ -61,11 +62,15 @@ struct LayerCall {
   Shape steps(int64_t features) const;   // [T, B, features] or [N, features]
   Shape states(int64_t features) const;  // [D, B, features]
   Shape gates() const;                   // [D, N, G*H]
-  Shape saved() const;                   // [D, N, K*H]
+  Shape saved() const;                   // [D, N, K*H]; with layer_norm R for K
   Shape boundaries() const;              // [S-1, D, B, P + C*H]
   bool keeps_extra() const;
-  bool keeps_gates() const { return keep && traits().saves_gates() && shape.checkpoint_every == 0; }
+  int saves() const { return layer_norm ? traits().recurrent : traits().saves; }  // K
+  bool keeps_gates() const { return keep && saves() > 0 && shape.checkpoint_every == 0; }
   bool keeps_boundaries() const { return keep && shape.checkpoint_every > 0; }
+
+  // Of the learned vectors of a direction: [H] each, or the gains of layer normalisation.
+  std::vector<int64_t> vector_sizes() const;
 
   // Sets shape and rows; throws ValueError, naming the argument, what was expected and what came.
   void complete();
@@ -74,15 +79,17 @@ struct LayerCall {
 };
 
 // Throws ValueError where a layer of the cell cannot have so many weights.
-void expect_weights(const CellTraits& traits, int64_t count, int directions);
+void expect_weights(const CellTraits& traits, int64_t count, int directions,
+                    bool layer_norm = false);
 
 // The weights of one direction, `each` of them: w_ih, w_hh, perhaps both biases, perhaps w_hr, as
 // in torch.nn.RNNBase, and the cell's learned vectors. Without recurrent gates there is neither
 // w_hh nor b_hh. take(name, name in the second direction) -> the next tensor.
 template <class Take>
-void read_direction(LayerCall::Weights& w, const CellTraits& traits, int64_t each, Take&& take) {
+void read_direction(LayerCall::Weights& w, const CellTraits& traits, int64_t each, int vectors,
+                    Take&& take) {
   const bool has_hh = traits.recurrent > 0;
-  const int64_t matrices = each - traits.parameters;  // and biases
+  const int64_t matrices = each - vectors;  // and biases
   w.ih = take("weight_ih", "weight_ih_reverse");
   if (has_hh) w.hh = take("weight_hh", "weight_hh_reverse");
   if (matrices > (has_hh ? 3 : 1)) {
@@ -90,14 +97,14 @@ void read_direction(LayerCall::Weights& w, const CellTraits& traits, int64_t eac
     if (has_hh) w.bias_hh = take("bias_hh", "bias_hh_reverse");
   }
   if (has_hh && matrices % 2 == 1) w.hr = take("weight_hr", "weight_hr_reverse");
-  for (int q = 0; q < traits.parameters; ++q) {
+  for (int q = 0; q < vectors; ++q) {
     w.parameters.push_back(take("parameter", "parameter_reverse"));
   }
 }
 
 // The places of the record's tensors.
 enum class LayerField : int {
-  kX = 10,
+  kX = 11,
   kH0,
   kC0,
   kBatchSizes,
@@ -114,7 +121,7 @@ constexpr LayerField kFirstConstant = LayerField::kBatchSizes, kLastConstant = L
 // The names of the record's fields, in its order.
 py::tuple layer_fields();
 
-constexpr int kLayerFields = 20;
+constexpr int kLayerFields = 21;
 using LayerFields = std::array<py::handle, kLayerFields>;
 
 // The fields of a record; throws ValueError for what is none.

@@ -30,8 +30,8 @@ class Backend(ABC):
     # a GPU, the host would have to wait for it.
     takes_mask = False
 
-    # Whether its kernels know zoneout, dropout of the h that W_hh multiplies, grad_scale and
-    # grad_clip.
+    # Whether its kernels know zoneout, dropout of the h that W_hh multiplies, grad_scale, grad_clip
+    # and layer_norm.
     has_options = False
 
     def runs_cell(self, mode: str, dtype: torch.dtype) -> bool:

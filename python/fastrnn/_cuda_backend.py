@@ -244,6 +244,7 @@ def _refuse(layer: Layer) -> None:
         "recurrent_dropout": layer.h_mask is not None,
         "grad_scale": layer.grad_scale is not None,
         "grad_clip": layer.grad_clip,
+        "layer_norm": layer.layer_norm,
     }
     for name, is_on in options.items():
         if is_on:

@@ -59,6 +59,11 @@ class DropIn(nn.Module):
         return ""
 
     @property
+    def has_gains(self) -> bool:
+        """Whether it has the parameters of layer normalisation, which torch.nn's class has not."""
+        return False
+
+    @property
     def is_torchs_in_eval(self) -> bool:
         """Whether torch.nn's class gives the same results in eval mode."""
         return True

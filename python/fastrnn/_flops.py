@@ -59,7 +59,11 @@ def _weights(layer: Layer) -> tuple[Sequence[Shape], Sequence[Shape], Sequence[S
     """The shapes of W_ih, W_hh and W_hr by direction, of a record of shapes in place of tensors."""
     each: Any = layer.by_direction
     weight_hh = [w[1] for w in each] if layer.cell.recurrent else []
-    return [w[0] for w in each], weight_hh, [w[-1] for w in each if layer.has_projection]
+    return (
+        [w[0] for w in each],
+        weight_hh,
+        [w[layer.matrices - 1] for w in each if layer.has_projection],
+    )
 
 
 def _forward(*args: Any, out_shape: Any) -> int:
@@ -74,7 +78,7 @@ def _backward(*args: Any, out_shape: Any) -> int:
     each = len(layer.weights) // layer.directions
     want_ih = any(want_weights[::each])
     want_hh = layer.cell.recurrent > 0 and any(want_weights[1::each])
-    want_hr = layer.has_projection and any(want_weights[each - 1 :: each])
+    want_hr = layer.has_projection and any(want_weights[layer.matrices - 1 :: each])
     wanted = want_x, want_h_0, want_ih, want_hh, want_hr
     return scan_backward_flops(prod(layer.x[:-1]), layer.batch, *_weights(layer), wanted=wanted)
 

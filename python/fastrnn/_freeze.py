@@ -29,6 +29,11 @@ def _storage(module: nn.Module, weights: torch.dtype | None) -> str:
     if weights is torch.bfloat16 and dtype is torch.float32:
         return BFLOAT16
     if weights is torch.int8 and dtype is torch.float32 and module.cell_mode in BUILT_IN:
+        if getattr(module, "layer_norm", False):
+            raise ValueError(
+                f"weights: expected None or torch.bfloat16 for a {type(module).__name__} with "
+                "layer_norm, got torch.int8"
+            )
         return INT8
     raise ValueError(
         "weights: expected None, or torch.bfloat16 or torch.int8 for layers of fastrnn in "
@@ -61,7 +66,8 @@ def freeze(model: M, weights: torch.dtype | None = None) -> M:
             precision, for large layers whose weights do not fit in cache; products and sums remain
             float32. torch.int8: a quarter of the memory, with one scale for each row of a weight;
             inputs and states are rounded to 8 bits in the same way, sums of products are exact, and
-            gates and states are float32. The last is not available for cells made by fastrnn.cell.
+            gates and states are float32. The last is available neither for cells made by
+            fastrnn.cell nor with layer_norm.
 
     Returns:
         The model.

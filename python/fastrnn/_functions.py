@@ -42,7 +42,7 @@ def reference_layer(layer: Layer, mask: Tensor | None = None) -> tuple[Tensor, .
     mask [T, B] may stand in for batch_sizes; x is [T, B, I] then.
     """
     # torch 2.6 cannot compile the properties of a NamedTuple.
-    mode, directions, batch, reverse, _, _, _, clip, p_h, p_c, x, *tensors, weights = layer
+    mode, directions, batch, reverse, _, _, _, clip, p_h, p_c, norm, x, *tensors, weights = layer
     h_0, c_0, sizes, resets, grad_scale, h_mask, seed, inputs = tensors
     each, hidden = len(weights) // directions, weights[0].shape[0] // CELLS[mode].gates
     proj = weights[1].shape[1] if CELLS[mode].recurrent else hidden
@@ -67,7 +67,7 @@ def reference_layer(layer: Layer, mask: Tensor | None = None) -> tuple[Tensor, .
         if c_0 is None:
             c_0 = x.new_zeros(directions, batch, CELLS[mode].states * hidden)
         states = (h_0, *c_0.split(hidden, -1))
-    options = reference.Options(grad_scale, clip or inf, h_mask, (p_h, p_c), seed)
+    options = reference.Options(grad_scale, clip or inf, h_mask, (p_h, p_c), seed, norm)
     output, final, cells = reference.layer(
         mode, x, states, groups, mask, resets, reverse, inputs, options
     )
@@ -447,7 +447,7 @@ def _runs_options(layer: Layer) -> bool:
     """Whether the layer's kernel runs it with its options."""
     zoneout = layer.zoneout_h or layer.zoneout_c
     others = layer.h_mask is not None or layer.grad_scale is not None or layer.grad_clip
-    if (zoneout or others) and not has_options(layer.x):
+    if (zoneout or others or layer.layer_norm) and not has_options(layer.x):
         return False
     # Backward would need an h that only its mean with the one before is kept of. It could be
     # computed from that, but for rounding, and a relu's derivative is another beside 0.

@@ -18,7 +18,7 @@ from ._load import _cpu
 CELLS = _cpu.cells  # mode -> traits of the cell
 BUILT_IN = tuple(CELLS)  # not of the user's own
 
-OPTIONS = 10  # the fields of Layer before its first tensor
+OPTIONS = 11  # the fields of Layer before its first tensor
 TENSORS = 9  # those that are tensors, before the weights
 CONSTANTS = range(3, 8)  # the places among the tensors of those that have no gradient
 
@@ -43,6 +43,7 @@ class Layer(NamedTuple):
     # the state is what that makes on average.
     zoneout_h: float
     zoneout_c: float
+    layer_norm: bool  # normalises what the cell takes; see fastrnn.reference.Options
     x: Tensor  # [T, B, I] or [N, I]
     h_0: Tensor | None  # [D, B, P]; None: zeros
     # [D, B, C*H], of cells with C states beside h; None: zeros
@@ -58,8 +59,9 @@ class Layer(NamedTuple):
     # direction one after the other.
     inputs: Tensor | None
     # Direction by direction w_ih [G*H, I], w_hh [R*H, P], b_ih [G*H], b_hh [R*H] and w_hr [P, H],
-    # as in torch.nn.RNNBase, and Q learned vectors [H]; biases and w_hr may be absent. Without
-    # recurrent gates, R = 0, there is neither w_hh nor b_hh.
+    # as in torch.nn.RNNBase, and Q learned vectors [H], or with layer_norm the gains of W_ih x
+    # [G*H] and W_hh h [R*H], and of an LSTM gain and bias [H] of c; biases and w_hr may be absent.
+    # Without recurrent gates, R = 0, there is neither w_hh nor b_hh.
     weights: Sequence[Tensor]
 
     @property
@@ -94,10 +96,11 @@ class Layer(NamedTuple):
         checkpoint_every: int = 0,
         keep: bool = False,
         all_c: bool = False,
+        layer_norm: bool = False,
     ) -> Layer:
-        """The layer with all options off."""
+        """The layer with all options off that leave its weights as they are."""
         kept = checkpoint_every, keep, all_c
-        options = mode, directions, batch, reverse, *kept, 0.0, 0.0, 0.0
+        options = mode, directions, batch, reverse, *kept, 0.0, 0.0, 0.0, layer_norm
         return cls(
             *options, x, h_0, c_0, batch_sizes, resets, None, None, None, None, tuple(weights)
         )
@@ -124,15 +127,26 @@ class Layer(NamedTuple):
         return self.mode in BUILT_IN and len(self.weights) // self.directions % 2 == 1
 
     @property
+    def matrices(self) -> int:
+        """The weights of a direction before its learned vectors: w_hr is the last, if there is."""
+        vectors = self.cell.norms if self.layer_norm else self.cell.parameters
+        return len(self.weights) // self.directions - int(vectors)
+
+    @property
     def steps(self) -> int:
         """T."""
         return (self.x if self.batch_sizes is None else self.batch_sizes).shape[0]
 
     @property
+    def saves(self) -> int:
+        """K: the values that forward saves of a unit and step for backward alone."""
+        return int(self.cell.recurrent if self.layer_norm else self.cell.saves)
+
+    @property
     def segments(self) -> int:
         """S, of checkpoint_every steps; 1 where backward has nothing to compute again."""
         every = self.checkpoint_every
-        if not every or not self.cell.saves_gates:
+        if not every or not self.saves:
             return 1
         return max(1, (self.steps + every - 1) // every)
 
@@ -168,8 +182,8 @@ class Layer(NamedTuple):
         if self.keep and segments > 1:
             features = proj + cell.states * hidden
             saved = new((segments - 1, directions, batch, features), dtype=self.state_dtype)
-        elif keeps_steps and cell.saves_gates:
-            saved = new((directions, rows, cell.saves * hidden))
+        elif keeps_steps and self.saves:
+            saved = new((directions, rows, self.saves * hidden))
         return Results(
             new((*steps, directions * proj)),
             new((directions, batch, proj)),
@@ -200,8 +214,8 @@ class Results(NamedTuple):
     c_n: Tensor | None  # [D, B, C*H]
     # For each step D * E * H values beside h: every c_t, or a GRU's W_hn h + b_hn.
     extra: Tensor | None
-    # For backward alone: the gates [D, N, K*H]; with checkpoint_every the states between the S
-    # segments, [S-1, D, B, P + C*H].
+    # For backward alone: the gates [D, N, K*H], or with layer_norm W_hh h; with checkpoint_every
+    # the states between the S segments, [S-1, D, B, P + C*H].
     saved: Tensor | None
 
 

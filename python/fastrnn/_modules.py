@@ -73,6 +73,7 @@ class _RNNBase(DropIn, RNNBase):
     recurrent_dropout: float = option("recurrent_dropout")
     zoneout: float | tuple[float, float] = option("zoneout")
     grad_clip: float | None = option("grad_clip")
+    layer_norm: bool = option("layer_norm")
 
     def __init__(
         self, mode: str, *args: Any, checkpoint_every: int | None = None, **kwargs: Any
@@ -88,8 +89,42 @@ class _RNNBase(DropIn, RNNBase):
         super().__init__(mode, *args, **kwargs)
         if every is not None:
             self.checkpoint_every = every
+        if own.get("layer_norm") is True and self._theirs is not None:
+            self._add_gains()
         for name, value in own.items():
             setattr(self, name, value)
+
+    def _add_gains(self) -> None:
+        """Makes the parameters of layer normalisation, after the others of each direction."""
+        for names in self._all_weights:
+            suffix = names[0].removeprefix("weight_ih")
+            w_ih, w_hh = (getattr(self, name) for name in names[:2])
+            vectors = {"gain_ih": w_ih.new_ones(len(w_ih)), "gain_hh": w_hh.new_ones(len(w_hh))}
+            if self.mode == "LSTM":
+                vectors["gain_c"] = w_ih.new_ones(self.hidden_size)
+                vectors["bias_c"] = w_ih.new_zeros(self.hidden_size)
+            for name, vector in vectors.items():
+                self.register_parameter(name + suffix, torch.nn.Parameter(vector))
+                names.append(name + suffix)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        self._init_flat_weights()
+
+    @property
+    def has_gains(self) -> bool:
+        return "gain_ih_l0" in self._parameters
+
+    def reset_parameters(self) -> None:
+        """Sets the parameters to new initial values."""
+        super().reset_parameters()
+        for name, parameter in self._parameters.items():
+            if parameter is not None and name.startswith(("gain_", "bias_c_")):
+                torch.nn.init.constant_(parameter, float(name.startswith("gain_")))
+
+    def flatten_parameters(self) -> None:
+        """As torch.nn's for cuDNN, which has no layer normalisation."""
+        if not self.has_gains:
+            super().flatten_parameters()
 
     @property
     def has_recurrent_weight(self) -> bool:
@@ -164,7 +199,7 @@ class _RNNBase(DropIn, RNNBase):
             return None
         if self._frozen is not None:
             return self._run_frozen(input, hx)
-        if self._options and (self.training or self.zoneout or self.grad_clip):
+        if self._options and (self.training or self.zoneout or self.grad_clip or self.layer_norm):
             return None
         every = self.checkpoint_every or 0
         return backend("cpu").run_module(self.__dict__, input, hx, every, FUSED)
@@ -272,7 +307,8 @@ class _RNNBase(DropIn, RNNBase):
         # Without gradients there is nothing to save.
         every = (self.checkpoint_every or 0) if torch.is_grad_enabled() else 0
         clip, zoneout = self.grad_clip or 0.0, self._zoneout_of_each()
-        options = self.mode, directions, rows.batch, False, every, False, all_states, clip, *zoneout
+        kept = every, False, all_states
+        options = (self.mode, directions, rows.batch, False, *kept, clip, *zoneout, self.layer_norm)
         grad_scale = rows.grad_scale
         if grad_scale is not None:  # in the type that states are carried in
             grad_scale = grad_scale.to(torch.float32 if x.dtype.itemsize == 2 else x.dtype)
@@ -511,7 +547,8 @@ class _RNNBase(DropIn, RNNBase):
         """As the masked steps allow, padded or packed. mask and the resets are [T, B]."""
         if mask is None or is_per_sample(mask):
             return self._run_padded(input, states, rows._replace(mask=mask), all_states)
-        if takes_mask(input) and not (self.checkpoint_every and CELLS[self.mode].saves_gates):
+        saves = CELLS[self.mode].saves_gates or self.layer_norm
+        if takes_mask(input) and not (self.checkpoint_every and saves):
             # Segments of steps are cut from packed rows, where no reset hides behind a masked step.
             resets = None if rows.resets is None else segment_starts(mask, rows.resets)
             rows = rows._replace(batch_sizes=mask, resets=resets)
@@ -650,6 +687,15 @@ class LSTM(_RNNBase):
         grad_clip: the largest magnitude, elementwise, of the gradient that flows back from a step
             to the one before it (Graves, arXiv:1308.0850), after grad_scale of forward; None for
             any. What was clipped cannot be differentiated again.
+        layer_norm: whether W_ih x and W_hh h are normalised (Ba et al., arXiv:1607.06450), each
+            over all its 4 * H values with epsilon 1e-5, and the output reads a normalised c, while
+            c itself is carried on as it is:
+
+                LN(W_ih x) * gain_ih + b_ih + LN(W_hh h) * gain_hh + b_hh  in place of the sum above
+                h' = o * tanh(LN(c') * gain_c + bias_c)
+
+            Each layer and direction then has further parameters, gain_ih_l0 and gain_hh_l0 [4 * H]
+            and gain_c_l0 [H], initially 1, and bias_c_l0 [H], initially 0.
 
     Raises:
         ValueError: if an argument is out of range. The messages are torch.nn's.
@@ -688,6 +734,7 @@ class LSTM(_RNNBase):
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
         grad_clip: float | None = None,
+        layer_norm: bool = False,
     ) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -998,6 +1045,10 @@ class GRU(_OneState):
         grad_clip: the largest magnitude, elementwise, of the gradient that flows back from a step
             to the one before it (Graves, arXiv:1308.0850), after grad_scale of forward; None for
             any. What was clipped cannot be differentiated again.
+        layer_norm: whether W_ih x and W_hh h are normalised (Ba et al., arXiv:1607.06450), each
+            over all its 3 * H values with epsilon 1e-5: LN(W_ih x) * gain_ih + b_ih takes the place
+            of W_ih x + b_ih, and LN(W_hh h) * gain_hh + b_hh that of W_hh h + b_hh. Each layer and
+            direction then has further parameters, gain_ih_l0 and gain_hh_l0 [3 * H], initially 1.
 
     Raises:
         ValueError: if an argument is out of range, or proj_size is given. The messages are
@@ -1034,6 +1085,7 @@ class GRU(_OneState):
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         grad_clip: float | None = None,
+        layer_norm: bool = False,
     ) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -1081,6 +1133,10 @@ class RNN(_OneState):
         grad_clip: the largest magnitude, elementwise, of the gradient that flows back from a step
             to the one before it (Graves, arXiv:1308.0850), after grad_scale of forward; None for
             any. What was clipped cannot be differentiated again.
+        layer_norm: whether W_ih x and W_hh h are normalised (Ba et al., arXiv:1607.06450), each
+            over all its H values with epsilon 1e-5: LN(W_ih x) * gain_ih + b_ih takes the place of
+            W_ih x + b_ih, and LN(W_hh h) * gain_hh + b_hh that of W_hh h + b_hh. Each layer and
+            direction then has further parameters, gain_ih_l0 and gain_hh_l0 [H], initially 1.
 
     Raises:
         ValueError: if an argument is out of range, or proj_size is given. The messages are
@@ -1117,6 +1173,7 @@ class RNN(_OneState):
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         grad_clip: float | None = None,
+        layer_norm: bool = False,
     ) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -42,10 +42,12 @@ def refuse(module: nn.RNNBase, **options: Any) -> None:
         "grad_scale": "no gradient",
         "recurrent_dropout": "no dropout on h; export in eval mode",
         "zoneout": "no state that is kept",
+        "layer_norm": "no layer normalisation",
         "proj_size": "no projection",
     }
     options["recurrent_dropout"] = (module.training and module.recurrent_dropout) or None
     options["zoneout"] = module.zoneout or None
+    options["layer_norm"] = module.layer_norm
     given = [name for name, value in options.items() if value is not None and value is not False]
     if not CELLS[module.mode].has_cell_state and "return_states" in given:
         given.remove("return_states")  # the outputs of each node are its states

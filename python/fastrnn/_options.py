@@ -58,6 +58,15 @@ def _read_flag(module: Any, name: str, value: Any) -> bool:
     return value
 
 
+def _read_layer_norm(module: Any, name: str, value: Any) -> bool:
+    """A bool; the gains that go with it are made with the module."""
+    flag = _read_flag(module, name, value)
+    if flag != module.has_gains:
+        kind = "a cell made by fastrnn.cell" if module._theirs is None else "a module made without"
+        raise ValueError(f"{name}: expected {not flag} for {kind if flag else 'one made with it'}")
+    return flag
+
+
 class _Option(NamedTuple):
     off: Any  # its value where it is not given
     read: Callable[[Any, str, Any], Any]  # checks a value, and makes it uniform
@@ -70,6 +79,7 @@ OPTIONS: dict[str, _Option] = {
     "recurrent_dropout": _Option(0.0, _read_of_recurrent),
     "zoneout": _Option(0.0, _read_zoneout, in_eval=True),
     "grad_clip": _Option(None, _read_limit),
+    "layer_norm": _Option(False, _read_layer_norm, in_eval=True),
 }
 
 

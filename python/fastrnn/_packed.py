@@ -41,7 +41,7 @@ def packed_layer(layer: Layer, storage: str) -> Any:
     """The layer's weights, packed: once, as long as they are the same tensors, unchanged. For the
     operator, which knows no module."""
     weights = layer.weights
-    key = storage, layer.mode, layer.directions, *map(id, weights)
+    key = storage, layer.mode, layer.directions, layer.layer_norm, *map(id, weights)
     marks = [(w.data_ptr(), version_of(w)) for w in weights]
     known = _known.get(key)
     if (
@@ -54,15 +54,18 @@ def packed_layer(layer: Layer, storage: str) -> Any:
     def drop(_: Any) -> None:
         _known.pop(key, None)
 
-    packed = _pack(layer.mode, layer.directions, tuple(weights), storage)
+    packed = _pack(layer.mode, layer.directions, tuple(weights), storage, layer.layer_norm)
     _known[key] = _Known([weakref.ref(w, drop) for w in weights], marks, packed)
     return packed
 
 
-def _pack(mode: str, directions: int, weights: tuple[Tensor, ...], storage: str) -> Any:
+def _pack(
+    mode: str, directions: int, weights: tuple[Tensor, ...], storage: str, layer_norm: bool
+) -> Any:
     w = weights[0]
     x = w.new_empty(0, 1, w.shape[1])  # of the weights alone, for calls of any rows
-    layer = Layer.plain(mode, directions, 1, x, None, None, [w.detach() for w in weights])
+    own = [w.detach() for w in weights]
+    layer = Layer.plain(mode, directions, 1, x, None, None, own, layer_norm=layer_norm)
     if layer.cell.inputs:
         width = directions * layer.cell.inputs * layer.hidden
         layer = layer._replace(inputs=x.new_empty(0, 1, width))
@@ -110,10 +113,9 @@ def _pack_module(module: Any, storage: str) -> Any:
     count = getattr(module, "num_layers", 1)
     directions = 2 if getattr(module, "bidirectional", False) else 1
     each = len(weights) // count
-    layers = [
-        _pack(module.cell_mode, directions, tuple(weights[k * each : (k + 1) * each]), storage)
-        for k in range(count)
-    ]
+    parts = [tuple(weights[k * each : (k + 1) * each]) for k in range(count)]
+    norm = getattr(module, "layer_norm", False)
+    layers = [_pack(module.cell_mode, directions, part, storage, norm) for part in parts]
     found = backend_of(weights[0].device.type)
     assert found is not None
     return found.keep(layers, vars(module), list(module.parameters()))

@@ -259,8 +259,9 @@ def restore(model: nn.Module, *, all: bool = False) -> Report:
         old = _class(module)
         if _MARK not in vars(module) and not (all and isinstance(module, DropIn)):
             return None
-        if isinstance(module, DropIn) and module._theirs is None:
-            return Swap(path, old, None, "torch.nn has no such cell", "keep it, or train another")
+        if isinstance(module, DropIn) and (module._theirs is None or module.has_gains):
+            what = "such cell" if module._theirs is None else "layer normalisation"
+            return Swap(path, old, None, f"torch.nn has no {what}", "keep it, or train another")
         new = old.__bases__[0] if isinstance(old, _Rebased) else _THEIRS.get(old)
         if new is None:
             if _MARK in vars(module):

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
-__all__ = ["Options", "elman_cell", "gru_cell", "layer", "lstm_cell", "rnn", "scan"]
+__all__ = ["Norms", "Options", "elman_cell", "gru_cell", "layer", "lstm_cell", "rnn", "scan"]
 
 State = tuple[Tensor, ...]  # (h,) or (h, c)
 
@@ -33,6 +33,9 @@ class Options(NamedTuple):
         h_mask: [D, B, P], which multiplies the h that W_hh multiplies.
         zoneout: the probabilities (of h, of the other states) that a unit keeps its state.
         seed: int64 [1], from which zoneout draws; None: the expectation.
+        layer_norm: whether W_ih x and W_hh h are normalised, each over all gates and units, and
+            the c that an LSTM's output reads over all units. The weights of a direction then end
+            with gains [G * H] of the former two and, of an LSTM, gain and bias [H] of c.
     """
 
     grad_scale: Tensor | None = None
@@ -40,6 +43,42 @@ class Options(NamedTuple):
     h_mask: Tensor | None = None
     zoneout: tuple[float, float] = (0.0, 0.0)
     seed: Tensor | None = None
+    layer_norm: bool = False
+
+
+class Norms(NamedTuple):
+    """The learned vectors of layer normalisation (Ba et al., arXiv:1607.06450) of one direction.
+
+    Attributes:
+        ih: [G * H], the gain of W_ih x.
+        hh: [G * H], the gain of W_hh h.
+        c: [H], the gain of the c that an LSTM's output reads.
+        bias_c: [H], its bias.
+    """
+
+    ih: Tensor
+    hh: Tensor
+    c: Tensor | None = None
+    bias_c: Tensor | None = None
+
+
+def _normalise(x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    return layer_norm(x, x.shape[-1:], gain, bias, 1e-5)
+
+
+def _products(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    norms: Norms | None,
+) -> tuple[Tensor, Tensor]:
+    """What goes into the gates: W_ih x + b_ih and W_hh h + b_hh."""
+    if norms is None:
+        return linear(x, w_ih, b_ih), linear(h, w_hh, b_hh)
+    return _normalise(linear(x, w_ih), norms.ih, b_ih), _normalise(linear(h, w_hh), norms.hh, b_hh)
 
 
 def elman_cell(
@@ -52,13 +91,16 @@ def elman_cell(
     nonlinearity: str = "tanh",
     *,
     masked: Tensor | None = None,
+    norms: Norms | None = None,
 ) -> Tensor:
     """One step of an Elman cell, as torch.nn.RNNCell: x [B, I], h [B, H] -> h' [B, H].
 
-    Of this cell and all others, masked [B, H] is what w_hh multiplies, h if not given.
+    Of this cell and all others, masked [B, H] is what w_hh multiplies, h if not given; with norms,
+    the products are normalised.
     """
     f = {"tanh": torch.tanh, "relu": torch.relu}[nonlinearity]
-    return f(linear(x, w_ih, b_ih) + linear(h if masked is None else masked, w_hh, b_hh))
+    own, recurrent = _products(x, h if masked is None else masked, w_ih, w_hh, b_ih, b_hh, norms)
+    return f(own + recurrent)
 
 
 def gru_cell(
@@ -70,10 +112,11 @@ def gru_cell(
     b_hh: Tensor | None = None,
     *,
     masked: Tensor | None = None,
+    norms: Norms | None = None,
 ) -> Tensor:
     """One step of a GRU cell, as torch.nn.GRUCell: x [B, I], h [B, H] -> h' [B, H]."""
-    x_r, x_z, x_n = linear(x, w_ih, b_ih).chunk(3, -1)
-    h_r, h_z, h_n = linear(h if masked is None else masked, w_hh, b_hh).chunk(3, -1)
+    own, recurrent = _products(x, h if masked is None else masked, w_ih, w_hh, b_ih, b_hh, norms)
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = own.chunk(3, -1), recurrent.chunk(3, -1)
     r = torch.sigmoid(x_r + h_r)
     z = torch.sigmoid(x_z + h_z)
     n = torch.tanh(x_n + r * h_n)
@@ -90,6 +133,7 @@ def lstm_cell(
     w_hr: Tensor | None = None,
     *,
     masked: Tensor | None = None,
+    norms: Norms | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM cell, as torch.nn.LSTMCell: x [B, I], h [B, P], c [B, H] -> h', c'.
 
@@ -97,9 +141,11 @@ def lstm_cell(
     """
     h, c = state
     h = h if masked is None else masked
-    i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, -1)
+    own, recurrent = _products(x, h, w_ih, w_hh, b_ih, b_hh, norms)
+    i, f, g, o = (own + recurrent).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
+    read = c if norms is None else _normalise(c, norms.c, norms.bias_c)
+    h = torch.sigmoid(o) * torch.tanh(read)
     return (h if w_hr is None else linear(h, w_hr)), c
 
 
@@ -243,6 +289,10 @@ def scan(
     options = options or Options()
     steps = range(len(x) - 1, -1, -1) if reverse else range(len(x))
     cell = _CELLS[mode]
+    more: dict[str, Any] = {}
+    if options.layer_norm:
+        count = 2 * cell.states
+        weights, more["norms"] = weights[:-count], Norms(*weights[-count:])
     arguments = tuple(weights) if cell.is_general else _arguments(weights)
     outputs: list[State] = [()] * len(x)
     everywhere = x.new_ones(x.shape[1], dtype=torch.bool)
@@ -260,7 +310,6 @@ def scan(
         if options.grad_scale is not None or options.grad_clip < inf:
             scale = None if options.grad_scale is None else options.grad_scale[t].unsqueeze(-1)
             entering = tuple(_Edge.apply(s, scale, options.grad_clip) for s in state)  # type: ignore[no-untyped-call]
-        more: dict[str, Any] = {}
         if cell.is_general:
             more["inputs"] = None if inputs is None else inputs[t]
         if options.h_mask is not None:

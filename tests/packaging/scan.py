@@ -17,7 +17,8 @@ from ctypes import CDLL, RTLD_GLOBAL, addressof, c_char
 from itertools import product
 from math import prod
 
-SIZES = (3, 2, 5, 19), (4, 9, 33, 64)  # T, B, I, H
+# T, B, I, H, and whether with layer normalisation
+SIZES = (3, 2, 5, 19, False), (4, 9, 33, 64, False), (4, 5, 9, 40, True)
 DIRECTIONS = 2
 
 
@@ -82,9 +83,9 @@ def load(extension: str, openmp: str, threads: list[int]):
     return module
 
 
-def scan(cpu, mode: str, dtype: DType, sizes: tuple[int, int, int, int]) -> str:
+def scan(cpu, mode: str, dtype: DType, sizes: tuple[int, int, int, int, bool]) -> str:
     """A digest of forward and backward of one layer of both directions."""
-    T, B, I, H = sizes  # noqa: E741
+    T, B, I, H, layer_norm = sizes  # noqa: E741
     D, cell, source = DIRECTIONS, cpu.cells[mode], random.Random(0)
 
     def new(*shape: int) -> Tensor:
@@ -92,9 +93,11 @@ def scan(cpu, mode: str, dtype: DType, sizes: tuple[int, int, int, int]) -> str:
 
     # The fields of Layer and Saved in python/fastrnn/_layer.py.
     G, has_cell_state = cell.gates * H, cell.has_cell_state
-    options = mode, D, B, False, 0, True, False, 0.0, 0.0, 0.0
+    options = mode, D, B, False, 0, True, False, 0.0, 0.0, 0.0, layer_norm
     x, h_0, c_0 = new(T, B, I), new(D, B, H), new(D, B, H) if has_cell_state else None
-    weights = [new(*shape) for _ in range(D) for shape in ((G, I), (G, H), (G,), (G,))]
+    shapes = [(G, I), (G, H), (G,), (G,)]
+    shapes += [(G,), (G,), (H,), (H,)][: cell.norms] if layer_norm else []
+    weights = [new(*shape) for _ in range(D) for shape in shapes]
     layer = *options, x, h_0, c_0, *[None] * 6, weights
     output, h_n, c_n, extra, saved = cpu.forward(layer)
 

@@ -33,7 +33,7 @@ from fastrnn import _cpu
 x, weights = torch.zeros(2, 1, 3), [torch.zeros(4, 3), torch.zeros(4, 4)]
 for wrong in range(3):  # more than once: an exception that C++ threw is released
     try:
-        options = "ESN", 1, 1, False, 0, False, False, 0.0, 0.0, 0.0
+        options = "ESN", 1, 1, False, 0, False, False, 0.0, 0.0, 0.0, False
         _cpu.forward((*options, x, *[None] * 8, weights))
     except ValueError as error:
         assert str(error).startswith("mode: expected one of "), error

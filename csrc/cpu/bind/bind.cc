@@ -74,6 +74,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def_readonly("saves", &CellTraits::saves)
       .def_readonly("inputs", &CellTraits::inputs)
       .def_readonly("parameters", &CellTraits::parameters)
+      .def_readonly("norms", &CellTraits::norms)
       .def_property_readonly("has_cell_state", &CellTraits::has_cell_state)
       .def_property_readonly("has_extra", &CellTraits::has_extra)
       .def_property_readonly("saves_gates", &CellTraits::saves_gates)
@@ -87,7 +88,7 @@ PYBIND11_MODULE(_cpu, m) {
       [](const std::string& mode, int gates, int recurrent, int states, int inputs,
          int parameters) -> const CellTraits& {
         return declare_cell({mode.c_str(), -1, gates, recurrent, states, states, 0, inputs,
-                             parameters, false, false, false});
+                             parameters, 0, false, false, false});
       },
       py::return_value_policy::reference);
   m.def("load_cell", &load_cell);

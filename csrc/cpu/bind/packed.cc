@@ -21,7 +21,10 @@ constexpr int64_t kShort = int64_t{1} << 19;
 class PackedTiles : public PackedLayer {
  public:
   PackedTiles(const LayerCall& layer, Storage storage)
-      : PackedLayer(layer.shape), kernels_(kernels_of(layer)), storage_(storage) {
+      : PackedLayer(layer.shape),
+        kernels_(kernels_of(layer)),
+        storage_(storage),
+        layer_norm_(layer.layer_norm) {
     Contiguous contiguous;
     ForwardArgs args{};
     set_layer(args, layer, contiguous);
@@ -37,8 +40,9 @@ class PackedTiles : public PackedLayer {
       has_hr_ = args.weight_hr[d] != nullptr;
       vectors_.push_back(copy(args.bias_ih[d], gates));
       vectors_.push_back(copy(args.bias_hh[d], recurrent));
-      for (size_t q = 0; q < layer.weights[d].parameters.size(); ++q) {
-        parameters_[d].push_back(copy(args.parameters[d][q], args.hidden));
+      const std::vector<int64_t> sizes = layer.vector_sizes();
+      for (size_t q = 0; q < sizes.size(); ++q) {
+        parameters_[d].push_back(copy(args.parameters[d][q], sizes[q]));
         pointers_[d].push_back(parameters_[d].back().data());
       }
     }
@@ -47,6 +51,7 @@ class PackedTiles : public PackedLayer {
   void run(ForwardArgs args, int threads) const override {
     args.packed = memory_.get();
     args.storage = storage_;
+    args.layer_norm = layer_norm_;
     const auto data = [](const std::vector<char>& vector) -> const void* {
       return vector.empty() ? nullptr : vector.data();
     };
@@ -65,6 +70,7 @@ class PackedTiles : public PackedLayer {
  private:
   const Kernels kernels_;
   const Storage storage_;
+  const bool layer_norm_;
   int64_t bytes_;
   Memory memory_;
   bool has_hr_ = false;

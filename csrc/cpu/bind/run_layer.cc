@@ -68,6 +68,7 @@ void set_layer(LayerArgs& args, const LayerCall& layer, Contiguous& contiguous) 
   args.zoneout_h = layer.zoneout_h;
   args.zoneout_c = layer.zoneout_c;
   args.seed = static_cast<const int64_t*>(contiguous(layer.seed));
+  args.layer_norm = layer.layer_norm;
 }
 
 Kernels kernels_of(const LayerCall& layer) {
@@ -89,8 +90,7 @@ void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& sc
   prefer_large_pages(args.output, features * args.proj);
   prefer_large_pages(args.extra, features * layer.traits().extras * args.hidden);
   for (int d = 0; d < args.directions; ++d) {
-    prefer_large_pages(args.gates[d],
-                       layer.traits().saves * features * args.hidden / args.directions);
+    prefer_large_pages(args.gates[d], layer.saves() * features * args.hidden / args.directions);
   }
   scan(args, threads);
 }
@@ -118,7 +118,7 @@ Results forward(const LayerCall& layer, const Scan& scan) {
   } else if (layer.keeps_gates()) {
     results.saved = make(layer, layer.saved());
     set_parts(args.gates, static_cast<char*>(results.saved.tensor.data), layer,
-              layer.rows * traits.saves * shape.hidden);
+              layer.rows * layer.saves() * shape.hidden);
   }
   args.output = results.output.tensor.data;
   args.h_n = results.h_n.tensor.data;
@@ -139,9 +139,9 @@ void set_given(BackwardArgs& args, const LayerCall& layer, const SavedCall& give
     args.boundaries = contiguous(given.saved);
   } else {
     if (traits.has_extra()) args.extra = contiguous(given.extra);
-    if (traits.saves_gates()) {
+    if (layer.saves() > 0) {
       set_parts(args.gates, static_cast<const char*>(contiguous(given.saved)), layer,
-                layer.rows * traits.saves * layer.shape.hidden);
+                layer.rows * layer.saves() * layer.shape.hidden);
     }
   }
   args.d_output = contiguous(given.d_output);
@@ -229,8 +229,8 @@ std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given)
       args.d_bias_ih[d] = gradients.add({gates});
     }
     if (w.hr) args.d_weight_hr[d] = gradients.add({shape.proj, shape.hidden});
-    for (size_t q = 0; q < w.parameters.size(); ++q) {
-      d_parameters[d].push_back(gradients.add({shape.hidden}));
+    for (const int64_t size : layer.vector_sizes()) {
+      d_parameters[d].push_back(gradients.add({size}));
     }
     args.d_parameters[d] = d_parameters[d].data();
   }

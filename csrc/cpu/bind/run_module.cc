@@ -81,7 +81,7 @@ std::optional<Model> read_model(py::handle module) {
   }
   const int64_t entries = int64_t{model.layers} * model.directions;
   const auto count = static_cast<int64_t>(model.weights.size());
-  if (!cell_traits(model.cell).has_weights(count, entries)) return std::nullopt;
+  if (!cell_traits(model.cell).has_weights(count, entries, false)) return std::nullopt;
   return model;
 }
 
@@ -108,7 +108,7 @@ LayerCall layer_of(const Model& model, int k, const Tensor& x, const Tensor& h_0
   const size_t each = model.weights_per_layer() / model.directions;
   weights += k * model.weights_per_layer();
   for (int d = 0; d < model.directions; ++d) {
-    read_direction(layer.weights[d], layer.traits(), each,
+    read_direction(layer.weights[d], layer.traits(), each, layer.traits().parameters,
                    [&](const char*, const char*) { return *weights++; });
   }
   layer.complete();
@@ -154,7 +154,7 @@ std::array<py::object, 3> train(const Model& model, py::object x, py::handle h_0
   const py::tuple options =
       py::make_tuple(model.mode, model.directions, view(x).shape[1], false, checkpoint_every,
                      /*keep=*/true, /*all_c=*/false, /*grad_clip=*/0.0, /*zoneout_h=*/0.0,
-                     /*zoneout_c=*/0.0);
+                     /*zoneout_c=*/0.0, /*layer_norm=*/false);
   for (int k = 0; k < model.layers; ++k) {
     const py::object h = states_of(model, k, h_0), c = states_of(model, k, c_0);
     std::vector<PyObject*> arguments{options.ptr(), x.ptr(), h.ptr(), c.ptr()};
