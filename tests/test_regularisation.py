@@ -951,7 +951,7 @@ def test_a_backend_without_options(cell, name, monkeypatch):
     with wrapped() as backend:
         actual = seeded_run(model, x, hx, **given(kind))
     assert not backend.layers
-    assert_close(actual, expected)
+    assert_close(actual, expected, 3e-5)  # of layer_norm, see test_blocks_and_threads
 
 
 # -- Cells of the user's own -----------------------------------------------------------------------
