@@ -10,6 +10,7 @@
 #include "backward_cell.h"
 #include "input_gradient.h"
 #include "layer_gradients.h"
+#include "layer_norm_cell.h"
 #include "layer_norm_gradient.h"
 #include "recomputation.h"
 

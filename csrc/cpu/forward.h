@@ -8,6 +8,7 @@
 
 #include "forward_cell.h"
 #include "input_projection.h"
+#include "layer_norm_cell.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 

@@ -56,59 +56,10 @@ class ForwardCell {
     if (full < units_ && left > full * V::lanes) run_rows<false>(step, tile, full, full + 1);
   }
 
-  // The cell on a row whose products are complete; it overwrites them.
+  // The cell on a row whose products are complete; it overwrites them. See layer_norm_cell.h.
   void run_whole_row(const ForwardStep<S>& step, int direction, int64_t row,
                      const Gains<Cell, S>& gains, const TileRow<G, T>& x,
-                     const TileRow<R, T>& recurrent) const {
-    const int64_t hidden = args_.hidden, full = hidden / V::lanes, left = hidden % V::lanes;
-    Rows rows = rows_of(step, {direction, row, 1, 0, nullptr, nullptr, nullptr});
-    S* const kept = rows.gates;
-    rows.gates = nullptr;
-    const bool reset = steps_.resets_after(direction, step.t, row);
-    const Moments<T> x_moments = x.moments(hidden), r_moments = recurrent.moments(hidden);
-    const S* const bias_ih = static_cast<const S*>(args_.bias_ih[direction]);
-    const S* const bias_hh = static_cast<const S*>(args_.bias_hh[direction]);
-
-    const auto run_cell = [&]<bool Full>(std::bool_constant<Full>, int64_t v, int64_t left) {
-      CellValues cell;
-      load_normalised<Full>(x, x_moments, gains.ih, bias_ih, v, left, cell.x);
-      if (kept != nullptr) {
-        for (int g = 0; g < R; ++g) {
-          store_lanes<Full>(V::load(recurrent.at(v, g)), kept + g * hidden + v * V::lanes, left);
-        }
-      }
-      load_normalised<Full>(recurrent, r_moments, gains.hh, bias_hh, v, left, cell.recurrent);
-      load_states<Full>(rows, 0, static_cast<int>(v), left, cell);
-      cell.h = C::forward(cell.x, cell.recurrent, cell.inputs, cell.parameters, cell.h_prev,
-                          cell.extra, cell.saved);
-      if constexpr (C::normalises_state) {
-        for (int k = 0; k < C::saves; ++k) cell.saved[k].store(x.at(v, k));
-        cell.extra[0].store(recurrent.at(v, 0));
-      } else {
-        finish_units<Full>(rows, static_cast<int>(v), left, reset, cell);
-      }
-    };
-    for (int64_t v = 0; v < full; ++v) run_cell(std::true_type{}, v, V::lanes);
-    if (left > 0) run_cell(std::false_type{}, full, left);
-
-    if constexpr (C::normalises_state) {
-      const Moments<T> c_moments = moments_of<1, T>(
-          hidden, [&](int64_t v, int, int64_t) { return V::load(recurrent.at(v, 0)); });
-      const auto run_output = [&]<bool Full>(std::bool_constant<Full>, int64_t v, int64_t left) {
-        const int64_t unit = v * V::lanes;
-        CellValues cell;
-        for (int k = 0; k < C::saves; ++k) cell.saved[k] = V::load(x.at(v, k));
-        cell.extra[0] = V::load(recurrent.at(v, 0));
-        const V normalised =
-            c_moments.normalise(cell.extra[0]) * load_lanes<Full>(gains.c + unit, left) +
-            load_lanes<Full>(gains.bias_c + unit, left);
-        cell.h = C::hidden(cell.saved, &normalised);
-        finish_units<Full>(rows, static_cast<int>(v), left, reset, cell);
-      };
-      for (int64_t v = 0; v < full; ++v) run_output(std::true_type{}, v, V::lanes);
-      if (left > 0) run_output(std::false_type{}, full, left);
-    }
-  }
+                     const TileRow<R, T>& recurrent) const;
 
   // Results go to memory that nobody has touched for long. Asked for before the product, their
   // cache lines are there when the cell stores to them.

@@ -35,6 +35,14 @@ struct Moments {
   Vec<T> normalise(Vec<T> value) const { return (value - Vec<T>(mean)) * Vec<T>(inverse); }
 };
 
+template <class T>
+inline T sum_of(Vec<T> value) {
+  T lane[Vec<T>::lanes], sum = 0;
+  value.store(lane);
+  for (const T each : lane) sum += each;
+  return sum;
+}
+
 // The sum of N * hidden values; load(v, g, left) reads the `left` first lanes of a vector.
 template <int N, class T, class Load>
 [[gnu::always_inline]] inline T sum_units(int64_t hidden, const Load& load) {
@@ -51,10 +59,7 @@ template <int N, class T, class Load>
   }
   V all = sums[0];
   for (int g = 1; g < N; ++g) all = all + sums[g];
-  T lane[V::lanes], sum = 0;
-  all.store(lane);
-  for (const T value : lane) sum += value;
-  return sum;
+  return sum_of(all);
 }
 
 template <int N, class T, class Load>

@@ -24,12 +24,7 @@ struct NormSums {
   }
   // count: of all the values.
   void complete(int64_t count) {
-    for (Vec<T>* sum : {&plain, &weighted}) {
-      T lane[Vec<T>::lanes], total = 0;
-      sum->store(lane);
-      for (const T value : lane) total += value;
-      *sum = Vec<T>(total / static_cast<T>(count));
-    }
+    for (Vec<T>* sum : {&plain, &weighted}) *sum = Vec<T>(sum_of(*sum) / static_cast<T>(count));
   }
   Vec<T> gradient(Vec<T> d, Vec<T> gain, Vec<T> n, T inverse) const {
     return Vec<T>(inverse) * (gain * d - plain - n * weighted);
