@@ -466,14 +466,18 @@ def test_parameters_of_layer_norm(cell):
 def test_layer_norm_is_the_constructors(cell):
     """Its parameters are made there, so neither other classes nor other calls can do without."""
     model, plain = make(fastrnn, cell, 3, 5, layer_norm=True), make(fastrnn, cell, 3, 5)
-    with pytest.raises(ValueError, match=r"^layer_norm: expected True for one made with it$"):
+    with pytest.raises(
+        ValueError, match=r"^layer_norm: expected True for one made with it, got False$"
+    ):
         model.layer_norm = False
-    with pytest.raises(ValueError, match=r"^layer_norm: expected False for a module made without$"):
+    with pytest.raises(
+        ValueError, match=r"^layer_norm: expected False for a module made without, got True$"
+    ):
         plain.layer_norm = True
     with pytest.raises(ValueError, match=r"^layer_norm: expected a bool, got 1$"):
         make(fastrnn, cell, 3, 5, layer_norm=1)
-    with pytest.raises(ValueError, match="expected False for a cell made by"):
-        fastrnn.cells.MGU(3, 5, layer_norm=True)
+    with pytest.raises(ValueError, match=r"^layer_norm: expected False for a cell without recurre"):
+        fastrnn.cells.SRU(3, 5, layer_norm=True)
     report = fastrnn.restore(torch.nn.Sequential(model), all=True)
     assert "torch.nn has no layer normalisation" in str(report[0])
     assert model.layer_norm
@@ -959,14 +963,17 @@ def test_a_backend_without_options(cell, name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["MGU", "PeepholeLSTM", "SRU", "SLSTM"])
 @pytest.mark.parametrize("kind", ["none", "reset and holes"])
-def test_own_cells(name, kind):
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_own_cells(name, kind, layer_norm):
     cls = getattr(fastrnn.cells, name)
-    own = dict(OPTIONS)
+    own = {**OPTIONS, "layer_norm": layer_norm}
     if not cls.definition.recurrent:
+        if layer_norm:
+            pytest.skip("no product that recurs")
         own = {k: v for k, v in own.items() if not k.endswith("t_dropout")}
     torch.manual_seed(0)
     model = cls(3, 5, 2, dropout=0.3, bidirectional=True, checkpoint_every=3, **own)
-    model = model.double()
+    model = with_gains(model.double())
     x = torch.randn(T, B, 3).double()
     hx = tuple(torch.randn(4, B, 5).double() for _ in cls.definition.states)
     hx = hx if len(hx) > 1 else hx[0]

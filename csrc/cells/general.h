@@ -27,7 +27,8 @@ constexpr bool is_general = requires { Cell::parameters; };
 
 template <class Cell>
 struct General : Cell {
-  static constexpr int extras = Cell::states, norms = 0;
+  static constexpr int extras = Cell::states;
+  static constexpr int norms = Cell::recurrent > 0 ? 2 : 0;  // vectors of layer normalisation
   static constexpr bool projects = false, rebuilds_cell_state = false, normalises_state = false;
 };
 

@@ -15,7 +15,7 @@ struct CellTraits {
   int saves;       // K, values per unit and step that forward saves for backward alone
   int inputs;      // Z, those of each step and unit that no weight multiplies
   int parameters;  // Q, learned vectors [H]
-  int norms;       // those of layer normalisation; 0: it has none
+  int norms;       // those of layer normalisation, before the Q; 0: it has none
   bool splits_gradient, has_direct_path;
   bool rebuilds_cell_state;  // from what forward saves and the state before: see lstm.h
 
@@ -25,7 +25,7 @@ struct CellTraits {
   // Projections of h are in the kernels of cells that carry another state beside it.
   bool can_project() const { return states == 1 && !has_direct_path && inputs + parameters == 0; }
   // Learned vectors of a direction.
-  int vectors(bool layer_norm) const { return layer_norm ? norms : parameters; }
+  int vectors(bool layer_norm) const { return parameters + (layer_norm ? norms : 0); }
   // Tensors per direction.
   int least_weights(bool layer_norm) const { return (recurrent > 0 ? 2 : 1) + vectors(layer_norm); }
   int most_weights(bool layer_norm) const { return (recurrent > 0 ? 5 : 2) + vectors(layer_norm); }

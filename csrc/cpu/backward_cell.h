@@ -172,7 +172,8 @@ class BackwardCell {
       rows.d_inputs = at(static_cast<S*>(args_.d_inputs), inputs);
     }
     for (int q = 0; q < Q; ++q) {
-      rows.parameters[q] = static_cast<const S*>(args_.parameters[direction][q]) + column;
+      rows.parameters[q] =
+          static_cast<const S*>(own_parameters<Cell>(args_, direction)[q]) + column;
     }
     rows.d_input = chunk_gradients_.input.values(direction, local) + column;
     rows.d_input_factors = chunk_gradients_.input.factors(direction, local) + column;
@@ -244,8 +245,9 @@ class BackwardCell {
     V h, c;
   };
 
-  // All that the cell's backward takes. In in.dh is what a product has brought.
-  template <bool Full>
+  // All that the cell's backward takes. In in.dh is what a product has brought. What forward saved
+  // is not there with layer normalisation.
+  template <bool Full, bool IsSaved = true>
   [[gnu::always_inline]] Kept load_units(const Rows& rows, const Units& units, CellInputs& in,
                                          CellGradients& d) const {
     if (units.has_after && rows.carry_h != nullptr) {
@@ -254,7 +256,7 @@ class BackwardCell {
     }
     if (!edge_.is_plain() && !projects_ && units.has_after) [[unlikely]]
       in.dh = edge_(in.dh, units.n_after);
-    load_inputs<Full>(rows, units, in, d);
+    load_inputs<Full, IsSaved>(rows, units, in, d);
     Kept kept;
     if (zoneout_.is_on()) [[unlikely]]
       kept = keep_states<Full>(rows, units, in, d);
@@ -315,7 +317,7 @@ class BackwardCell {
     return kept;
   }
 
-  template <bool Full>
+  template <bool Full, bool IsSaved>
   [[gnu::always_inline]] static void load_inputs(const Rows& rows, const Units& units,
                                                  CellInputs& in, CellGradients& d) {
     const int64_t r = units.r, column = units.column, left = units.left;
@@ -332,7 +334,7 @@ class BackwardCell {
     const int64_t extra = r * rows.extra_stride + column;
 
     in.h_prev = in.h = in.extra_prev[0] = in.extra[0] = d.extra[0] = V(T(0));
-    if constexpr (C::saves > 0) {
+    if constexpr (IsSaved && C::saves > 0) {
       const S* gates = rows.gates + r * rows.gate_stride + column;
 #pragma GCC unroll 4
       for (int k = 0; k < C::saves; ++k) in.saved[k] = load(gates + k * rows.hidden_units);

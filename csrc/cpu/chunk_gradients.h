@@ -104,7 +104,7 @@ class ChunkGradients {
 
   // Those learned vectors whose gradients are sums over rows, as those of biases are.
   static int vectors(const LayerArgs& args) {
-    return args.layer_norm ? C::norms - 2 : C::parameters;
+    return C::parameters + (args.layer_norm ? C::norms - 2 : 0);
   }
 
   void zip(int direction, int64_t count, int rank, int size) const {

@@ -185,7 +185,8 @@ class ForwardCell {
                     steps_.feature_offset(tile.direction, step.t, tile.row, Z * args_.hidden);
     }
     for (int q = 0; q < Q; ++q) {
-      rows.parameters[q] = static_cast<const S*>(args_.parameters[tile.direction][q]) + tile.unit;
+      rows.parameters[q] =
+          static_cast<const S*>(own_parameters<Cell>(args_, tile.direction)[q]) + tile.unit;
     }
     return rows;
   }

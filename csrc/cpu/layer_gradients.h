@@ -110,7 +110,7 @@ class LayerGradients {
     write_sums(bias_ih_, 0, gate_columns_, args_.d_bias_ih[direction]);
     write_sums(bias_hh_, 0, recurrent_columns_, args_.d_bias_hh[direction]);
     // The gains of layer normalisation come before these: see LayerNormGradient.
-    const int others = args_.layer_norm ? C::norms - chunk_gradients_.vectors(args_) : 0;
+    const int others = args_.layer_norm ? 2 : 0;
     for (int q = 0; q < chunk_gradients_.vectors(args_); ++q) {
       write_sums(bias_ih_, gate_columns_ + q * args_.hidden, args_.hidden,
                  args_.d_parameters[direction][others + q]);

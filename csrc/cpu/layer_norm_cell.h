@@ -91,7 +91,7 @@ void BackwardCell<Cell, S>::run_whole_row(const BackwardStep<S>& step, int direc
     units.column = column;
     units.left = left;
     in.dh = V::load(d_hidden + column);
-    return load_units<Full>(rows, units, in, d);
+    return load_units<Full, false>(rows, units, in, d);
   };
   // What forward computed, from the products and the states before.
   const auto run_forward = [&](int64_t column, int64_t left, CellInputs& in) {

@@ -12,6 +12,12 @@ int saved_values(const LayerArgs& args) {
   return args.layer_norm ? General<Cell>::recurrent : General<Cell>::saves;
 }
 
+// The cell's own learned vectors of a direction, Q of [H].
+template <class Cell>
+const void* const* own_parameters(const LayerArgs& args, int direction) {
+  return args.parameters[direction] + (args.layer_norm ? General<Cell>::norms : 0);
+}
+
 // Row n of the layer is row n - begin of these buffers.
 template <class Gate, class Extra>
 struct Saved {

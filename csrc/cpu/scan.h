@@ -33,9 +33,9 @@ struct LayerArgs : ScanShape {
   // of both, weighted so. See zoneout.h.
   double zoneout_h, zoneout_c;
   const int64_t* seed;                            // one number, or null
-  const void* const* parameters[kMaxDirections];  // Q of [H]
-  // Normalises what the cell takes: see layer_norm.h. `parameters` are then the gains of W_ih x
-  // [G*H] and of W_hh h [R*H] and, of cells that normalise c, gain and bias [H] of it.
+  const void* const* parameters[kMaxDirections];  // Q of [H], after those of layer_norm
+  // Normalises what the cell takes: see layer_norm.h. `parameters` then begin with the gains of
+  // W_ih x [G*H] and of W_hh h [R*H] and, of cells that normalise c, gain and bias [H] of it.
   bool layer_norm;
 };
 

@@ -20,6 +20,7 @@ from ._trace import Definition, define
 
 __all__ = ["CellLayer", "cell"]
 
+_GAINS = {"gain_ih", "gain_hh"}  # of layer normalisation
 Inputs = Mapping[str, Tensor | PackedSequence]
 
 
@@ -46,6 +47,8 @@ class CellLayer(_RNNBase):
             many steps, and compute the rest again, a segment at a time.
         weight_dropout, variational, recurrent_dropout, grad_clip: as those of fastrnn.LSTM.
         zoneout: the same, a single probability, of the first state alone.
+        layer_norm: whether W_ih x and W_hh h are normalised, as those of fastrnn.GRU; gain_ih_l0 is
+            then [G * H] and gain_hh_l0 [R * H]. For cells with recurrent gates.
 
     Raises:
         ValueError: if an argument is out of range. The messages are torch.nn's.
@@ -79,6 +82,11 @@ class CellLayer(_RNNBase):
         checkpoint_every: int | None = None,
         **options: Any,
     ) -> None:
+        if options.get("layer_norm") and (clash := _GAINS & set(self.definition.parameters)):
+            raise ValueError(
+                f"layer_norm: expected False for {self._name}, which has a parameter {min(clash)} "
+                "of its own"
+            )
         # torch's own checks, on a cell that it knows; its parameters never get memory.
         super().__init__(
             "RNN_TANH",
@@ -113,6 +121,10 @@ class CellLayer(_RNNBase):
         self.reset_parameters()
 
     @property
+    def has_gains(self) -> bool:
+        return super().has_gains and not _GAINS & set(self.definition.parameters)
+
+    @property
     def has_recurrent_weight(self) -> bool:
         return bool(self.definition.recurrent)
 
@@ -127,14 +139,19 @@ class CellLayer(_RNNBase):
             shapes["bias_ih"] = (rows,)
             if recurrent:
                 shapes["bias_hh"] = (recurrent,)
+        if self.layer_norm:
+            shapes |= {"gain_ih": (rows,), "gain_hh": (recurrent,)}
         return shapes | dict.fromkeys(d.parameters, (hidden,))
 
     def reset_parameters(self) -> None:
         """Sets the parameters to new initial values."""
         bound = self.hidden_size**-0.5
         for name, parameter in self.named_parameters():
-            initial = self.definition.parameters.get(name.rpartition("_l")[0])
-            if initial is None:
+            own = name.rpartition("_l")[0]
+            initial = self.definition.parameters.get(own)
+            if own in _GAINS and own not in self.definition.parameters:
+                nn.init.ones_(parameter)
+            elif initial is None:
                 nn.init.uniform_(parameter, -bound, bound)
             else:
                 nn.init.constant_(parameter, initial)
@@ -305,22 +322,25 @@ def _step(definition: Definition) -> Callable[..., States]:
         *weights: Tensor,
         inputs: Tensor | None,
         masked: Tensor | None = None,
+        layer_norm: bool = False,
     ) -> States:
         given = iter(weights)
-        has_bias = len(weights) > expected
+        has_bias = len(weights) > expected + 2 * layer_norm
         w_ih = next(given)
         w_hh = next(given) if d.recurrent else None
         b_ih = next(given) if has_bias else None
         b_hh = next(given) if has_bias and d.recurrent else None
-        own = dict(zip(d.gates, linear(x, w_ih, b_ih).chunk(len(d.gates), -1)))
+        norms = reference.Norms(next(given), next(given)) if layer_norm else None
+        recurrent: dict[str, Tensor] = {}
+        if w_hh is None:
+            of_x = linear(x, w_ih, b_ih)
+        else:
+            h = state[0] if masked is None else masked
+            of_x, of_h = reference.products(x, h, w_ih, w_hh, b_ih, b_hh, norms)
+            recurrent = dict(zip(d.recurrent, of_h.chunk(len(d.recurrent), -1)))
+        own = dict(zip(d.gates, of_x.chunk(len(d.gates), -1)))
         if inputs is not None:
             own |= zip(d.inputs, inputs.chunk(len(d.inputs), -1))
-        recurrent: dict[str, Tensor] = {}
-        if w_hh is not None:
-            products = linear(state[0] if masked is None else masked, w_hh, b_hh).chunk(
-                len(d.recurrent), -1
-            )
-            recurrent = dict(zip(d.recurrent, products))
         parameters = dict(zip(d.parameters, given))
         after = function(SimpleNamespace(**own), SimpleNamespace(**recurrent), *state, **parameters)
         return after if isinstance(after, tuple) else (after,)

@@ -59,9 +59,9 @@ class Layer(NamedTuple):
     # direction one after the other.
     inputs: Tensor | None
     # Direction by direction w_ih [G*H, I], w_hh [R*H, P], b_ih [G*H], b_hh [R*H] and w_hr [P, H],
-    # as in torch.nn.RNNBase, and Q learned vectors [H], or with layer_norm the gains of W_ih x
-    # [G*H] and W_hh h [R*H], and of an LSTM gain and bias [H] of c; biases and w_hr may be absent.
-    # Without recurrent gates, R = 0, there is neither w_hh nor b_hh.
+    # as in torch.nn.RNNBase; with layer_norm the gains of W_ih x [G*H] and W_hh h [R*H], and of an
+    # LSTM gain and bias [H] of c; and Q learned vectors [H]. Biases and w_hr may be absent. Without
+    # recurrent gates, R = 0, there is neither w_hh nor b_hh.
     weights: Sequence[Tensor]
 
     @property
@@ -129,7 +129,7 @@ class Layer(NamedTuple):
     @property
     def matrices(self) -> int:
         """The weights of a direction before its learned vectors: w_hr is the last, if there is."""
-        vectors = self.cell.norms if self.layer_norm else self.cell.parameters
+        vectors = self.cell.parameters + (self.cell.norms if self.layer_norm else 0)
         return len(self.weights) // self.directions - int(vectors)
 
     @property

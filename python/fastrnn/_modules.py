@@ -89,7 +89,7 @@ class _RNNBase(DropIn, RNNBase):
         super().__init__(mode, *args, **kwargs)
         if every is not None:
             self.checkpoint_every = every
-        if own.get("layer_norm") is True and self._theirs is not None:
+        if own.get("layer_norm") is True:
             self._add_gains()
         for name, value in own.items():
             setattr(self, name, value)

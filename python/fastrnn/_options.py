@@ -61,9 +61,11 @@ def _read_flag(module: Any, name: str, value: Any) -> bool:
 def _read_layer_norm(module: Any, name: str, value: Any) -> bool:
     """A bool; the gains that go with it are made with the module."""
     flag = _read_flag(module, name, value)
+    if flag and not module.has_recurrent_weight:
+        raise ValueError(f"{name}: expected False for a cell without recurrent gates, got True")
     if flag != module.has_gains:
-        kind = "a cell made by fastrnn.cell" if module._theirs is None else "a module made without"
-        raise ValueError(f"{name}: expected {not flag} for {kind if flag else 'one made with it'}")
+        kind = "a module made without" if flag else "one made with it"
+        raise ValueError(f"{name}: expected {not flag} for {kind}, got {flag}")
     return flag
 
 

@@ -35,7 +35,8 @@ class Options(NamedTuple):
         seed: int64 [1], from which zoneout draws; None: the expectation.
         layer_norm: whether W_ih x and W_hh h are normalised, each over all gates and units, and
             the c that an LSTM's output reads over all units. The weights of a direction then end
-            with gains [G * H] of the former two and, of an LSTM, gain and bias [H] of c.
+            with gains [G * H] of the former two and, of an LSTM, gain and bias [H] of c; those of a
+            user's own cell have the gains before its learned vectors.
     """
 
     grad_scale: Tensor | None = None
@@ -66,7 +67,7 @@ def _normalise(x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
     return layer_norm(x, x.shape[-1:], gain, bias, 1e-5)
 
 
-def _products(
+def products(
     x: Tensor,
     h: Tensor,
     w_ih: Tensor,
@@ -99,7 +100,7 @@ def elman_cell(
     the products are normalised.
     """
     f = {"tanh": torch.tanh, "relu": torch.relu}[nonlinearity]
-    own, recurrent = _products(x, h if masked is None else masked, w_ih, w_hh, b_ih, b_hh, norms)
+    own, recurrent = products(x, h if masked is None else masked, w_ih, w_hh, b_ih, b_hh, norms)
     return f(own + recurrent)
 
 
@@ -115,7 +116,7 @@ def gru_cell(
     norms: Norms | None = None,
 ) -> Tensor:
     """One step of a GRU cell, as torch.nn.GRUCell: x [B, I], h [B, H] -> h' [B, H]."""
-    own, recurrent = _products(x, h if masked is None else masked, w_ih, w_hh, b_ih, b_hh, norms)
+    own, recurrent = products(x, h if masked is None else masked, w_ih, w_hh, b_ih, b_hh, norms)
     (x_r, x_z, x_n), (h_r, h_z, h_n) = own.chunk(3, -1), recurrent.chunk(3, -1)
     r = torch.sigmoid(x_r + h_r)
     z = torch.sigmoid(x_z + h_z)
@@ -141,7 +142,7 @@ def lstm_cell(
     """
     h, c = state
     h = h if masked is None else masked
-    own, recurrent = _products(x, h, w_ih, w_hh, b_ih, b_hh, norms)
+    own, recurrent = products(x, h, w_ih, w_hh, b_ih, b_hh, norms)
     i, f, g, o = (own + recurrent).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     read = c if norms is None else _normalise(c, norms.c, norms.bias_c)
@@ -173,7 +174,8 @@ _CELLS = {
 
 
 def add_cell(mode: str, gates: int, states: int, step: Callable[..., State]) -> None:
-    """Makes a cell of the user's own known by its step(x, state, *weights, inputs)."""
+    """Makes a cell of the user's own known by its step(x, state, *weights, inputs, masked,
+    layer_norm)."""
     _CELLS[mode] = _Cell(gates, states, step, True)
 
 
@@ -290,7 +292,9 @@ def scan(
     steps = range(len(x) - 1, -1, -1) if reverse else range(len(x))
     cell = _CELLS[mode]
     more: dict[str, Any] = {}
-    if options.layer_norm:
+    if options.layer_norm and cell.is_general:
+        more["layer_norm"] = True
+    elif options.layer_norm:
         count = 2 * cell.states
         weights, more["norms"] = weights[:-count], Norms(*weights[-count:])
     arguments = tuple(weights) if cell.is_general else _arguments(weights)

@@ -87,8 +87,9 @@ PYBIND11_MODULE(_cpu, m) {
       "add_cell",
       [](const std::string& mode, int gates, int recurrent, int states, int inputs,
          int parameters) -> const CellTraits& {
+        const int norms = recurrent > 0 ? 2 : 0;
         return declare_cell({mode.c_str(), -1, gates, recurrent, states, states, 0, inputs,
-                             parameters, 0, false, false, false});
+                             parameters, norms, false, false, false});
       },
       py::return_value_policy::reference);
   m.def("load_cell", &load_cell);
