@@ -161,7 +161,7 @@ class Wrapped(_backends.Backend):
         self.inner = inner
         self._forward, self._backward = forward, backward
         self.takes_mask = inner.takes_mask
-        self.has_options = inner.has_options
+        self.runs_options = inner.runs_options
         self.layers = []  # of the calls of forward
 
     def forward(self, layer):

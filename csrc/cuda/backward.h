@@ -6,6 +6,7 @@
 #include "../cells/registry.h"
 #include "block.h"
 #include "multiply.h"
+#include "options.h"
 #include "start.h"
 
 namespace fastrnn::cuda {
@@ -19,7 +20,7 @@ class BackwardItems {
   static constexpr int G = Cell::gates;
 
   FASTRNN_DEVICE explicit BackwardItems(const Block<RecurrenceBackward>& block)
-      : block_(block), args_(block.p.args), carried_(block) {}
+      : block_(block), args_(block.p.args), carried_(block), zoneout_(args_.zoneout) {}
 
   // Reads what does not depend on the gradients at t+1.
   FASTRNN_DEVICE void read(int64_t t) {
@@ -28,6 +29,7 @@ class BackwardItems {
       place_[k] = block_.owns(k) ? block_.place(t, k) : -1;
       if (place_[k] >= 0) read_item(t, k);
     }
+    zoneout_.draw(block_, t);
   }
 
   // Step i, for which `total` is W_hh^T times the gradients of the gates at t+1: what others wait
@@ -38,13 +40,14 @@ class BackwardItems {
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int row = block_.local_row + k * block_.row_step;
+      const V dh = dh_after(i, k, row, total);
       if (place_[k] >= 0) {
-        run_cell(i, k, row, dh_after(k, row, total), exchange);
-      } else {  // not a valid step: the gradients pass through unchanged
+        run_cell(i, k, row, dh, exchange);
+      } else {  // not a valid step: the gradients are those of the step before
+        carried_.h[k] = dh;
 #pragma unroll
         for (int g = 0; g < G; ++g) {
-          const int64_t column = g * block_.hidden + block_.unit;
-          exchange.put(i, row, column, exchange.get(i, row, column));
+          exchange.put(i, row, g * block_.hidden + block_.unit, narrowed<S>(T(0)));
         }
       }
     }
@@ -65,12 +68,12 @@ class BackwardItems {
   }
 
   // The gradients of the initial states, after all steps.
-  FASTRNN_DEVICE void finish_states(const SliceSum<T>& total) {
+  FASTRNN_DEVICE void finish_states(int64_t i, const SliceSum<T>& total) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int64_t state = block_.state(k);
-      const V dh = carried_.h[k] = dh_after(k, block_.local_row + k * block_.row_step, total);
+      const V dh = carried_.h[k] = dh_after(i, k, block_.local_row + k * block_.row_step, total);
       if (args_.d_h_0 != nullptr) narrow(dh.value, static_cast<S*>(args_.d_h_0)[state]);
       if constexpr (Cell::has_cell_state) {
         if (args_.d_c_0 != nullptr) {
@@ -91,12 +94,19 @@ class BackwardItems {
     return base == nullptr ? T(0) : static_cast<const T*>(base)[i];
   }
 
+  FASTRNN_DEVICE S h_before(int64_t t, int k) const {
+    const int64_t before = block_.before(t, k);
+    if (before == kReset) return S{};
+    return before == kInitial ? read(args_.h_0, block_.state(k))
+                              : read(args_.output, block_.feature(before));
+  }
+
   FASTRNN_DEVICE void read_item(int64_t t, int k) {
     const int64_t before = block_.before(t, k), feature = block_.feature(place_[k]);
     const bool is_first = before == kInitial;
     const int64_t previous = is_first ? block_.state(k) : block_.feature(before);
     resets_[k] = before == kReset;
-    h_prev_[k] = h_[k] = S{};
+    h_[k] = S{};
     extra_prev_[k] = extra_[k] = d_extra_[k] = T(0);
     if constexpr (Cell::saves_gates) {
 #pragma unroll
@@ -107,9 +117,7 @@ class BackwardItems {
       h_[k] = read(args_.output, feature);
     }
     if constexpr (Cell::has_extra) extra_[k] = read_computed(args_.extra, feature);
-    if (Cell::has_direct_path && !resets_[k]) {
-      h_prev_[k] = read(is_first ? args_.h_0 : args_.output, previous);
-    }
+    h_prev_[k] = Cell::has_direct_path ? h_before(t, k) : S{};
     if constexpr (Cell::has_cell_state) {
       first_[k] = is_first;
       if (!resets_[k]) {
@@ -124,9 +132,16 @@ class BackwardItems {
     d_output_[k] = read(args_.d_output, feature);
   }
 
-  // The gradient of h from the step after.
-  FASTRNN_DEVICE V dh_after(int k, int row, const SliceSum<T>& total) const {
-    return carried_.h[k] + V(total(row, block_.local_unit));
+  // The gradient of h from the step after, where there is one, else of the final state.
+  FASTRNN_DEVICE V dh_after(int64_t i, int k, int row, const SliceSum<T>& total) const {
+    const T sum = total(row, block_.local_unit);
+    const V dh = carried_.h[k] + V(masked<S>(sum, args_, block_.state(k)));
+    if (!has_edge()) return dh;
+    const int64_t after = block_.after(i, k);
+    return after < 0 ? dh : over_edge<T>(dh, args_, after);
+  }
+  FASTRNN_DEVICE bool has_edge() const {
+    return args_.grad_scale != nullptr || args_.grad_clip > 0;
   }
 
   template <class Exchange>
@@ -139,11 +154,34 @@ class BackwardItems {
       d_state = dc[k] + V(d_extra_[k]);
       if (first_[k]) before = V(widen_now(c_0_[k]));
     }
-    const V direct =
-        Cell::backward(gate, V(widen_now(h_prev_[k])), V(widen_now(h_[k])), before, V(extra_[k]),
-                       from_after + V(widen_now(d_output_[k])), d_state, dx, dr);
+    V h(widen_now(h_[k])), extra(extra_[k]);
+    V d_h = from_after + V(widen_now(d_output_[k])), kept_h(0), kept_c(0);
+    // With zoneout a part of the gradients goes past the cell.
+    const bool keeps_h = zoneout_.is_on(kOfH), keeps_c = zoneout_.is_on(kOfC);
+    if (keeps_h) {
+      const V weight(zoneout_.weight(kOfH, k));
+      kept_h = weight * d_h;
+      d_h = d_h - kept_h;
+      if (!Cell::saves_gates && zoneout_.is_mean()) {
+        h = zoneout_.unmixed(V(widen(h_before(block_.time(i), k))), h);
+      }
+    }
+    if constexpr (Cell::has_cell_state) {
+      if (keeps_c) {
+        extra = Cell::cell_state(gate, before);
+        kept_c = V(zoneout_.weight(kOfC, k)) * d_state;
+        d_state = d_state - kept_c;
+      }
+    }
+    V direct =
+        Cell::backward(gate, V(widen_now(h_prev_[k])), h, before, extra, d_h, d_state, dx, dr);
+    if (keeps_h) direct = direct + kept_h;
     dh[k] = resets_[k] ? V(0) : direct;
-    if constexpr (Cell::has_cell_state) dc[k] = resets_[k] ? V(0) : d_state;
+    if constexpr (Cell::has_cell_state) {
+      if (keeps_c) d_state = d_state + kept_c;
+      if (has_edge()) d_state = over_edge<T>(d_state, args_, place_[k]);
+      dc[k] = resets_[k] ? V(0) : d_state;
+    }
 #pragma unroll
     for (int g = 0; g < G; ++g) {
       const S exchanged = narrowed<S>(resets_[k] ? T(0) : dr[g].value);
@@ -155,10 +193,11 @@ class BackwardItems {
 
   const Block<RecurrenceBackward>& block_;
   const RecurrenceBackward& args_;
-  Carried<Cell, S> carried_;  // the direct part of dh, and dc
-  int64_t place_[kItems];     // -1: no valid step
-  bool resets_[kItems];       // the step begins a new segment
-  bool first_[kItems];        // the initial state comes before the step
+  Carried<Cell, S> carried_;  // the direct part of dh, or all of it, and dc
+  Zoneout<T> zoneout_;
+  int64_t place_[kItems];  // -1: no valid step
+  bool resets_[kItems];    // the step begins a new segment
+  bool first_[kItems];     // the initial state comes before the step
   // All as it is read: to widen it would wait for it. The gates, then their gradients.
   S gate_[kItems][G], h_prev_[kItems], h_[kItems], c_0_[kItems], d_output_[kItems];
   T extra_prev_[kItems], extra_[kItems], d_extra_[kItems];
@@ -190,7 +229,7 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
       if (is_step) {
         items.finish(i, total, exchange);
       } else {
-        items.finish_states(total);
+        items.finish_states(i, total);
       }
       exchange.arrive();
       if (is_step) items.store();

@@ -24,6 +24,9 @@ using Optional = std::optional<Tensor>;
 using Results = std::tuple<Tensor, Tensor, Optional, Optional, Tensor>;
 // What backward writes: d_gates, d_recurrent, d_h_0 and d_c_0.
 using Gradients = std::tuple<Tensor, Optional, Optional, Optional>;
+// Where a scan over some steps and one direction of a layer takes up and leaves what it carries,
+// and the layer's first such step and direction.
+using Part = std::optional<std::tuple<Tensor, int64_t, int>>;
 // The tables of Places.
 using Tables = std::tuple<Optional, std::vector<Tensor>, Optional>;
 
@@ -79,11 +82,14 @@ void set_places(Places& places, const LayerCall& layer, const Tables& tables) {
   if (layer.batch_sizes && (!place || !lengths)) fail("place and lengths", "tensors, got None");
 }
 
+// A probability as a limit of random words: see ../cpu/zoneout.h.
+uint32_t limit_of(double probability) { return static_cast<uint32_t>(probability * 4294967296.0); }
+
 // A pass over one record: reads what both have, then launches.
 class Scan {
  public:
   Scan(Pass pass, int device, const Plan& plan, py::handle record, const Tables& tables,
-       const Optional& carried, Recurrence& args)
+       const Part& part, Recurrence& args)
       : layer_(read_layer(record)), device_(device), plan_(plan), problem_(args.problem) {
     const ScanShape& shape = layer_.shape;
     if (shape.proj != shape.hidden || layer_.weights[0].hr) fail("layer", "one without projection");
@@ -99,7 +105,15 @@ class Scan {
     args.h_0 = get("h_0", layer_.h_0, states());
     args.c_0 = get("c_0", layer_.c_0, states());
     const Shape both{2, shape.directions, shape.batch, shape.hidden};
-    args.carried = get_computed("carried", carried, both);
+    if (part) args.carried = get_computed("carried", std::get<0>(*part), both);
+    args.h_mask = get("h_mask", layer_.h_mask, states());
+    args.zoneout = {
+        {layer_.zoneout_h, layer_.zoneout_c},
+        {limit_of(layer_.zoneout_h), limit_of(layer_.zoneout_c)},
+        static_cast<const int64_t*>(memory(layer_, "seed", layer_.seed, {1}, Element::kInt64)),
+        1 / (1 - layer_.zoneout_h),
+        part ? std::get<1>(*part) : 0,
+        part ? std::get<2>(*part) : 0};
   }
 
   const LayerCall& layer() const { return layer_; }
@@ -138,9 +152,9 @@ class Scan {
 };
 
 void forward(int device, const Plan& plan, py::handle record, const Results& results,
-             const Tables& tables, const Tensor& workspace, const Optional& carried) {
+             const Tables& tables, const Tensor& workspace, const Part& part) {
   RecurrenceForward args{};
-  const Scan scan(Pass::kForward, device, plan, record, tables, carried, args);
+  const Scan scan(Pass::kForward, device, plan, record, tables, part, args);
   const LayerCall& layer = scan.layer();
   for (int d = 0; d < layer.directions; ++d) {
     const int64_t gates = args.problem.gates * args.problem.hidden;
@@ -162,15 +176,17 @@ void forward(int device, const Plan& plan, py::handle record, const Results& res
 
 void backward(int device, const Plan& plan, py::handle record, py::handle saved_record,
               const Gradients& gradients, const Tables& tables, const Tensor& workspace,
-              const Optional& carried) {
+              const Part& part) {
   RecurrenceBackward args{};
-  const Scan scan(Pass::kBackward, device, plan, record, tables, carried, args);
+  const Scan scan(Pass::kBackward, device, plan, record, tables, part, args);
   const LayerCall& layer = scan.layer();
   const SavedCall saved = read_saved(layer, saved_record);
   args.output = scan.get("output", saved.output, scan.steps());
   if (layer.traits().saves_gates()) args.gates = scan.get("saved", saved.saved, layer.saved());
   if (layer.traits().has_extra())
     args.extra = scan.get_computed("extra", saved.extra, scan.steps());
+  args.grad_scale = scan.get_computed("grad_scale", layer.grad_scale, layer.grad_scale.shape);
+  args.grad_clip = layer.grad_clip;
   args.d_output = scan.get("d_output", saved.d_output, scan.steps());
   args.d_h_n = scan.get("d_h_n", saved.d_h_n, scan.states());
   args.d_c_n = scan.get("d_c_n", saved.d_c_n, scan.states());
@@ -272,9 +288,8 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   m.attr("built_for") = built_for();
   m.def("upload", &upload_values, py::arg("device"), py::arg("values"), py::arg("to"));
   m.def("forward", &forward, py::arg("device"), py::arg("plan"), py::arg("layer"),
-        py::arg("results"), py::arg("tables"), py::arg("workspace"),
-        py::arg("carried") = py::none());
+        py::arg("results"), py::arg("tables"), py::arg("workspace"), py::arg("part") = py::none());
   m.def("backward", &backward, py::arg("device"), py::arg("plan"), py::arg("layer"),
         py::arg("saved"), py::arg("gradients"), py::arg("tables"), py::arg("workspace"),
-        py::arg("carried") = py::none());
+        py::arg("part") = py::none());
 }

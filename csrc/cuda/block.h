@@ -106,6 +106,11 @@ struct Block {
     return (direction * p.args.total + n) * columns * hidden + unit;
   }
 
+  // Of the block's step i: where the row's step before it in the pass lies; -1 if there is none, or
+  // if it is not valid.
+  FASTRNN_DEVICE int64_t after(int64_t i, int item) const {
+    return i == 0 ? -1 : place(time(i - 1), item);
+  }
   // Where the row's step at time t lies in N; -1 if it is not valid.
   FASTRNN_DEVICE int64_t place(int64_t t, int item) const {
     const int64_t n = t * batch + row(item);
@@ -214,9 +219,6 @@ class GridExchange {
   FASTRNN_DEVICE static Vector16 load_state(const char* p, bool condition) {
     return load_shared_cache_if(condition, p);
   }
-  FASTRNN_DEVICE S get(int64_t i, int row, int64_t column) const {
-    return reinterpret_cast<const S*>(states(i))[row * layout_.stride + column];
-  }
   FASTRNN_DEVICE void put(int64_t i, int row, int64_t column, S value) {
     reinterpret_cast<S*>(states_ + (i + 1) % 2 * second_)[row * layout_.stride + column] = value;
   }
@@ -270,9 +272,6 @@ class ClusterExchange {
   FASTRNN_DEVICE const char* states(int64_t i) const { return states_ + i % 2 * bytes_; }
   FASTRNN_DEVICE static Vector16 load_state(const char* p, bool condition) {
     return load_shared_if(condition, p);
-  }
-  FASTRNN_DEVICE S get(int64_t i, int row, int64_t column) const {
-    return reinterpret_cast<const S*>(states(i))[row * layout_.stride + column];
   }
   FASTRNN_DEVICE void put(int64_t i, int row, int64_t column, S value) {
     S* own = reinterpret_cast<S*>(states_ + (i + 1) % 2 * bytes_) + row * layout_.stride + column;

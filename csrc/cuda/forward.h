@@ -4,6 +4,7 @@
 #include "../cells/registry.h"
 #include "block.h"
 #include "multiply.h"
+#include "options.h"
 #include "start.h"
 
 namespace fastrnn::cuda {
@@ -17,7 +18,7 @@ class ForwardItems {
   static constexpr int G = Cell::gates;
 
   FASTRNN_DEVICE explicit ForwardItems(const Block<RecurrenceForward>& block)
-      : block_(block), args_(block.p.args), carried_(block) {
+      : block_(block), args_(block.p.args), carried_(block), zoneout_(args_.zoneout) {
     const S* bias = static_cast<const S*>(args_.bias_hh[block.direction]);
     const bool has_bias = bias != nullptr && block.unit < block.hidden;
 #pragma unroll
@@ -37,6 +38,7 @@ class ForwardItems {
 #pragma unroll
       for (int g = 0; g < G; ++g) gates_[k][g] = projected[g * block_.hidden];
     }
+    zoneout_.draw(block_, t);
   }
 
   // Step i, for which `total` is W_hh h_{t-1}: what others wait for.
@@ -47,7 +49,7 @@ class ForwardItems {
       if (!block_.owns(k)) continue;
       const int row = block_.local_row + k * block_.row_step;
       if (place_[k] >= 0) run_cell(k, row, total);
-      exchange.put(i, row, block_.unit, narrowed<S>(carried_.h[k].value));
+      exchange.put(i, row, block_.unit, narrowed<S>(factor(k)));
     }
   }
 
@@ -72,6 +74,11 @@ class ForwardItems {
     return static_cast<S*>(args_.gates) + block_.column(place_[k], G);
   }
 
+  // The h that W_hh multiplies.
+  FASTRNN_DEVICE T factor(int k) const {
+    return masked<S>(carried_.h[k].value, args_, block_.state(k));
+  }
+
   FASTRNN_DEVICE void run_cell(int k, int row, const SliceSum<T>& total) {
     const Layout& layout = block_.p.layout;
     auto& [h, c] = carried_;
@@ -83,8 +90,13 @@ class ForwardItems {
       x[g] = V(widen_now(gates_[k][g]));
     }
     if (Cell::has_cell_state && !resets_[k]) extra = c[k];
-    h[k] = Cell::forward(x, r, resets_[k] ? V(0) : h[k], extra);
-    if constexpr (Cell::has_cell_state) c[k] = extra;
+    const V h_prev = resets_[k] ? V(0) : h[k], c_prev = extra;
+    h[k] = Cell::forward(x, r, h_prev, extra);
+    if (zoneout_.is_on(kOfH)) h[k] = mix(V(zoneout_.weight(kOfH, k)), h_prev, h[k]);
+    if constexpr (Cell::has_cell_state) {
+      if (zoneout_.is_on(kOfC)) extra = mix(V(zoneout_.weight(kOfC, k)), c_prev, extra);
+      c[k] = extra;
+    }
     if constexpr (Cell::has_extra) extra_[k] = extra;
     if constexpr (Cell::saves_gates) {
 #pragma unroll
@@ -109,6 +121,7 @@ class ForwardItems {
   const Block<RecurrenceForward>& block_;
   const RecurrenceForward& args_;
   Carried<Cell, S> carried_;
+  Zoneout<T> zoneout_;
   V bias_[G];
   int64_t place_[kItems];  // -1: no valid step
   bool resets_[kItems];    // the step begins a new segment

@@ -19,6 +19,18 @@ struct Places {
 constexpr int64_t kInitial = -1;  // the initial state comes before
 constexpr int64_t kReset = -2;    // a segment begins: zeros come before
 
+// Which units keep their states in a step: see ../cpu/zoneout.h, whose bits these are.
+struct ZoneoutArgs {
+  double probability[2];  // of h and of c; 0: none does
+  uint32_t limit[2];      // words below it say so
+  const int64_t* seed;    // one number; null: the state is the mean of both
+  double one_in_mean;     // 1 / (1 - probability of h)
+  int64_t first_step;     // of the layer, where the scan is over a part of its steps,
+  int first_direction;    // and one of its directions
+
+  FASTRNN_HD constexpr bool is_on() const { return probability[0] > 0 || probability[1] > 0; }
+};
+
 // What both passes are told.
 struct Recurrence {
   Problem problem;
@@ -27,6 +39,8 @@ struct Recurrence {
   const void* weight_hh[kMaxDirections];  // [G*H, H]
   const void* h_0;                        // [D, B, H] or null for zeros
   const void* c_0;
+  const void* h_mask;  // [D, B, H] or null: multiplies the h that W_hh multiplies
+  ZoneoutArgs zoneout;
   // [2, D, B, H] in the type that is computed in, or null. h and c, or their gradients, unrounded:
   // what the pass carries from the first step on in place of its initial ones, and what it leaves.
   void* carried;
@@ -47,6 +61,11 @@ struct RecurrenceBackward : Recurrence {
   const void* output;
   const void* gates;
   const void* extra;
+
+  // What flows back from a step to the one before it, through h and c, is multiplied by the step's
+  // scale and then held to a magnitude.
+  const void* grad_scale;  // [N] or null, in the type that is computed in
+  double grad_clip;        // 0: any magnitude
 
   const void* d_output;  // null means zero
   const void* d_h_n;

@@ -2,7 +2,7 @@
 // the first step reads, and flags at zero.
 #pragma once
 
-#include "block.h"
+#include "options.h"
 
 namespace fastrnn::cuda {
 
@@ -58,6 +58,15 @@ FASTRNN_DEVICE const void* first_states(const RecurrenceForward& a, int which) {
 FASTRNN_DEVICE const void* first_states(const RecurrenceBackward& a, int which) {
   return which == 0 ? a.d_h_n : a.d_c_n;
 }
+// One element of them, of [2, D, B, H].
+template <class S, class Args>
+FASTRNN_DEVICE Compute<S> first_state(const Args& args, int64_t i) {
+  if (args.carried != nullptr) return static_cast<const Compute<S>*>(args.carried)[i];
+  const Problem& problem = args.problem;
+  const int64_t size = problem.directions * problem.batch * problem.hidden;
+  const S* first = static_cast<const S*>(first_states(args, i < size ? 0 : 1));
+  return first == nullptr ? Compute<S>(0) : widen(first[i < size ? i : i - size]);
+}
 // Set already here, for rows without any step.
 FASTRNN_DEVICE void* last_states(const RecurrenceForward& a, int which) {
   return which == 0 ? a.h_n : a.c_n;
@@ -73,16 +82,15 @@ FASTRNN_DEVICE void start_exchange(const Params<Args>& p, int64_t thread, int64_
   S* exchange = reinterpret_cast<S*>(p.workspace + l.exchange);
   const int64_t rows = l.row_tiles * l.rows;
   const int64_t states = problem.directions * rows * l.stride;
-  const bool has_h = problem.pass == Pass::kForward && first_states(p.args, 0) != nullptr;
   for (int64_t i = thread; i < states; i += threads) {
     const int64_t unit = i % l.stride, row = i / l.stride % rows, direction = i / l.stride / rows;
-    S value;
-    narrow(Compute<S>(0), value);
-    if (has_h && row < problem.batch && unit < problem.hidden) {
-      value = static_cast<const S*>(
-          first_states(p.args, 0))[(direction * problem.batch + row) * problem.hidden + unit];
+    Compute<S> value = 0;
+    if (problem.pass == Pass::kForward && row < problem.batch && unit < problem.hidden) {
+      const int64_t state = (direction * problem.batch + row) * problem.hidden + unit;
+      value = masked<S>(first_state<S>(p.args, state), p.args, state);
     }
-    exchange[i] = exchange[states + i] = value;
+    narrow(value, exchange[i]);
+    exchange[states + i] = exchange[i];
   }
 }
 
@@ -95,15 +103,8 @@ FASTRNN_DEVICE void start_carried(const Params<Args>& p, int64_t thread, int64_t
   const int64_t size = problem.directions * problem.batch * problem.hidden;
   for (int64_t i = thread; i < 2 * size; i += threads) {
     const int which = i < size ? 0 : 1;
-    const S* first = static_cast<const S*>(first_states(p.args, which));
     S* last = static_cast<S*>(last_states(p.args, which));
-    T value = 0;
-    if (p.args.carried != nullptr) {
-      value = static_cast<const T*>(p.args.carried)[i];
-    } else if (first != nullptr) {
-      value = widen(first[i - which * size]);
-    }
-    carry[i] = value;
+    const T value = carry[i] = first_state<S>(p.args, i);
     if (last != nullptr) narrow(value, last[i - which * size]);
   }
 }

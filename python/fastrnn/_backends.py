@@ -30,13 +30,13 @@ class Backend(ABC):
     # a GPU, the host would have to wait for it.
     takes_mask = False
 
-    # Whether its kernels know zoneout, dropout of the h that W_hh multiplies, grad_scale, grad_clip
-    # and layer_norm.
-    has_options = False
-
     def runs_cell(self, mode: str, dtype: torch.dtype) -> bool:
         """Whether it has the kernel of a cell that is not built in; it may have to be compiled."""
         return False
+
+    def runs_options(self, layer: Layer, /) -> bool:
+        """Whether its kernels run a layer with the options that this one has on."""
+        return True
 
     @abstractmethod
     def forward(self, layer: Layer, /) -> Results:
@@ -147,9 +147,9 @@ def runs_cell(mode: str, x: Tensor) -> bool:
     return mode in BUILT_IN or _runs_cell(mode, x.device.type, x.dtype)
 
 
-def has_options(x: Tensor) -> bool:
-    """Whether the kernel for x knows all options."""
-    return has_kernel(x) and _backends[x.device.type].has_options
+def runs_options(layer: Layer) -> bool:
+    """Whether the kernel for the layer's tensors, if there is one, runs it with its options."""
+    return not has_kernel(layer.x) or _backends[layer.x.device.type].runs_options(layer)
 
 
 def takes_mask(x: Tensor) -> bool:

@@ -15,7 +15,6 @@ class CpuBackend(Backend):
 
     backward = staticmethod(_cpu.backward)
     run_module = staticmethod(_cpu.run_module)
-    has_options = True
     record = staticmethod(_cpu.record)
     replay = staticmethod(_cpu.replay)
     packs = True

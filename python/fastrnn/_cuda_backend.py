@@ -28,7 +28,7 @@ from ._backends import DTYPES, Backend, register
 from ._cuda_rows import Rows, rows_at
 from ._layer import Layer, Results, Saved
 from ._load import _cuda
-from ._segments import backward_in_segments, forward_in_segments
+from ._segments import Part, backward_in_segments, forward_in_segments
 
 
 def allows_tf32() -> bool:
@@ -117,9 +117,14 @@ class CudaBackend(Backend):
         plan = self._kernels.make_plan(problem, device, self._kind)
         return plan or self._kernels.make_plan(problem, device)
 
+    def runs_options(self, layer: Layer) -> bool:
+        # The scan of a projected layer knows no h, see _unprojected.
+        of_h = layer.zoneout_h or layer.grad_clip or layer.h_mask is not None
+        return not (layer.layer_norm or (of_h and layer.has_projection))
+
     def forward(self, layer: Layer) -> Results:
         layer.check()
-        _refuse(layer)
+        self._refuse(layer)
         with _on(layer.x.device), self._rounding(layer):
             layer = _contiguous(layer)
             if layer.segments > 1:
@@ -128,7 +133,7 @@ class CudaBackend(Backend):
 
     def backward(self, layer: Layer, saved: Saved) -> list[Tensor | None]:
         saved.check(layer)
-        _refuse(layer)
+        self._refuse(layer)
         with _on(layer.x.device), self._rounding(layer):
             layer, saved = _contiguous(layer), _contiguous(saved)
             if layer.segments > 1:
@@ -144,8 +149,16 @@ class CudaBackend(Backend):
             self._kernels.upload(self._index(copy.device), values, copy)
         return copy
 
-    def _forward(self, layer: Layer, carried: Tensor | None = None) -> Results:
-        """One scan. carried [2, D, B, H]: h and c as they are computed, see csrc/cuda/scan.h."""
+    def _refuse(self, layer: Layer) -> None:
+        if not self.runs_options(layer):
+            raise NotImplementedError(
+                "layer_norm, and for projected layers zoneout of h, recurrent_dropout and "
+                "grad_clip: the CUDA kernels do not have them"
+            )
+
+    def _forward(self, layer: Layer, part: Part | None = None) -> Results:
+        """One scan. part.carried [2, D, B, H]: h and c as they are computed, see
+        csrc/cuda/scan.h."""
         results = layer.make_results()
         if not results.output.numel():  # nothing to do but to hand the states on
             for last, first in ((results.h_n, layer.h_0), (results.c_n, layer.c_0)):
@@ -162,13 +175,13 @@ class CudaBackend(Backend):
                     steps.zero_()
         written = results._replace(saved=gates)
         if layer.has_projection:
-            self._forward_projected(layer, written, rows, carried)
+            self._forward_projected(layer, written, rows, part)
         else:
-            self._run(False, layer, written, rows, carried=carried)
+            self._run(False, layer, written, rows, part=part)
         return results
 
     def _forward_projected(
-        self, layer: Layer, results: Results, rows: Rows, carried: Tensor | None
+        self, layer: Layer, results: Results, rows: Rows, part: Part | None
     ) -> None:
         """The scan over m, and h = W_hr m of it."""
         output, h_n, c_n, _, gates = results
@@ -177,7 +190,7 @@ class CudaBackend(Backend):
         _add_initial(layer, gates, rows)
         m = output.new_zeros(*output.shape[:-1], layer.directions * layer.hidden)
         scanned = results._replace(output=m, h_n=torch.empty_like(c_n))
-        self._run(False, _unprojected(layer), scanned, rows, carried=carried)
+        self._run(False, _unprojected(layer), scanned, rows, part=part)
         every = output.view(rows.count, layer.directions, layer.proj)
         m = m.view(rows.count, layer.directions, layer.hidden)
         for d, weights in enumerate(_by_direction(layer, layer.weights)):
@@ -186,7 +199,7 @@ class CudaBackend(Backend):
             h_n[d] = rows_at(every[:, d], rows.last(d), initial)
 
     def _backward(
-        self, layer: Layer, saved: Saved, carried: Tensor | None = None
+        self, layer: Layer, saved: Saved, part: Part | None = None
     ) -> list[Tensor | None]:
         """The same backward, where the gradients of h and c are carried."""
         gradients = layer.make_gradients(saved.wanted)
@@ -200,17 +213,17 @@ class CudaBackend(Backend):
         if layer.has_projection:
             m = _scanned_output(layer, saved, rows)
             over_m = _over_m(layer, saved, m)
-            if carried is not None and over_m.d_h_n is not None:
-                carried[0] = over_m.d_h_n
+            if part is not None and over_m.d_h_n is not None:
+                part.carried[0] = over_m.d_h_n
             written = scan.written(None, gradients[2])
-            self._run(True, _unprojected(layer), over_m, rows, written, carried=carried)
+            self._run(True, _unprojected(layer), over_m, rows, written, part=part)
             scan.set_projected(gradients, saved, m)
         else:
-            self._run(True, layer, saved, rows, scan.written(*gradients[1:3]), carried=carried)
+            self._run(True, layer, saved, rows, scan.written(*gradients[1:3]), part=part)
         scan.set_products(gradients, saved.output)
         return gradients
 
-    def _run(self, backward: bool, layer: Layer, *args: Any, carried: Tensor | None = None) -> None:
+    def _run(self, backward: bool, layer: Layer, *args: Any, part: Part | None = None) -> None:
         """The recurrence alone. `args`: the results, or what is saved; rows; in backward, what is
         written."""
         given, rows, *written = args
@@ -220,7 +233,7 @@ class CudaBackend(Backend):
         plan, size = self._plan(device, backward, layer.cell.index, *numbers)
         workspace = layer.x.new_empty(size // 8, dtype=torch.int64)
         run = self._kernels.backward if backward else self._kernels.forward
-        run(device, plan, layer, given, *written, rows.tables, workspace, carried)
+        run(device, plan, layer, given, *written, rows.tables, workspace, part)
 
     def _find_plan(self, device: int, *numbers: Any) -> tuple[Any, int]:
         """Plan and the bytes of workspace."""
@@ -235,20 +248,6 @@ class CudaBackend(Backend):
 
     def _index(self, device: torch.device) -> int:
         return self._device if device.index is None else device.index
-
-
-def _refuse(layer: Layer) -> None:
-    """NotImplementedError for what the kernels do not know."""
-    options = {
-        "zoneout": layer.zoneout_h or layer.zoneout_c,
-        "recurrent_dropout": layer.h_mask is not None,
-        "grad_scale": layer.grad_scale is not None,
-        "grad_clip": layer.grad_clip,
-        "layer_norm": layer.layer_norm,
-    }
-    for name, is_on in options.items():
-        if is_on:
-            raise NotImplementedError(f"{name}: the CUDA kernels do not have it yet")
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -322,7 +321,7 @@ class _GateGradients:
                 torch.mm(self.transposed[d], inputs, out=wanted.ih)
             if wanted.hh is not None:
                 h_0 = None if layer.h_0 is None else layer.h_0[d]
-                self._multiply_before(d, states[d], h_0, wanted.hh)
+                self._multiply_before(d, self.transposed[d], states[d], h_0, wanted.hh)
             self._sum_up(d, wanted)
 
     def _sum_up(self, d: int, wanted: Weights) -> None:
@@ -339,15 +338,20 @@ class _GateGradients:
         else:
             torch.sum(self.each[d], 0, out=wanted.bias_hh)
 
-    def _multiply_before(self, d: int, states: Tensor, h_0: Tensor | None, out: Tensor) -> None:
-        """out [G*H, P]: the gradients of W_hh h + b_hh times the states before each step."""
+    def _multiply_before(
+        self, d: int, gates: Tensor, states: Tensor, h_0: Tensor | None, out: Tensor
+    ) -> None:
+        """out [G*H, P]: the gradients of W_hh h + b_hh, gates [G*H, N] but for the last gate, times
+        the states before each step."""
         if self.last_gate is None:
-            parts = [(self.transposed[d], out)]
+            parts = [(gates, out)]
         else:
-            parts = [(self.transposed[d][: self.same], out[: self.same])]
+            parts = [(gates[: self.same], out[: self.same])]
             parts += [(self.last_gate[d].t(), out[self.same :])]
         # One product, so that its sums are those of rows with tables, bit for bit.
         before = self.rows.states_before(states, h_0, d)
+        if self.layer.h_mask is not None:
+            before = self.rows.times(before, self.layer.h_mask[d])
         for gates, target in parts:
             torch.mm(gates, before, out=target)
 
@@ -358,9 +362,11 @@ class _GateGradients:
         m = m.view(rows.count, layer.directions, layer.hidden)
         grouped = zip(_by_direction(layer, layer.weights), _by_direction(layer, rest))
         for d, (weights, wanted) in enumerate(grouped):
+            # Those that flow back through h, and not into W_hh.
+            scaled = self._over_edges(self.each[d])
             if wanted.hr is not None:
                 before = weights.hh.new_empty(weights.hh.shape[0], layer.hidden)
-                self._multiply_before(d, m[:, d], None, before)
+                self._multiply_before(d, scaled.t(), m[:, d], None, before)
                 torch.mm(weights.hh.t(), before, out=wanted.hr)
                 if saved.d_output is not None:
                     steps = saved.d_output.view(rows.count, layer.directions, layer.proj)[:, d]
@@ -368,11 +374,19 @@ class _GateGradients:
                 if d_h_n is not None:
                     wanted.hr.addmm_(d_h_n[d].t(), rows_at(m[:, d], rows.last(d), None))
             if d_h_0 is not None:
-                first = rows_at(self.each[d], rows.first(d), None) @ weights.hh
+                first = rows_at(scaled, rows.first(d), None) @ weights.hh
                 if rows.lengths is not None and d_h_n is not None:
                     # Rows without steps hand it through.
                     first += torch.where((rows.lengths == 0).unsqueeze(1), d_h_n[d], 0)
                 d_h_0[d] = first
+
+    def _over_edges(self, gates: Tensor) -> Tensor:
+        """gates [N, G*H] times the scale of each step."""
+        scale = self.layer.grad_scale
+        if scale is None:
+            return gates
+        scale = self.rows.zero_masked(scale.view(-1, 1))
+        return torch.where(scale == 0, 0, gates * scale).to(gates.dtype)
 
 
 # Projections: h = W_hr m, where the scan runs over m.
@@ -402,10 +416,19 @@ def _scanned_output(layer: Layer, saved: Saved, rows: Rows) -> Tensor:
     gates, extra, hidden = saved.saved, saved.extra, layer.hidden
     assert gates is not None
     assert extra is not None
-    cells = extra.view(rows.count, layer.directions, hidden)
-    m = [gates[d, :, -hidden:] * cells[:, d].tanh() for d in range(layer.directions)]
+    cells = list(extra.view(rows.count, layer.directions, hidden).unbind(1))
+    if layer.zoneout_c:  # h is made of the cell state before units kept theirs
+        cells = [_made(layer, d, gates[d], cells[d], rows) for d in range(layer.directions)]
+    m = [gates[d, :, -hidden:] * cells[d].tanh() for d in range(layer.directions)]
     every = rows.zero_masked(torch.cat(m, -1))
     return every.to(gates.dtype).view(*layer.x.shape[:-1], -1)
+
+
+def _made(layer: Layer, d: int, gates: Tensor, cells: Tensor, rows: Rows) -> Tensor:
+    """f * c + i * g of every step in one direction, c being the cell state before it."""
+    i, f, g, _ = gates.to(cells.dtype).chunk(4, -1)
+    c_0 = None if layer.c_0 is None else layer.c_0[d].to(cells.dtype)
+    return f * rows.states_before(cells, c_0, d) + i * g
 
 
 def _over_m(layer: Layer, saved: Saved, m: Tensor) -> Saved:

@@ -109,6 +109,15 @@ class Rows:
         index.scatter_(0, target, source.flatten())
         return table.index_select(0, index[:-1])
 
+    def times(self, steps: Tensor, factors: Tensor) -> Tensor:
+        """steps [N, P], each times its row's factors [B, P]."""
+        if self.place is None or self.count == self.place.numel():
+            return (steps.view(-1, *factors.shape) * factors).view_as(steps)
+        row = torch.arange(self.batch, device=self.device).expand_as(self.place).flatten()
+        index = torch.where(self.place >= 0, self.place, self.count).flatten()
+        rows = row.new_zeros(self.count + 1).scatter_(0, index, row)
+        return steps * factors.index_select(0, rows[:-1])
+
     def zero_masked(self, steps: Tensor) -> Tensor:
         """[N, features], with zeros in masked steps: 0 * NaN would not be zero."""
         return steps if self.mask is None else steps.masked_fill(~self.mask.view(-1, 1), 0)

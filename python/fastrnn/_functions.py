@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backends import backend, has_kernel, has_options, runs_cell
+from ._backends import backend, has_kernel, runs_cell, runs_options
 from ._layer import CELLS, CONSTANTS, Layer, Results, Saved
 from ._operators import (
     Call,
@@ -445,9 +445,7 @@ def add_function(mode: str, name: str) -> None:
 
 def _runs_options(layer: Layer) -> bool:
     """Whether the layer's kernel runs it with its options."""
-    zoneout = layer.zoneout_h or layer.zoneout_c
-    others = layer.h_mask is not None or layer.grad_scale is not None or layer.grad_clip
-    if (zoneout or others or layer.layer_norm) and not has_options(layer.x):
+    if not runs_options(layer):
         return False
     # Backward would need an h that only its mean with the one before is kept of. It could be
     # computed from that, but for rounding, and a relu's derivative is another beside 0.

@@ -8,6 +8,7 @@ the states between segments are kept, and the rest of one segment at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,18 @@ from ._layer import Layer, Results, Saved
 from ._torch import add_to_each
 
 States = tuple[Tensor | None, Tensor | None]
-# A layer, and what its scan carries from step to step, see _Direction.carried.
-Forward = Callable[[Layer, Tensor], Results]
-Backward = Callable[[Layer, Saved, Tensor], Sequence[Tensor | None]]
+
+
+class Part(NamedTuple):
+    """What the scan over a segment is told beside its layer."""
+
+    carried: Tensor  # from step to step, see _Direction.carried; the scan leaves what it ends with
+    first: int  # the layer's first step in it
+    direction: int  # and direction
+
+
+Forward = Callable[[Layer, Part], Results]
+Backward = Callable[[Layer, Saved, Part], Sequence[Tensor | None]]
 
 
 class _Direction:
@@ -47,9 +57,10 @@ class _Direction:
         features = sequence.shape[-1] // self.layer.directions
         return self.rows(sequence, first).narrow(-1, self.d * features, features)
 
-    def part(self, first: int, h: Tensor | None, c: Tensor | None, keep: bool) -> Layer:
+    def segment(self, first: int, h: Tensor | None, c: Tensor | None, keep: bool) -> Layer:
         """The segment as a layer that the states h and c [1, B, P or H] enter."""
         layer, sizes, resets = self.layer, self.layer.batch_sizes, self.layer.resets
+        scale = layer.grad_scale
         return layer._replace(
             directions=1,
             reverse=self.reverse,
@@ -61,6 +72,8 @@ class _Direction:
             c_0=None if c is None else c.to(layer.x.dtype).contiguous(),
             batch_sizes=None if sizes is None else sizes[first : first + layer.checkpoint_every],
             resets=None if resets is None else self.rows(resets, first),
+            grad_scale=None if scale is None else self.rows(scale, first).contiguous(),
+            h_mask=self.of(layer.h_mask),
             weights=layer.by_direction[self.d],
         )
 
@@ -71,6 +84,10 @@ class _Direction:
             return h, c
         h, c = (None if s is None else torch.where(zeros, 0, s) for s in (h, c))
         return h, c
+
+    def part(self, first: int, h: Tensor | None, c: Tensor | None) -> Part:
+        """What the scan over the segment takes up: h and c, or their gradients."""
+        return Part(self.carried(h, c), first, self.d)
 
     def carried(self, h: Tensor | None, c: Tensor | None) -> Tensor:
         """h and c, or their gradients, as a scan carries them: [2, 1, B, H], not rounded.
@@ -146,12 +163,12 @@ def forward_in_segments(layer: Layer, forward: Forward) -> Results:
         h, c = direction.of(layer.h_0), direction.of(layer.c_0)
         for first in direction.order:
             h, c = direction.zeroed(first, h, c)
-            carried = direction.carried(h, c)
-            output, h_n, c_n, extra, _ = forward(direction.part(first, h, c, False), carried)
+            part = direction.part(first, h, c)
+            output, h_n, c_n, extra, _ = forward(direction.segment(first, h, c, False), part)
             direction.own(results.output, first).copy_(output)
             if results.extra is not None and extra is not None:
                 direction.own(results.extra, first).copy_(extra)
-            h, c = direction.states(carried, h_n)
+            h, c = direction.states(part.carried, h_n)
             if results.saved is not None and first != direction.order[-1]:
                 for kept, state in zip(direction.boundary(results.saved, first), (h, c)):
                     if state is not None:
@@ -207,16 +224,16 @@ def _backward_of_segment(
     """The gradients of the segment's x, the states that entered it, and the weights."""
     assert saved.saved is not None
     h, c = direction.entering(saved.saved, first)
-    part = direction.part(first, h, c, keep=True)
-    output, _, _, extra, gates = forward(part, direction.carried(h, c))
+    segment = direction.segment(first, h, c, keep=True)
+    output, _, _, extra, gates = forward(segment, direction.part(first, h, c))
     d_output, d_extra = (
         None if t is None else direction.own(t, first).contiguous()
         for t in (saved.d_output, saved.d_extra)
     )
-    carried = direction.carried(d_h, d_c)
-    d_h, d_c = (None if d is None else d.to(part.x.dtype) for d in (d_h, d_c))
-    wants = [saved.wanted[0], True, part.cell.has_cell_state, False, *wanted]
+    part = direction.part(first, d_h, d_c)
+    d_h, d_c = (None if d is None else d.to(segment.x.dtype) for d in (d_h, d_c))
+    wants = [saved.wanted[0], True, segment.cell.has_cell_state, False, *wanted]
     again = Saved(output, extra, gates, d_output, d_h, d_c, d_extra, wants)
-    gradients = list(backward(part, again, carried))
-    gradients[1:3] = direction.zeroed(first, *direction.states(carried, gradients[1]))
+    gradients = list(backward(segment, again, part))
+    gradients[1:3] = direction.zeroed(first, *direction.states(part.carried, gradients[1]))
     return gradients

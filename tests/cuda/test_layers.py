@@ -8,8 +8,10 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
+from fastrnn import _functions
 from fastrnn._backends import backend as backend_of
 from fastrnn._backends import register
+from fastrnn._cuda_backend import CudaBackend
 from fastrnn._functions import FUNCTIONS
 from fastrnn._layer import BUILT_IN as MODES
 from fastrnn._layer import Layer
@@ -213,6 +215,39 @@ def test_states_of_every_step(device, bidirectional):
         results.append(states)
     for a, b in zip(*results):
         assert torch.equal(a, b)
+
+
+OPTIONS = {"zoneout": 0.3, "recurrent_dropout": 0.4, "grad_clip": 0.05}
+
+
+@F64
+@pytest.mark.parametrize("name", ["all", *OPTIONS, "grad_scale", "zoneout of c"])
+@pytest.mark.parametrize("proj_size", [0, 4])
+def test_options_as_the_reference(device, cell, name, proj_size, monkeypatch):
+    if (proj_size or name == "zoneout of c") and cell != "LSTM":
+        pytest.skip("LSTM only")
+    own = {"all": OPTIONS, "grad_scale": {}, "zoneout of c": {"zoneout": (0.0, 0.3)}}
+    own = own[name] if name in own else {name: OPTIONS[name]}
+    sizes = {"proj_size": proj_size} if proj_size else {}
+    model = make(fastrnn, cell, 3, 70, 2, bidirectional=True, dtype=torch.float64, **own, **sizes)
+    x, hx = inputs(model, 5, 4)
+    call = {"grad_scale": torch.rand(5, 4)} if name in ("all", "grad_scale") else {}
+    call = {name: t.to(device) for name, t in call.items()}
+    scans, forward = [], CudaBackend.forward
+
+    def counted(self, layer):
+        scans.append(layer)
+        return forward(self, layer)
+
+    monkeypatch.setattr(CudaBackend, "forward", counted)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        results.append(run(*on(device, model, x, hx), **call))
+        monkeypatch.setattr(_functions, "runs_cell", lambda mode, x: False)
+    assert_close(*results, 1e-11)
+    # The kernels know no h that is projected.
+    assert len(scans) == (0 if proj_size and name not in ("grad_scale", "zoneout of c") else 2)
 
 
 # On a GPU only: what is torch's own machinery around the operators.

@@ -20,6 +20,14 @@ PLANS = {
     "block": ("CLUSTER", 32, 16, 4, 1, True),
     "cluster": ("CLUSTER", 8, 8, 8, 4, True),
 }
+LARGE = {
+    "deep": ("GRID", 8, 8, 1, 1, True),
+    "deep-from-cache": ("STEP", 16, 16, 1, 1, False),
+    "more-parts-than-warps": ("GRID", 32, 32, 5, 1, True),
+    "odd-tile": ("STEP", 8, 16, 2, 1, False),
+    "cluster-of-8": ("CLUSTER", 32, 8, 8, 8, True),
+    "cluster-of-16": ("CLUSTER", 16, 8, 8, 16, True),
+}
 ROWS = {
     "plain": (False, False),
     "resets": (True, False),
@@ -30,8 +38,11 @@ ROWS = {
 }
 
 
+OPTIONS = ["zoneout", "mean", "h_mask", "grad_scale", "grad_clip", "all"]
+
+
 def chooser(name: str, kernels, engine):
-    kind, *numbers = PLANS[name]
+    kind, *numbers = (PLANS | LARGE)[name]
 
     def choose(problem, device):
         plan = kernels.Plan(kernels.Kind[kind], *numbers, engine.tensor)
@@ -174,6 +185,30 @@ def make_case(
     return Case(layer, grads)
 
 
+def with_options(case: Case, option: str) -> Case:
+    """The same with one of OPTIONS on, or none if that is empty."""
+    layer = case.layer
+    rows, random = layer.x.shape[:-1], torch.Generator().manual_seed(1)
+
+    def pick(shape: tuple[int, ...], values: list[float]) -> Tensor:
+        return torch.tensor(values).double()[torch.randint(len(values), shape, generator=random)]
+
+    values: dict[str, Any] = {
+        "zoneout_h": 0.25,
+        "zoneout_c": 0.375 if layer.cell.has_cell_state else 0.0,
+        "seed": torch.tensor([-(2**61) - 12345]),
+        "h_mask": pick((layer.directions, layer.batch, layer.proj), [0, 1.25, 2]),
+        "grad_scale": pick(rows, [0, 0.5, 1, 1.5]),
+        "grad_clip": 0.125,
+    }
+    names = {"zoneout": ["zoneout_h", "zoneout_c", "seed"], "mean": ["zoneout_h", "zoneout_c"]}
+    names["all"] = list(values)
+    own = names.get(option, [option] if option else [])
+    if layer.has_projection:  # what the kernels know of them
+        own = [name for name in own if name in ("zoneout_c", "seed", "grad_scale")]
+    return case._replace(layer=layer._replace(**{name: values[name] for name in own}))
+
+
 def run_on(case: Case, target, engine, choose=None) -> dict[str, Tensor]:
     backend = target.backend(engine, choose)
 
@@ -183,19 +218,24 @@ def run_on(case: Case, target, engine, choose=None) -> dict[str, Tensor]:
         t = t.to(engine.dtype) if t.is_floating_point() else t
         return t.to(target.device)
 
-    case = case.to(convert)
-    *grads, d_extra = case.grads
-    d_extra = None if d_extra is None else d_extra.to(case.layer.state_dtype)
-    return Case(case.layer, (*grads, d_extra)).run(backend.forward, backend.backward)
+    def stated(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(layer.state_dtype)
+
+    layer, (*grads, d_extra) = case.to(convert)
+    seed = None if layer.seed is None else layer.seed.to(target.device)
+    layer = layer._replace(grad_scale=stated(layer.grad_scale), seed=seed)
+    return Case(layer, (*grads, stated(d_extra))).run(backend.forward, backend.backward)
 
 
 def assert_right(actual: dict[str, Tensor], case: Case, engine) -> None:
     expected = case.reference()
+    is_mean = case.layer.zoneout_h and case.layer.seed is None
+    rounds = engine.tolerance > 1e-3 or is_mean
     if case.layer.h_0 is None:  # a gradient nobody can ask of the reference implementation
         actual = {name: t for name, t in actual.items() if name not in ("d_h_0", "d_c_0")}
     assert actual.keys() == expected.keys()
     for name, want in expected.items():
-        if case.layer.mode == "RNN_RELU" and engine.tolerance > 1e-3 and name.startswith("d_"):
+        if case.layer.mode == "RNN_RELU" and name.startswith("d_") and rounds:
             continue  # sums next to zero change sides by rounding
         got = actual[name].double().cpu()
         assert got.shape == want.shape, name
@@ -224,6 +264,33 @@ def test_every_way(target, cell, engine, rows, plan):
     assert_right(run_on(case, target, engine, choose), case, engine)
 
 
+@pytest.mark.parametrize("engine", ["f64"], indirect=True)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(target, cell, engine, option, plan):
+    """Each of them in each way; with each kind of rows in some of the combinations."""
+    kind = list(PLANS).index(plan) + list(OPTIONS).index(option)
+    resets, ragged = list(ROWS.values())[kind % len(ROWS)]
+    more = {"resets": resets, "ragged": ragged, "states": kind % 4 != 1}
+    directions = 1 if kind % 3 == 1 else 2
+    case = make_case(
+        cell, 5, 9, 3, 17, directions, **more, reverse=directions == 1 and kind % 2 == 0
+    )
+    case = with_options(case, option)
+    actual = run_on(case, target, engine, chooser(plan, target.kernels, engine))
+    assert_right(actual, case, engine)
+
+
+@pytest.mark.parametrize("plan", ["step", "grid", "cluster-of-8"])
+@pytest.mark.parametrize("option", ["mean", "all"])
+def test_options_in_every_type(target, cell, engine, option, plan):
+    """With more units than one group of random words has."""
+    case = make_case(cell, 4, 9, 3, 70, resets=True, ragged="mask" if plan == "grid" else True)
+    case = with_options(case, option)
+    actual = run_on(case, target, engine, chooser(plan, target.kernels, engine))
+    assert_right(actual, case, engine)
+
+
 SIZES = [(1, 1, 1, 1), (3, 17, 1, 3), (2, 33, 5, 33), (1, 3, 2, 129), (17, 1, 3, 3), (2, 129, 1, 9)]
 
 
@@ -243,19 +310,9 @@ def test_odd_sizes(target, cell, engine, sizes, kind):
     assert_right(run_on(case, target, engine, choose), case, engine)
 
 
-LARGE = {
-    "deep": ("GRID", 8, 8, 1, 1, True),
-    "deep-from-cache": ("STEP", 16, 16, 1, 1, False),
-    "more-parts-than-warps": ("GRID", 32, 32, 5, 1, True),
-    "odd-tile": ("STEP", 8, 16, 2, 1, False),
-    "cluster-of-16": ("CLUSTER", 16, 8, 8, 16, True),
-}
-
-
 @pytest.mark.parametrize("plan", LARGE)
-def test_long_products(target, cell, engine, plan, monkeypatch):
+def test_long_products(target, cell, engine, plan):
     """More of the depth than is loaded at once, and more parts than warps."""
-    monkeypatch.setitem(PLANS, plan, LARGE[plan])
     case = make_case(cell, 2, 33, 3, 150, 1, states=True)
     choose = chooser(plan, target.kernels, engine)
     assert_right(run_on(case, target, engine, choose), case, engine)
@@ -263,9 +320,11 @@ def test_long_products(target, cell, engine, plan, monkeypatch):
 
 @pytest.mark.parametrize("engine", ["f32", "f64"], indirect=True)
 @pytest.mark.parametrize("rows", ROWS)
-def test_cpu_kernels_agree(target, cell, engine, rows):
+@pytest.mark.parametrize("option", ["", "all"])
+def test_cpu_kernels_agree(target, cell, engine, rows, option):
     resets, ragged = ROWS[rows]
     case = make_case(cell, 6, 5, 4, 12, resets=resets, ragged=ragged)
+    case = with_options(case, option)
     if ragged == "mask":
         pytest.skip("the CPU's take batch_sizes")
     actual = run_on(case, target, engine)
@@ -315,23 +374,31 @@ def test_rows_are_independent(target, cell, engine, plan):
 @pytest.mark.parametrize("engine", ["f32", "f64", "bf16"], indirect=True)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("proj", [2, 9])
-def test_projection(target, engine, rows, proj):
+@pytest.mark.parametrize("option", ["", "all"])
+def test_projection(target, engine, rows, proj, option):
     resets, ragged = ROWS[rows]
     case = make_case("LSTM", 5, 7, 3, 9, resets=resets, ragged=ragged, proj=proj)
+    case = with_options(case, option)
     assert_right(run_on(case, target, engine), case, engine)
 
 
 @pytest.mark.parametrize("engine", ["f64"], indirect=True)
 @pytest.mark.parametrize("proj", [0, 4])
-def test_what_is_masked_never_matters(target, cell, engine, proj):
+@pytest.mark.parametrize("option", ["", "all"])
+def test_what_is_masked_never_matters(target, cell, engine, proj, option):
     if proj and cell != "LSTM":
         pytest.skip("LSTM only")
     case = make_case(cell, 5, 7, 3, 9, resets=True, ragged="mask", proj=proj)
+    case = with_options(case, option)
     masked = ~case.layer.batch_sizes
-    x, d_output = case.layer.x.clone(), case.grads[0].clone()
-    x[masked] = float("nan")
-    d_output[masked] = float("nan")
-    dirty = Case(case.layer._replace(x=x), (d_output, *case.grads[1:]))
+    marked = case.layer.x.clone(), case.grads[0].clone(), torch.ones(5, 7).double()
+    if option:
+        marked = (*marked[:2], case.layer.grad_scale.clone())
+    for steps in marked:
+        steps[masked] = float("nan")
+    x, d_output, scale = marked
+    layer = case.layer._replace(x=x, grad_scale=scale if option else None)
+    dirty = Case(layer, (d_output, *case.grads[1:]))
     clean, actual = (run_on(c, target, engine) for c in (case, dirty))
     for name, want in clean.items():
         assert torch.equal(actual[name], want), name
@@ -354,11 +421,13 @@ def test_no_steps(target, cell, engine):
 @pytest.mark.parametrize("engine", ["f64", "bf16"], indirect=True)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("every", [1, 3, 6, 7])
-def test_segments(target, cell, engine, rows, every):
+@pytest.mark.parametrize("option", ["", "all"])
+def test_segments(target, cell, engine, rows, every, option):
     """checkpoint_every = 7 is the plain scan."""
     resets, ragged = ROWS[rows]
     proj = 4 if CELLS[cell].has_cell_state and every == 3 else 0
     case = make_case(cell, 7, 5, 3, 9, resets=resets, ragged=ragged, proj=proj)
+    case = with_options(case, option)
     case = case._replace(layer=case.layer._replace(checkpoint_every=every))
     assert_right(run_on(case, target, engine), case, engine)
 
@@ -395,10 +464,12 @@ def test_segments_keep_the_states_between_them(target, cell, engine):
 @pytest.mark.parametrize("engine", ["bf16", "f64"], indirect=True)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("rows", ["plain", "ragged-resets", "mask-resets"])
-def test_segments_round_nothing(target, cell, engine, rows, plan):
+@pytest.mark.parametrize("option", ["", "all"])
+def test_segments_round_nothing(target, cell, engine, rows, plan, option):
     """Not even the states between them: the results are those of the whole scan, bit for bit."""
     resets, ragged = ROWS[rows]
     case = make_case(cell, 7, 9, 3, 17, resets=resets, ragged=ragged)
+    case = with_options(case, option)
     choose = chooser(plan, target.kernels, engine)
     results = []
     for every in (0, 3):
