@@ -314,7 +314,7 @@ def test_inter_op_threads():
 
     @torch.jit.script
     def both(x: torch.Tensor, weights: list[torch.Tensor], batch: int):
-        options = ("LSTM", 1, batch, False, 0, False, False, 0.0, 0.0, 0.0)
+        options = ("LSTM", 1, batch, False, 0, False, False, 0.0, 0.0, 0.0, False)
         states = (None, None)
         others = (None, None, None, None, None, None)
         arguments = (*options, x, *states, *others, weights)
