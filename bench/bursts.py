@@ -1,8 +1,8 @@
 """Peers called in short bursts in turn, and the command line of the programs that do so.
 
 The peers of a library share a process, and with it the library's pool of threads; no two libraries
-do: for some tens of milliseconds after one pool was at work the system's scheduler puts a thread of
-the other one on the core of its own master, and a call of two threads takes ten times as long. Nor
+do: for some tens of milliseconds after one pool was at work, a call of two threads of the other one
+takes several times as long. Nor
 does a burst begin before the threads of the last one sleep: see worker.py.
 """
 
