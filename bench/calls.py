@@ -1,36 +1,24 @@
 """The time of one call: python -m bench.calls
 
-One step at a time, what stands around a kernel takes longer than the kernel itself. So all peers
-are called in one process here, in short bursts in turn, on one step of H = 64: layers without
-an initial state, and cells with one. Training is forward, sum and backward with respect to the
-weights. Ratios are medians over the rounds of one burst's time over the other's.
+One step at a time, what stands around a kernel takes longer than the kernel itself. So peers are
+called in short bursts in turn here, on one step of H = 64: layers without an initial state, and
+cells with one. Training is forward, sum and backward with respect to the weights. Ratios are
+medians over the rounds of one burst's time over the other's.
 """
 
-import argparse
-import os
-import statistics
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-from tqdm import tqdm
-
-from . import onnx_model
+from . import bursts, onnx_model
+from .bursts import Call
 from .cases import GATES, MODES, Case
-from .compare import warn
-from .machine import Usage, cores, describe
 from .peers import ONNXRuntime
-from .results import DIRECTORY, Row, medians_of_ratios, write
+from .results import Row
 from .table import align
-from .worker import settle
 
 H = 64
 CELL_ROWS = (1, 64)
-CALLS, ROUNDS = 200, 40
-WARM_UP = 20  # calls before each burst, for the caches and the clock
+ROUNDS = 40
 
 # The goals: fastrnn's time over torch.nn's at most that, and never above the others'.
 GOALS = {
@@ -43,8 +31,6 @@ GOALS = {
 }
 CELL_GOAL = OTHERS_GOAL = 1.0
 NOISE = 0.03  # as far apart are two calls of the same function
-
-Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -111,52 +97,31 @@ def onnx_call(step: Step, threads: int) -> Call:
     return lambda: session.run(names, feeds)
 
 
-def peers_of(step: Step, threads: int) -> dict[str, Call]:
+def torch_calls(step: Step, threads: int) -> dict[str, Call]:
     import torch
 
     import fastrnn
 
-    calls = {"fastrnn": torch_call(fastrnn, step), "torch": torch_call(torch.nn, step)}
+    return {"fastrnn": torch_call(fastrnn, step), "torch": torch_call(torch.nn, step)}
+
+
+def onnx_calls(step: Step, threads: int) -> dict[str, Call]:
+    return {"onnxruntime": onnx_call(step, threads)}
+
+
+def measure(step: Step, threads: int, rounds: int) -> Row:
+    makes: list[tuple[bursts.Make, bool | None]] = [(torch_calls, step.mode == "training")]
     if not step.is_cell and step.mode == "inference" and not ONNXRuntime.missing():
-        calls["onnxruntime"] = onnx_call(step, threads)
-    return calls
-
-
-def burst(call: Call, calls: int) -> float:
-    """Seconds per call, after the threads of whoever came before have gone to sleep."""
-    settle()
-    for _ in range(WARM_UP):
-        call()
-    start = perf_counter()
-    for _ in range(calls):
-        call()
-    return (perf_counter() - start) / calls
-
-
-def measure(step: Step, threads: int, calls: int, rounds: int) -> Row:
-    import torch
-
-    peers = peers_of(step, threads)
-    samples: dict[str, list[float]] = {peer: [] for peer in peers}
-    start = Usage.now()
-    with torch.inference_mode(step.mode == "inference"):
-        for k in range(rounds):
-            first = k % len(peers)
-            for peer in [*peers][first:] + [*peers][:first]:
-                samples[peer].append(burst(peers[peer], calls))
-    load = start.load_until(Usage.now())
-    ratios = medians_of_ratios({"fastrnn": samples["fastrnn"]} | samples, "fastrnn")
+        makes.append((onnx_calls, None))
+    row = bursts.measure(makes, step, threads, rounds)
     return {
         "name": step.name,
         "mode": step.mode,
         "rows": step.rows,
-        "us": {peer: 1e6 * statistics.median(times) for peer, times in samples.items()},
         # fastrnn's time over the peer's
-        "of": {peer: 1 / ratio for peer, ratio in ratios.items() if peer != "fastrnn"},
+        "of": {peer: 1 / ratio for peer, ratio in row.pop("over").items()},
         "goal": step.goal,
-        "others": load.others,
-        "steal": load.steal,
-        "busy": load.busy,
+        **row,
     }
 
 
@@ -187,35 +152,10 @@ def render(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.calls",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--calls", type=int, default=CALLS, help="of a burst, %(default)s")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=cores(), help="default: %(default)s")
-    parser.add_argument("--only", metavar="TEXT", default="", help="those in whose name it is")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", default=DIRECTORY / "latest-calls.json"
-    )
-    args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    import torch
-
-    torch.set_num_threads(args.threads)
-    steps = [step for step in STEPS if args.only in f"{step.name} {step.mode} {step.rows}"]
-    if not steps:
-        sys.exit(f"--only {args.only!r} is in no name")
-    rows = []
-    for step in (bar := tqdm(steps, unit="row", leave=False, disable=None)):
-        bar.set_postfix_str(f"{step.name} {step.mode}")
-        rows.append(measure(step, args.threads, args.calls, args.rounds))
+    args = bursts.parser("calls", __doc__, ROUNDS).parse_args()
     packages = ("torch", "fastrnn", *ONNXRuntime.packages)
-    write({"machine": describe(packages), "threads": args.threads, "rows": rows}, args.json)
-    print(f"{render(rows)}\n\nWritten to {args.json}")
-    if any(row["busy"] for row in rows):
-        warn("rows marked * were measured while others used the machine. Run this again alone.")
+    cases = {f"{step.name} {step.mode} {step.rows}": step for step in STEPS}
+    bursts.run(args, cases, lambda s: measure(s, args.threads, args.rounds), render, packages)
 
 
 if __name__ == "__main__":

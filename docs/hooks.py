@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,29 @@ ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
 import course  # noqa: E402
-from bench import calls, contention, headline, heatmap, memory, results, table  # noqa: E402
+from bench import (  # noqa: E402
+    calls,
+    contention,
+    headline,
+    heatmap,
+    memory,
+    options,
+    own,
+    results,
+    steps,
+    table,
+)
 from pictures import PICTURES  # noqa: E402
 
+# Tables of a bench.* program's own, by the end of its result file's name.
+OTHERS: dict[str, Callable[[list[results.Row]], str]] = {
+    "calls": calls.render,
+    "contention": contention.render,
+    "memory": memory.render,
+    "options": options.render,
+    "own": own.render,
+    "steps": steps.render,
+}
 WIDE = {"benchmarks.md", "contract.md"}  # whose tables need the place of the table of contents
 
 
@@ -38,9 +59,7 @@ def files(pattern: str, *other: str) -> Iterator[Path]:
 
 
 def speed_files() -> list[Path]:
-    return list(
-        files("*.json", "*-calls.json", "*-contention.json", "*-memory.json", "cuda-*.json")
-    )
+    return list(files("*.json", *(f"*-{name}.json" for name in OTHERS), "cuda-*.json"))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -157,9 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": lambda: headline.render(results.load(headline.FILE)),
     "speed": speed,
     "gpu": gpu,
-    "calls": lambda: other("calls", calls.render),
-    "contention": lambda: other("contention", contention.render),
-    "memory": lambda: other("memory", memory.render),
+    **{name: partial(other, name, render) for name, render in OTHERS.items()},
     "notes": notes,
 }
 

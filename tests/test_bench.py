@@ -21,6 +21,7 @@ from bench import (
     __main__ as main,
 )
 from bench import (
+    bursts,
     calls,
     cases,
     compare,
@@ -29,7 +30,10 @@ from bench import (
     heatmap,
     machine,
     onnx_model,
+    options,
+    own,
     results,
+    steps,
     table,
     tiles,
 )
@@ -318,6 +322,158 @@ def test_goals_of_calls():
     assert not calls.missed(row(torch=0.3, onnxruntime=1.0 + calls.NOISE / 2))
     assert calls.missed(row(torch=0.301))
     assert calls.missed(row(torch=0.1, onnxruntime=1.1))
+
+
+# Bursts, and the programs that take them
+
+
+def make_pair(case, threads):
+    return {"one": lambda: sum(range(100)), "two": lambda: sum(range(10_000))}
+
+
+def make_other(case, threads):
+    return {"three": lambda: sum(range(1000))}
+
+
+def test_bursts_are_interleaved_across_processes():
+    row = bursts.measure([(make_pair, False), (make_other, None)], "case", 1, 3, 0.001)
+    assert list(row["us"]) == ["one", "two", "three"]
+    assert list(row["over"]) == ["two", "three"]
+    assert row["over"]["two"] > row["over"]["three"] > 1
+
+
+def test_rows_are_chosen_by_their_words():
+    names = ["LSTM training 64", "LSTM inference 64", "GRU training 64"]
+    assert bursts.chosen(names, [""]) == names
+    assert bursts.chosen(names, ["LSTM 64"]) == names[:2]
+    assert bursts.chosen(names, ["LSTM training", "GRU"]) == [names[0], names[2]]
+    assert bursts.chosen(names, ["RNN"]) == []
+
+
+def test_rows_are_kept(tmp_path, monkeypatch, capsys):
+    """A second run adds its rows in the program's order, of the same machine only."""
+    file = tmp_path / "rows.json"
+    measured = []
+
+    def run(*arguments):
+        args = bursts.parser("rows", "", 1).parse_args([*arguments, "--json", str(file)])
+        cases = {"b": 1, "a": 2, "c": 3}
+
+        def measure(case):
+            measured.append(case)
+            return {"case": case, "busy": False}
+
+        bursts.run(args, cases, measure, lambda rows: str(len(rows)))
+        return [row["row"] for row in json.loads(file.read_text())["rows"]]
+
+    assert run("--only", "c") == ["c"]
+    assert run("--only", "a", "--keep") == ["a", "c"]
+    assert run("--missing", "--keep") == ["b", "a", "c"]
+    assert measured == [3, 2, 1]
+    with pytest.raises(SystemExit, match="is in no name"):
+        run("--only", "d")
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(found | {"threads": found["threads"] + 1}))
+    with pytest.raises(SystemExit, match="another machine"):
+        run("--keep")
+
+
+@pytest.mark.parametrize("cell", cases.GATES)
+def test_steps_are_those_of_their_class(cell):
+    """Every peer takes the same step, from a state of its own."""
+    row = steps.Steps(cell, "inference", 1, 8)
+    with torch.inference_mode():
+        for call in steps.inference(row, 1).values():
+            assert call() is None
+    training = steps.Steps(cell, "training", 2, 8)
+    for call in steps.training(training, 1).values():
+        assert call() is None
+
+
+def test_goals_of_steps():
+    row = {"row": "", "us": {"add_input": 3.9}, "over": {"torch.nn": 5.0, "ONNX Runtime": 1.1}}
+    row |= steps.Steps("LSTM", "inference", 1, 64)._asdict()
+    assert steps.missed(row) == []
+    assert len(steps.missed(row | {"us": {"add_input": 4.1}})) == 1
+    assert len(steps.missed(row | {"over": {"torch.nn": 4.9, "ONNX Runtime": 0.9}})) == 2
+
+
+OPTIONED = [
+    (cell, name) for cell in cases.GATES for name in options.known(cell) if name != "zoneout"
+]
+
+
+@pytest.mark.parametrize(("cell", "name"), OPTIONED)
+def test_loops_do_what_the_options_do(cell, name):
+    """With the same random numbers; those of zoneout are the kernel's own."""
+    outcomes = []
+    for peer in (options.Optioned(1, name), options.Loop(1, name)):
+        peer.prepare(Case(cell, "training", 5, 3, 4))
+        torch.manual_seed(1)
+        output, _ = peer.step()
+        outcomes.append([output, peer.x.grad, *(w.grad for w in peer.rnn.parameters())])
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", cases.GATES)
+def test_the_loop_zones_out(cell, monkeypatch):
+    """With probability 0 a loop is the plain layer; with 1 its states stay what they were."""
+    case = Case(cell, "training", 4, 3, 5)
+    plain, loop = options.Optioned(1, beside="zoneout"), options.Loop(1, "zoneout")
+    plain.prepare(case)
+    loop.prepare(case)
+    monkeypatch.setattr(options, "P", 0.0)
+    torch.testing.assert_close(loop.forward()[0], plain.forward()[0])
+    monkeypatch.setattr(options, "P", 1.0)
+    assert not loop.forward()[0].any()
+
+
+def test_goals_of_options():
+    time = {"row": "", "kind": "time", "option": "zoneout", "ratio": 1.15, "over": {"loop": 15.0}}
+    assert options.missed(time) == []
+    assert len(options.missed(time | {"ratio": 1.16, "over": {"loop": 14.9}})) == 2
+    memory = {"row": "", "kind": "memory", "option": "layer_norm", "ratio": 1.30}
+    assert options.missed(memory) == []
+    assert len(options.missed(memory | {"option": "zoneout"})) == 1
+
+
+@pytest.mark.parametrize("cell", own.LOOP_CELLS)
+def test_loops_do_what_the_cells_do(cell):
+    calls_of = own.loop_calls(own.InLoop(cell, (4, 3, 5)), 1)
+    torch.testing.assert_close(calls_of["loop"](), calls_of["fastrnn"]())
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("cell", cases.GATES)
+def test_own_cells_are_the_built_in_ones(cell, mode):
+    calls_of = own.built_in_calls(own.Beside(cell, mode, (4, 3, 5)), 1)
+    results_of = [call() for call in calls_of.values()]
+    if mode == "inference":
+        results_of = [output for output, _ in results_of]
+    torch.testing.assert_close(*results_of)
+
+
+def test_the_compiler_is_counted(monkeypatch):
+    monkeypatch.setenv("FASTRNN_CACHE", "before")
+    with own.counted_compiler() as runs:
+        assert os.environ["FASTRNN_CACHE"] != "before"
+        command = os.environ["CXX"]
+        subprocess.run([command, "--version"], check=True, capture_output=True)
+        assert runs.read_text().split() == ["run"]
+    assert os.environ["FASTRNN_CACHE"] == "before"
+    assert os.environ.get("CXX") != command
+
+
+def test_tables_say_what_is_missed():
+    timed = {"us": {"own": 2e3, "built-in": 1e3}, "over": {"built-in": 0.5}, "busy": False}
+    beside = own.Beside("LSTM", "training", (1, 1, 1))._asdict()
+    row = {"row": "LSTM", "kind": "built-in", **beside, **timed, "of_built_in": 2.0}
+    text = own.render([row])
+    assert "Goals missed:\nLSTM: 2.000 of the built-in cell's time" in text
+    assert "Goals missed" not in own.render([row | {"of_built_in": 1.1}])
+
+
+# Wrong numbers
 
 
 class FakeTeam:

@@ -126,8 +126,10 @@ def test_dynets_order(with_gradients):
     assert torch.equal(state.set_s(state.s()[::-1]).output(), h[0])
 
 
-def test_branches(cell, dtype):
+@pytest.mark.parametrize("first_steps", [0, 8])
+def test_branches(cell, dtype, first_steps, monkeypatch):
     """A tree of histories: every node's output, and gradients through all of its branches."""
+    monkeypatch.setattr(fastrnn._states, "_FIRST_STEPS", first_steps)
     model = make(fastrnn, cell, F, H, num_layers=2, dtype=dtype)
     twin = make(nn, cell, F, H, num_layers=2, dtype=dtype)
     twin.load_state_dict(model.state_dict())
@@ -388,6 +390,231 @@ def test_a_kept_chain_is_freed():
     assert kept[1].prev() is kept[0]
     del kept, state
     assert gone() is None
+
+
+# -- Histories: steps with gradients on packed weights ---------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Histories begin with the first step."""
+    monkeypatch.setattr(fastrnn._states, "_FIRST_STEPS", 0)
+
+
+def in_history(state: fastrnn.State) -> bool:
+    return state._core is not None and state._history is not None
+
+
+def gradients_of(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def assert_gradients(model, loss, expected):
+    """The gradients of all parameters, of steps and of forward."""
+    for own, right in zip(gradients_of(model, loss), gradients_of(model, expected), strict=True):
+        torch.testing.assert_close(own, right)
+
+
+def test_a_history_begins_when_packing_pays(cell):
+    model = make(fastrnn, cell, F, H)
+    states = walk(model.initial_state(batch=B), torch.randn(20, B, F))
+    begins = [in_history(state) for state in states].index(True)
+    assert begins == fastrnn._states._FIRST_STEPS
+    assert all(map(in_history, states[begins:]))
+    assert states[-1].output().requires_grad
+    assert states[-1].prev() is states[-2]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("steps", [20, 600])
+def test_gradients_of_a_history(cell, layers, steps):
+    """Outputs here and there, and other states between: in pieces of a long sequence, too."""
+    model = make(fastrnn, cell, F, H, num_layers=layers, dtype=torch.float64)
+    x, hx = inputs(model, steps, B)
+    hx = pack(tuple(t.requires_grad_() for t in unpack(hx)))
+    weights = torch.randn(steps, B, H, dtype=torch.float64)
+    states = walk(model.initial_state(hx), x)
+    assert in_history(states[-1])
+    places = [0, 3, 9, 10, steps // 2, steps - 1]
+    output, _, *rest = model(x, hx, return_states=True)
+    of_forward = rest[0]
+    loss = sum((weights[t] * states[t].output()).sum() for t in range(steps) if t % 3)
+    expected = sum((weights[t] * output[t]).sum() for t in range(steps) if t % 3)
+    for t in places:
+        # All states but the top layer's h, which return_states has not of an LSTM.
+        own = states[t].s()[:layers]
+        loss = loss + sum(((k + 2) * s.square()).sum() for k, s in enumerate(own))
+        right = [of_forward[k][t] for k in range(layers)]
+        expected = expected + sum(((k + 2) * s.square()).sum() for k, s in enumerate(right))
+    leaves = [*unpack(hx), *model.parameters()]
+    found = torch.autograd.grad(loss, leaves)
+    for own, right in zip(found, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(own, right)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_gradcheck_of_a_history(cell):
+    model = make(fastrnn, cell, 2, 3, num_layers=2, dtype=torch.float64)
+    x, hx = inputs(model, 4, 2)
+    leaves = [t.requires_grad_() for t in (*unpack(hx), *model.parameters())]
+
+    def function(*others):
+        s = model.initial_state(pack(tuple(others[: 1 + (cell == "LSTM")])))
+        a = s.add_input(x[0]).add_input(x[1])
+        b = a.add_input(x[2])
+        c = a.add_input(x[3]).add_input(x[2])  # another branch
+        assert all(map(in_history, (a, b, c)))
+        return (*a.s(), b.output(), *c.s(), c.output())
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+    # In one pass.
+    assert torch.autograd.gradcheck(lambda *given: sum(t.sum() for t in function(*given)), leaves)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_history_goes_on_after_other_steps(cell):
+    """x with a gradient, a mask, a step without gradients, options: no step of a history."""
+    model = make(fastrnn, cell, F, H, dtype=torch.float64)
+    x, hx = inputs(model, 7, B)
+    z = x[2].clone().requires_grad_()
+    state = walk(model.initial_state(hx), x[:2])[-1]
+    assert in_history(state)
+    with torch.no_grad():
+        aside = state.add_input(x[6])
+        assert not aside.output().requires_grad
+    state = state.add_input(z * state.output().mean())
+    assert not in_history(state)
+    valid = torch.tensor([True, False, True])
+    state = walk(state, x[3:5])[-1].add_input(x[5], mask=valid).add_input(x[6])
+    y, states = model(x[:2], hx)
+    y, states = model((z * y[1].mean())[None], states)
+    y, states = model(x[3:5], states)
+    mask = torch.ones(1, B, dtype=torch.bool)
+    y, states = model(x[5:6], states, mask=valid & mask)
+    y, states = model(x[6:], states)
+    torch.testing.assert_close(state.output(), y[0])
+    leaves = [z, *model.parameters()]
+    found = torch.autograd.grad(state.output().square().sum(), leaves)
+    for own, right in zip(found, torch.autograd.grad(y.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(own, right)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_passes_over_a_history():
+    """Again, for some of the leaves only, of batches of gradients; hooks run once."""
+    model = make(fastrnn, "LSTM", F, H, dtype=torch.float64)
+    x, _ = inputs(model, 5, B)
+    states = walk(model.initial_state(batch=B), x)
+    y = torch.stack([state.output() for state in states])
+    expected, _ = model(x)
+    w = model.weight_hh_l0
+    (right,) = torch.autograd.grad(expected.sum(), w)
+    for _ in range(2):
+        (own,) = torch.autograd.grad(y.sum(), w, retain_graph=True)
+        torch.testing.assert_close(own, right)
+    (own,) = torch.autograd.grad(
+        y, w, torch.ones(2, *y.shape, dtype=y.dtype), is_grads_batched=True, retain_graph=True
+    )
+    torch.testing.assert_close(own, torch.stack([right, right]))
+    calls = []
+    w.register_hook(lambda gradient: calls.append(gradient))
+    y.sum().backward()
+    assert len(calls) == 1
+    torch.testing.assert_close(w.grad, right)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_has_changed_since_is_not_differentiated():
+    model = make(fastrnn, "GRU", F, H)
+    x = torch.randn(B, F)
+    output = model.initial_state(batch=B).add_input(x).output()
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="x has been changed in place"):
+        output.sum().backward()
+    output = model.initial_state(batch=B).add_input(x).output()
+    with torch.no_grad():
+        model.weight_ih_l0.add_(1)
+    with pytest.raises(RuntimeError, match="a parameter has been changed in place"):
+        output.sum().backward()
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(
+    "change",
+    [change_in_place, change_by_data, change_parameter, change_by_state_dict, change_bias],
+)
+def test_a_history_begins_with_the_weights_as_they_are(change):
+    """Changes through .data, too, of which training loops are full."""
+    model = make(fastrnn, "LSTM", F, H)
+    x, hx = inputs(model, T, B)
+    before = walk(model.initial_state(hx), x)[-1].output()
+    with torch.no_grad():
+        change(model)
+    state = walk(model.initial_state(hx), x)[-1]
+    assert in_history(state)
+    assert not torch.equal(before, state.output())
+    torch.testing.assert_close(state.output(), model(x, hx)[0][-1])
+
+
+@pytest.mark.usefixtures("at_once")
+def test_outputs_of_a_history_are_the_callers_own():
+    model = make(fastrnn, "GRU", F, H, dtype=torch.float64)
+    x, _ = inputs(model, 3, B)
+    states = walk(model.initial_state(batch=B), x)
+    for state in states:
+        with torch.no_grad():
+            state.output().zero_()
+            state.s()[0].zero_()
+    expected, _ = model(x)
+    output = states[-1].output()
+    torch.testing.assert_close(output, expected[-1])
+    assert_gradients(model, output.sum(), expected[-1].sum())
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("is_differentiated", [True, False])
+def test_a_history_is_freed(is_differentiated):
+    model = make(fastrnn, "LSTM", F, H)
+    states = walk(model.initial_state(batch=B), torch.randn(4, B, F))
+    gone = weakref.ref(states[0])
+    output = states[-1].output()
+    first = states[0].output()
+    del states
+    gc.disable()
+    try:
+        assert gone() is not None
+        if is_differentiated:
+            output.sum().backward()
+        del output, first
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_history_of_other_weights():
+    """torch.func.functional_call, whose weights are gone from the module before backward."""
+    model = make(fastrnn, "LSTM", F, H, dtype=torch.float64)
+    x, _ = inputs(model, 4, B)
+    other = {k: (2 * v).detach().requires_grad_() for k, v in model.named_parameters()}
+
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = model
+
+        def forward(self, x):
+            return walk(self.rnn.initial_state(batch=B), x)[-1].output()
+
+    given = {f"rnn.{k}": v for k, v in other.items()}
+    output = torch.func.functional_call(Steps(), given, (x,))
+    expected, _ = torch.func.functional_call(model, other, (x,))
+    torch.testing.assert_close(output, expected[-1])
+    found = torch.autograd.grad(output.sum(), list(other.values()))
+    right = torch.autograd.grad(expected[-1].sum(), list(other.values()))
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # -- Errors ----------------------------------------------------------------------------------------

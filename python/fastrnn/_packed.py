@@ -143,6 +143,12 @@ def packed(module: Any) -> Any:
     return model
 
 
+def pack_again(module: Any) -> Any:
+    """What packed() makes, for whoever may not miss a change that torch does not count."""
+    with torch.no_grad():
+        return _pack_module(module, OWN)
+
+
 def forget(module: nn.Module) -> None:
     """Drops what is packed of a module."""
     vars(module).pop("_packed", None)

@@ -10,9 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._packed import can_pack, check_frozen, packed
+from ._history import History, begin, read, read_output
+from ._layer import BUILT_IN
+from ._packed import can_pack, check_frozen, pack_again, packed
+from ._torch import version_of
 
 __all__ = ["State", "start"]
+
+# So many steps with gradients are taken one by one, as packing the weights has to pay.
+_FIRST_STEPS = 8
 
 # h [1, B, P] of a layer and, of cells with other states, these [1, B, C*H].
 Pair = tuple[Tensor, ...]
@@ -30,16 +36,17 @@ class State:
     trees, and gradients flow back through all branches.
 
     There are two kinds, which differ in speed only. If gradients are enabled when initial_state is
-    called, and a parameter or hx requires one, a state consists of tensors, and each step is a node
-    of the autograd graph. Otherwise, on the CPU, it runs on weights that are packed once for the
-    module. If a parameter is replaced, moved or changed in place, the next step notices it and
-    packs again. Changes that torch itself does not count go unnoticed: those through `.data` or
-    NumPy, and those to tensors made in inference mode. The packed weights take as much memory as
-    the weights themselves.
+    called, and a parameter or hx requires one, a state has gradients. Otherwise, on the CPU, it
+    runs on weights that are packed once for the module. If a parameter is replaced, moved or
+    changed in place, the next step notices it and packs again. Changes that torch itself does not
+    count go unnoticed: those through `.data` or NumPy, and those to tensors made in inference mode.
+    The packed weights take as much memory as the weights themselves.
 
     A state of the second kind keeps no history, so memory does not grow with the number of steps. A
     state of the first kind keeps what backward needs, as torch does, until the last state and the
-    last result of its history are released.
+    last result of its history are released. After some steps it runs on packed weights, too, for as
+    long as no x requires a gradient: backward computes these steps again, as one sequence. If x or
+    a parameter has been changed in place since the step, backward raises RuntimeError.
 
     Hooks of the module do not run for a step, and dropout draws a new mask for each step.
 
@@ -55,13 +62,32 @@ class State:
         torch.Size([2, 16])
     """
 
-    __slots__ = ("__weakref__", "_batch", "_core", "_layers", "_prev", "_rnn")
+    __slots__ = (
+        "__weakref__",
+        "_batch",
+        "_core",
+        "_history",
+        "_is_continued",
+        "_layers",
+        "_place",
+        "_prev",
+        "_rnn",
+        "_token",
+        "_x",
+        "_x_version",
+    )
 
     _rnn: Any
     _core: Any  # of packed weights: a _cpu.PackedState. None: _layers holds the states
     _layers: tuple[Pair, ...]
     _batch: int | None  # B; None: unbatched
     _prev: Any  # None, a State, or a weak reference to one
+    _history: History | None  # with a core: that of steps with gradients
+    _token: Tensor  # of the history
+    _is_continued: bool  # whether there has been a step after this one in the history
+    _place: int  # in the history, from 1; without a core: how many steps there have been
+    _x: Tensor  # of the last step, in a history, and its version then
+    _x_version: int
 
     def __init__(self) -> None:
         raise TypeError("State: call initial_state() of a module, or add_input() of a state")
@@ -81,27 +107,44 @@ class State:
             ValueError: if x, mask or inputs is of a wrong shape, dtype or device.
             RuntimeError: if the module is frozen and in training mode, or its parameters changed.
         """
-        if self._core is not None and inputs is None:
-            core = self._core.step(x, mask)
-            if core is not None:
-                state: State = _new(State)
-                state._rnn = self._rnn
-                state._core = core
-                state._batch = self._batch
-                state._prev = weakref.ref(self)
-                return state
-        elif mask is None and inputs is None and self._batch is not None:
+        core = self._core
+        if core is not None and inputs is None:
+            history = self._history
+            if history is None:
+                core = core.step(x, mask)
+                if core is not None:
+                    state: State = _new(State)
+                    state._rnn = self._rnn
+                    state._core = core
+                    state._batch = self._batch
+                    state._history = None
+                    state._prev = weakref.ref(self)
+                    return state
+            elif mask is None and torch.is_grad_enabled() and not self._rnn._options:
+                core = core.step(x, None)
+                if core is not None:
+                    if self._is_continued:  # a history has no branches
+                        return self._next(core, x, *begin(self._rnn, read(self)), 1)
+                    self._is_continued = True
+                    return self._next(core, x, history, self._token, self._place + 1)
+        if mask is not None or inputs is not None:
+            return self._add_input(x, mask, inputs)
+        if self._core is None and self._place == _FIRST_STEPS:
+            begun = self._begin(x)
+            if begun is not None:
+                return begun
+        if self._batch is not None and (self._core is None or self._history is not None):
             # A single layer has the states that its module takes and returns.
             rnn = self._rnn
             if rnn.num_layers == 1 and type(x) is Tensor:
-                hx = self._layers[0]
+                hx = self._tensors()[0]
                 row = x.unsqueeze(1 if rnn.batch_first else 0)
                 result = rnn._run_directly(row, hx[0] if len(hx) == 1 else hx)
                 if result is not None:
                     state = _new(State)
                     state._rnn, state._core, state._batch = rnn, None, self._batch
                     state._layers = (result[1] if len(hx) > 1 else (result[1],),)
-                    state._prev = self
+                    state._prev, state._place = self, self._steps() + 1
                     return state
         return self._add_input(x, mask, inputs)
 
@@ -130,7 +173,7 @@ class State:
         """
         if not isinstance(xs, Tensor):
             xs = torch.stack(tuple(xs))
-        if self._core is not None:
+        if self._core is not None and self._history is None:
             result = self._core.run(xs)
             if result is not None:
                 output: Tensor = result[0]
@@ -144,15 +187,17 @@ class State:
     def output(self) -> Tensor:
         """h of the top layer, [B, P], or [P] unbatched. P is H without a projection."""
         if self._core is not None:
+            if self._history is not None:
+                return read_output(self)
             h: Tensor = self._core.h(self._rnn.num_layers - 1)
             return h
         return self._shaped(self._layers[-1][0])
 
     def h(self) -> tuple[Tensor, ...]:
         """h of every layer, bottom to top, each [B, P] or [P]."""
-        if self._core is not None:
+        if self._core is not None and self._history is None:
             return tuple(map(self._core.h, range(self._rnn.num_layers)))
-        return tuple(self._shaped(layer[0]) for layer in self._layers)
+        return tuple(self._shaped(layer[0]) for layer in self._tensors())
 
     def s(self) -> tuple[Tensor, ...]:
         """All states: those other than h (c of an LSTM), bottom to top, followed by all h.
@@ -189,10 +234,10 @@ class State:
     def hx(self) -> Any:
         """The states as forward takes them: h_n [L, B, P], for an LSTM (h_n, c_n), for a cell of
         your own with several states a tuple; without B if unbatched."""
-        if self._core is not None:
+        if self._core is not None and self._history is None:
             parts = [t for t in self._core.tensors() if t is not None]
         else:
-            parts = [torch.cat(each) for each in zip(*self._layers)]
+            parts = [torch.cat(each) for each in zip(*self._tensors())]
             if not self.is_batched:
                 parts = [t.squeeze(1) for t in parts]
         if len(parts) == 1:
@@ -273,10 +318,58 @@ class State:
         """h and the other states of each layer."""
         if self._core is None:
             return self._layers
+        return self._packed_tensors() if self._history is None else read(self)
+
+    def _packed_tensors(self) -> tuple[Pair, ...]:
+        """The same, without gradients."""
         parts = [t for t in self._core.tensors() if t is not None]
         if self._batch is None:
             parts = [t.unsqueeze(1) for t in parts]
         return tuple(zip(*(t.split(1) for t in parts)))
+
+    def _steps(self) -> int:
+        """The steps with gradients since weights were last packed."""
+        return self._place if self._core is None else 0
+
+    def _next(self, core: Any, x: Tensor, history: History, token: Tensor, place: int) -> State:
+        """The state after a step in a history."""
+        state: State = _new(State)
+        state._rnn, state._core, state._batch, state._prev = self._rnn, core, self._batch, self
+        state._history, state._token, state._place = history, token, place
+        state._is_continued = False
+        state._x, state._x_version = x, version_of(x)
+        if state._x_version < 0:  # of inference mode, where changes are not counted
+            state._x = x.clone()
+            state._x_version = version_of(state._x)
+        return state
+
+    def _begin(self, x: Any) -> State | None:
+        """The first state of a history; None where there can be none."""
+        rnn, layers = self._rnn, self._layers
+        weights = rnn._weights()
+        if (
+            not torch.is_grad_enabled()
+            or not isinstance(x, Tensor)
+            or x.requires_grad
+            or rnn._options
+            or rnn._frozen is not None
+            or rnn.cell_mode not in BUILT_IN
+            or weights[0].dtype not in (torch.float32, torch.float64)
+            or not any(w.requires_grad for w in weights)
+            or (rnn.training and rnn.dropout and rnn.num_layers > 1)
+            or not can_pack(rnn)
+        ):
+            return None
+        core = _core(pack_again(rnn), rnn, layers, self._batch).step(x, None)
+        return None if core is None else self._next(core, x, *begin(rnn, layers), 1)
+
+    def _x_of_step(self) -> Tensor:
+        """x of the last step, [1, B, I]."""
+        if version_of(self._x) != self._x_version:
+            raise RuntimeError(
+                "backward: x has been changed in place since the step whose gradient is computed"
+            )
+        return self._x.unsqueeze(0) if self.is_batched else self._x[None, None]
 
     def _shaped(self, state: Tensor) -> Tensor:
         """[1, B, features] as it is shown."""
@@ -351,7 +444,8 @@ class State:
         if rnn._frozen is not None:
             check_frozen(rnn, x)
         # The weights may have changed since they were packed.
-        if self._core is not None and inputs is None and not rnn._wants_gradient(x):
+        is_packed = self._core is not None and self._history is None
+        if is_packed and inputs is None and not rnn._wants_gradient(x):
             again = _of(rnn, self._tensors(), self._batch, is_packed=True)
             core = None if again._core is None else again._core.step(x.detach(), valid)
             if core is not None:
@@ -369,13 +463,17 @@ class State:
                 tuple(torch.where(rows, t, old) for t, old in zip(layer, before))
                 for layer, before in zip(layers, self._tensors())
             )
-        return self._after(layers)
+        state = self._after(layers)
+        if state._core is None:
+            state._place = self._steps() + 1
+        return state
 
     def _after(self, layers: tuple[Pair, ...], batch: int | None = None) -> State:
         """A state of such tensors, whose prev() is this one."""
         rows = self._batch if batch is None else batch
         wants = any(t.requires_grad for layer in layers for t in layer)
-        state = _of(self._rnn, layers, rows, self._core is not None and not wants)
+        is_packed = self._core is not None and self._history is None
+        state = _of(self._rnn, layers, rows, is_packed and not wants)
         state._prev = self if state._core is None else weakref.ref(self)
         return state
 
@@ -383,19 +481,24 @@ class State:
 _new = object.__new__
 
 
+def _core(model: Any, rnn: Any, layers: tuple[Pair, ...], batch: int | None) -> Any:
+    """A state of packed weights."""
+    parts = [torch.cat(each).detach() for each in zip(*layers)]
+    h, c = parts[0], parts[1] if len(parts) > 1 else None
+    return model.start(vars(rnn), 1 if batch is None else batch, batch is not None, h, c)
+
+
 def _of(rnn: Any, layers: tuple[Pair, ...], batch: int | None, is_packed: bool) -> State:
     """A state of such tensors, with nothing before it."""
     state: State = _new(State)
     state._rnn, state._batch, state._core, state._prev = rnn, batch, None, None
+    state._history = None
     if is_packed and can_pack(rnn):
         model = packed(rnn)
-        parts = [torch.cat(each).detach() for each in zip(*layers)]
-        h, c = parts[0], parts[1] if len(parts) > 1 else None
-        rows = 1 if batch is None else batch
-        if h.dtype == next(rnn.parameters()).dtype:
-            state._core = model.start(vars(rnn), rows, batch is not None, h, c)
+        if layers[0][0].dtype == next(rnn.parameters()).dtype:
+            state._core = _core(model, rnn, layers, batch)
     if state._core is None:
-        state._layers = layers
+        state._layers, state._place = layers, 0
     return state
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "below_autograd",
     "bind_apply",
     "by_sample",
+    "graph_task",
     "has_forward_ad",
     "is_batched",
     "is_expanded",
@@ -208,6 +209,10 @@ def assert_async(condition: Tensor, message: str) -> None:
 def add_to_each(sums: list[Tensor], values: list[Tensor]) -> None:
     """sums[i] += values[i], on a GPU in one launch."""
     torch._foreach_add_(sums, values)
+
+
+# The number of the backward pass that this thread is in.
+graph_task = torch._C._current_graph_task_id
 
 
 def bind_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
