@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fastrnn
-from helpers import CELLS, TOLERANCE, inputs, make, pack, pair, unpack
+from fastrnn import _states
+from helpers import CELLS, TOLERANCE, inputs, make, pack, pair, seeded, unpack
 
 T, B, F, H = 7, 3, 5, 19  # 19 units end in a vector that is not full
 
@@ -719,3 +720,23 @@ def test_transforms():
 
 def test_every_mode_is_tested():
     assert set(CELLS) == set(fastrnn._layer.BUILT_IN)
+
+
+@pytest.mark.parametrize("begins", [0, 12])
+def test_steps_with_gradients_under_autocast(cell, begins, monkeypatch):
+    """Steps are taken one by one there, and the types are those of the module's calls."""
+    results = []
+    for first in (_states._FIRST_STEPS, 10**6):
+        monkeypatch.setattr(_states, "_FIRST_STEPS", first)
+        model, outputs = make(fastrnn, cell, 5, 7, 2), []
+        state = model.initial_state(batch=3)
+        for i, x in enumerate(torch.randn(20, 3, 5, generator=seeded())):
+            with torch.autocast("cpu", torch.bfloat16, enabled=i >= begins):
+                state = state.add_input(x)
+                outputs.append(state.output())
+        torch.stack([h.float() for h in outputs]).square().sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        results.append({**dict(enumerate(outputs)), **grads})
+    for actual, expected in zip(*(r.values() for r in results), strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected)

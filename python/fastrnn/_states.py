@@ -67,8 +67,8 @@ class State:
         "_batch",
         "_core",
         "_history",
-        "_is_continued",
         "_layers",
+        "_next_turn",
         "_place",
         "_prev",
         "_rnn",
@@ -84,7 +84,7 @@ class State:
     _prev: Any  # None, a State, or a weak reference to one
     _history: History | None  # with a core: that of steps with gradients
     _token: Tensor  # of the history
-    _is_continued: bool  # whether there has been a step after this one in the history
+    _next_turn: list[None]  # of one, until a step after this one has taken it
     _place: int  # in the history, from 1; without a core: how many steps there have been
     _x: Tensor  # of the last step, in a history, and its version then
     _x_version: int
@@ -123,9 +123,10 @@ class State:
             elif mask is None and torch.is_grad_enabled() and not self._rnn._options:
                 core = core.step(x, None)
                 if core is not None:
-                    if self._is_continued:  # a history has no branches
+                    try:
+                        self._next_turn.pop()  # by one thread alone
+                    except IndexError:  # a history has no branches
                         return self._next(core, x, *begin(self._rnn, read(self)), 1)
-                    self._is_continued = True
                     return self._next(core, x, history, self._token, self._place + 1)
         if mask is not None or inputs is not None:
             return self._add_input(x, mask, inputs)
@@ -336,7 +337,7 @@ class State:
         state: State = _new(State)
         state._rnn, state._core, state._batch, state._prev = self._rnn, core, self._batch, self
         state._history, state._token, state._place = history, token, place
-        state._is_continued = False
+        state._next_turn = [None]
         state._x, state._x_version = x, version_of(x)
         if state._x_version < 0:  # of inference mode, where changes are not counted
             state._x = x.clone()
@@ -355,6 +356,8 @@ class State:
             or rnn._frozen is not None
             or rnn.cell_mode not in BUILT_IN
             or weights[0].dtype not in (torch.float32, torch.float64)
+            or layers[0][0].dtype != weights[0].dtype  # under autocast
+            or torch.is_autocast_enabled(x.device.type)
             or not any(w.requires_grad for w in weights)
             or (rnn.training and rnn.dropout and rnn.num_layers > 1)
             or not can_pack(rnn)
