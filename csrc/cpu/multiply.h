@@ -236,8 +236,8 @@ template <class T, int W, int... I>
 [[gnu::always_inline]] inline void exchange(Vec<T>& a, Vec<T>& b,
                                             std::integer_sequence<int, I...>) {
   constexpr int lanes = Vec<T>::lanes;
-  const auto low = __builtin_shufflevector(a.raw, b.raw, (I & W ? lanes + I - W : I)...);
-  const auto high = __builtin_shufflevector(a.raw, b.raw, (I & W ? lanes + I : I + W)...);
+  const Vec<T> low = shuffle<(I & W ? lanes + I - W : I)...>(a, b);
+  const Vec<T> high = shuffle<(I & W ? lanes + I : I + W)...>(a, b);
   a = low;
   b = high;
 }

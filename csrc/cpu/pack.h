@@ -12,7 +12,7 @@ namespace fastrnn::FASTRNN_VARIANT {
 template <class S, class T>
 inline void pack_row(const S* row, int64_t count, int64_t width, T* packed) {
   convert(row, packed, count);
-  for (int64_t i = count; i < width; ++i) packed[i] = T(0);
+  for (int64_t i = count; i < width; ++i) packed[i] = T{};
 }
 
 // Two rows, or one and zeros for null, their elements in turn, and zeros up to `width` of each.

@@ -173,6 +173,16 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// Its lanes are those of a and b, one after the other, whose numbers are I.
+template <int... I, class T>
+[[gnu::always_inline]] inline Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a.raw, b.raw, I...);
+#else  // gcc 11
+  return __builtin_shuffle(a.raw, b.raw, typename Vec<T>::Int{I...});
+#endif
+}
+
 // Zero beyond the first `count` lanes, fewer than all, where products with packed zeros may have
 // left NaN.
 template <class T>

@@ -1,0 +1,41 @@
+"""README.md as a package index shows it."""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "python"))
+
+from pypi_readme import absolute  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TARGET = re.compile(r"\]\(([^()\s]+)\)")
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_with_a_repository():
+    text = absolute(README, "https://example.org/us/fastrnn/")
+    targets = TARGET.findall(prose(text))
+    assert len(targets) == len(TARGET.findall(prose(README)))
+    assert all(t.startswith(("https://", "#")) for t in targets), targets
+    assert "https://example.org/us/fastrnn/raw/HEAD/docs/img/speedup.svg" in targets
+    assert "https://example.org/us/fastrnn/blob/HEAD/docs/install.md" in targets
+
+
+def test_without_a_repository():
+    text = absolute(README, "")
+    assert all(t.startswith(("https://", "#")) for t in TARGET.findall(prose(text)))
+    assert "docs/img" not in text
+    assert "installation" in text
+    assert "[Installation]" not in text
+
+
+def test_code_stays():
+    code = "```python\nf = table[0](docs)\n```\n"
+    text = f"{code}`a[1](b)` and [a page](docs/a.md), [a site](https://x.org), [below](#here)\n"
+    expected = f"{code}`a[1](b)` and a page, [a site](https://x.org), [below](#here)\n"
+    assert absolute(text, "") == expected
