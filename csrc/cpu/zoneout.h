@@ -1,10 +1,11 @@
 // Zoneout (Krueger et al., arXiv:1606.01305): in a step, some units keep their states.
 //
-// Which ones is drawn by Philox4x32-10 (Salmon et al., 2011), a function of a seed and of a place:
-// of direction, step, row and unit, so that backward draws again what forward drew, and that
-// neither threads nor the width of vectors matter. fastrnn.reference.kept draws the same.
+// Which ones is drawn by Philox4x32-10, a function of a seed and of a place: of direction, step,
+// row and unit, so that backward draws again what forward drew, and that neither threads nor the
+// width of vectors matter. ../cuda/options.h and fastrnn.reference.kept draw the same.
 #pragma once
 
+#include "../philox.h"
 #include "columns.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
@@ -13,8 +14,7 @@ namespace fastrnn::FASTRNN_VARIANT {
 // step, last).
 inline void draw_words(uint64_t seed, uint32_t group, uint32_t row, uint32_t step, uint32_t last,
                        uint32_t (&words)[64]) {
-  constexpr int kLanes = 16, kRounds = 10;
-  constexpr uint32_t kMultipliers[2] = {0xD2511F53, 0xCD9E8D57};
+  constexpr int kLanes = 16;
   uint32_t c[4][kLanes];
   for (int l = 0; l < kLanes; ++l) {
     c[0][l] = group * kLanes + l;
@@ -22,18 +22,10 @@ inline void draw_words(uint64_t seed, uint32_t group, uint32_t row, uint32_t ste
     c[2][l] = step;
     c[3][l] = last;
   }
-  auto key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kRounds; ++round) {
-    for (int l = 0; l < kLanes; ++l) {
-      const uint64_t a = uint64_t{c[0][l]} * kMultipliers[0];
-      const uint64_t b = uint64_t{c[2][l]} * kMultipliers[1];
-      c[0][l] = static_cast<uint32_t>(b >> 32) ^ c[1][l] ^ key0;
-      c[1][l] = static_cast<uint32_t>(b);
-      c[2][l] = static_cast<uint32_t>(a >> 32) ^ c[3][l] ^ key1;
-      c[3][l] = static_cast<uint32_t>(a);
-    }
-    key0 += 0x9E3779B9;
-    key1 += 0xBB67AE85;
+  PhiloxKey key = PhiloxKey::of(seed);
+  for (int round = 0; round < PhiloxKey::kRounds; ++round) {
+    for (int l = 0; l < kLanes; ++l) philox_round(key, c[0][l], c[1][l], c[2][l], c[3][l]);
+    key.advance();
   }
   std::memcpy(words, c, sizeof(words));
 }
