@@ -1,8 +1,8 @@
 // Zoneout (Krueger et al., arXiv:1606.01305): in a step, some units keep their states.
 //
-// Which ones is drawn by Philox4x32-10, a function of a seed and of a place: of direction, step, row
-// and unit, so that backward draws again what forward drew, and that neither threads nor the width
-// of vectors matter. fastrnn.reference.kept draws the same.
+// Which ones is drawn by Philox4x32-10, a function of a seed and of a place: of direction, step,
+// row and unit, so that backward draws again what forward drew, and that neither threads nor the
+// width of vectors matter. ../cuda/options.h and fastrnn.reference.kept draw the same.
 #pragma once
 
 #include "../philox.h"
