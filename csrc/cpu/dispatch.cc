@@ -39,6 +39,14 @@ extern const CpuVariant variant_avx2, variant_avx512, variant_avx512bf16;
 
 namespace {
 
+#if defined(FASTRNN_X86)
+// clang 14 does not know this one by name.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 std::vector<const CpuVariant*> find_runnable() {
   std::vector<const CpuVariant*> found;
 #if defined(FASTRNN_X86)
@@ -48,8 +56,7 @@ std::vector<const CpuVariant*> find_runnable() {
     if (__builtin_cpu_supports("avx512bf16")) found.push_back(&variant_avx512bf16);
     found.push_back(&variant_avx512);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
     found.push_back(&variant_avx2);
 #endif
   found.push_back(&variant_baseline);
