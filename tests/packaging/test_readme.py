@@ -1,13 +1,15 @@
 """README.md as a package index shows it."""
 
+import importlib.util
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "python"))
-
-from pypi_readme import absolute  # noqa: E402
+# Not by sys.path, on which processes that tests start would find the package without its extension.
+_spec = importlib.util.spec_from_file_location("pypi_readme", ROOT / "python" / "pypi_readme.py")
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+absolute = _module.absolute
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TARGET = re.compile(r"\]\(([^()\s]+)\)")
