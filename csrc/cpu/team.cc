@@ -1,6 +1,16 @@
 #include "team.h"
 
+#if defined(__clang__) && defined(__linux__)
+// What clang makes of OpenMP's pragmas needs its own runtime. torch's on Linux is gcc's, whose
+// functions are therefore called by name.
+extern "C" {
+void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+int omp_get_num_procs();
+int omp_get_thread_num();
+}
+#else
 #include <omp.h>
+#endif
 #include <pthread.h>
 #include <signal.h>
 #include <time.h>
@@ -353,12 +363,18 @@ void run_team(int threads, void (*work)(void*, int), void* context) {
   has_pool = true;
   const int64_t begin = nanoseconds(CLOCK_MONOTONIC);
   std::atomic<bool> was_held_up{false};
-#pragma omp parallel num_threads(threads)
-  {
+  auto body = [&] {
     const Absence absence(begin);
     work(context, omp_get_thread_num());
     if (absence.was_long()) was_held_up.store(true, std::memory_order_relaxed);
-  }
+  };
+#if defined(__clang__) && defined(__linux__)
+  GOMP_parallel([](void* data) { (*static_cast<decltype(body)*>(data))(); }, &body,
+                static_cast<unsigned>(threads), 0);
+#else
+#pragma omp parallel num_threads(threads)
+  body();
+#endif
   contention.learn_from_region(was_held_up.load(std::memory_order_relaxed));
 }
 
