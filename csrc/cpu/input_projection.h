@@ -1,6 +1,5 @@
-// W_ih x + b_ih for a scan, some steps ahead of it, in a buffer that stays in cache: that
-// of the whole sequence would be written to memory and read back, and inference would need room for
-// it.
+// W_ih x + b_ih for a scan, some steps ahead of it, in a buffer that stays in cache: that of the
+// whole sequence would be written to memory and read back, and inference would need room for it.
 #pragma once
 
 #include "scan_common.h"
