@@ -34,7 +34,6 @@ def main() -> None:
     parser.add_argument("--clusters", default="66,32,16,8", help="of 2, 4, 8, 16 blocks at once")
     parser.add_argument("--cell", default="LSTM")
     args = parser.parse_args()
-    from fastrnn._layer import CELLS
 
     kernels = load_kernels()
     clusters = [int(n) for n in args.clusters.split(",")]
@@ -44,8 +43,7 @@ def main() -> None:
     print("| --- | --- | --- |" + " ---: |" * (len(titles) - 3))
     for hidden, batch in SHAPES:
         for backward in (False, True):
-            cell = CELLS[args.cell].index
-            problem = kernels.Problem(backward, cell, 2, 100, batch, hidden, 1, False, False)
+            problem = kernels.Problem(backward, args.cell, 2, 100, batch, hidden, 1, False, False)
             plan = kernels.make_plan(problem, device)
             terms = kernels.step_terms(problem, device, plan)
             us = 1e-3 / args.ghz

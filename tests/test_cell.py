@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -284,7 +285,9 @@ def test_derivatives(cls, layers, directions):
 def test_kernel_equals_function(cls, dtype):
     _compare(cls, dtype, "cpu", 1, 2)
     _compare(cls, dtype, "cpu", 2, 1)
-    assert _kernels._found[cls.definition.mode, dtype], "there was no kernel to compare"
+    assert _kernels._found[cls.definition.mode, dtype, _kernels.CPU], (
+        "there was no kernel to compare"
+    )
 
 
 @fastrnn.cell(gates=("a", "b"), recurrent=("a",))
@@ -305,7 +308,7 @@ def Everything(x, r, h, s):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_all_functions(dtype):
     _compare(Everything, dtype, "cpu", 1, 2)
-    assert _kernels._found[Everything.definition.mode, dtype]
+    assert _kernels._found[Everything.definition.mode, dtype, _kernels.CPU]
 
 
 @fastrnn.cell(gates=("a",), recurrent=())
@@ -569,6 +572,28 @@ def test_command_line(tmp_path):
     wrong = subprocess.run([*command[:4], "mine:Nothing", "-o", "out"], **options)
     assert wrong.returncode == 2
     assert "there is no cell Nothing in mine" in wrong.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_command_line_for_gpus(tmp_path):
+    """nvcc compiles what the generator writes; tests/cuda runs it."""
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+        import torch, fastrnn
+        @fastrnn.cell(gates=("a",), recurrent=())
+        def Ahead(x, r, h, *, u):
+            return torch.where(x.a > 0, torch.expm1(x.a) + 2**0.5, float("inf")) * u * h
+        """)
+    )
+    command = [sys.executable, "-m", "fastrnn", "compile", "mine:Ahead", "-o", "out"]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--dtype", "float64", "--cuda", "80,90"], **options)
+    assert done.returncode == 0, done.stderr
+    (made,) = (tmp_path / "out").glob("Ahead*-sm_80-sm_90-float64-*.so")
+    assert b"fastrnn_cell" in made.read_bytes()
+    wrong = subprocess.run([*command, "--cuda", "9.0"], **options)
+    assert wrong.returncode == 2
+    assert "invalid capabilities value: '9.0'" in wrong.stderr
 
 
 def test_no_warnings_with_a_kernel():

@@ -1,5 +1,6 @@
-// The general form of a cell, in which the scans on the CPU call it: any number of states, learned
-// vectors, inputs that no weight multiplies, and gates without rows in W_hh. It defines
+// The general form of a cell, in which the scans call it: any number of states, learned vectors,
+// inputs that no weight multiplies, and gates without rows in W_hh. Its functions are constexpr, for
+// CUDA. It defines
 //   mode, gates, recurrent, states, saves, inputs, parameters, splits_gradient, has_direct_path
 //       see traits.h and registry.h; the recurrent gates come in the order of the rows of W_hh
 //   reads_output
@@ -16,6 +17,13 @@
 #pragma once
 
 #include "traits.h"
+
+// Before the loops over gates, which must not stay loops: they index registers.
+#ifdef __CUDACC__
+#define FASTRNN_UNROLL _Pragma("unroll")
+#else
+#define FASTRNN_UNROLL _Pragma("GCC unroll 4")
+#endif
 
 namespace fastrnn {
 
@@ -52,12 +60,12 @@ struct General<Cell> {
   [[gnu::always_inline]] static constexpr V forward(const V* x, const V* r, const V*, const V*,
                                                     V h_prev, V* extra, V* saved) {
     V gate[gates], recurrent_part[gates];
-#pragma GCC unroll 4
+    FASTRNN_UNROLL
     for (int g = 0; g < gates; ++g) gate[g] = x[g];
-#pragma GCC unroll 4
+    FASTRNN_UNROLL
     for (int g = 0; g < gates; ++g) recurrent_part[g] = r[g];
     const V h = Cell::forward(gate, recurrent_part, h_prev, extra[0]);
-#pragma GCC unroll 4
+    FASTRNN_UNROLL
     for (int g = 0; g < saves; ++g) saved[g] = gate[g];
     return h;
   }
@@ -67,13 +75,13 @@ struct General<Cell> {
                                                      V h, const V* extra_prev, const V* extra, V dh,
                                                      V* d_extra, V* dx, V* dr, V*, V*) {
     V gate[gates], d_input[gates], d_recurrent[gates];
-#pragma GCC unroll 4
+    FASTRNN_UNROLL
     for (int g = 0; g < saves; ++g) gate[g] = saved[g];
     const V direct = Cell::backward(gate, h_prev, h, extra_prev[0], extra[0], dh, d_extra[0],
                                     d_input, d_recurrent);
-#pragma GCC unroll 4
+    FASTRNN_UNROLL
     for (int g = 0; g < gates; ++g) dx[g] = d_input[g];
-#pragma GCC unroll 4
+    FASTRNN_UNROLL
     for (int g = 0; g < gates; ++g) dr[g] = d_recurrent[g];
     return direct;
   }
@@ -82,7 +90,7 @@ struct General<Cell> {
   template <class V>
   [[gnu::always_inline]] static constexpr V hidden(const V* saved, const V* extra) {
     V gate[gates];
-#pragma GCC unroll 4
+    FASTRNN_UNROLL
     for (int g = 0; g < gates; ++g) gate[g] = saved[g];
     return Cell::hidden(gate, extra[0]);
   }
@@ -90,7 +98,7 @@ struct General<Cell> {
   template <class V>
   [[gnu::always_inline]] static constexpr V hidden_gradient(const V* saved, V c, V dh) {
     V gate[gates];
-#pragma GCC unroll 4
+    FASTRNN_UNROLL
     for (int g = 0; g < gates; ++g) gate[g] = saved[g];
     return Cell::hidden_gradient(gate, c, dh);
   }
@@ -99,7 +107,7 @@ struct General<Cell> {
   template <class V>
   [[gnu::always_inline]] static constexpr V cell_state(const V* saved, V before) {
     V gate[gates];
-#pragma GCC unroll 4
+    FASTRNN_UNROLL
     for (int g = 0; g < gates; ++g) gate[g] = saved[g];
     return Cell::cell_state(gate, before);
   }

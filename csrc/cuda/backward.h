@@ -17,10 +17,20 @@ class BackwardItems {
  public:
   using T = Compute<S>;
   using V = Value<S>;
-  static constexpr int G = Cell::gates;
+  using C = General<Cell>;
+  static constexpr int G = C::gates, R = C::recurrent, K = C::saves, Z = C::inputs;
+  static constexpr int Q = C::parameters, E = C::extras;
+  // The gates of W_hh h + b_hh whose gradients are stored beside those of W_ih x + b_ih: of the
+  // built-in cells only the last differs.
+  static constexpr int kSplit = !C::splits_gradient ? 0 : is_general<Cell> ? R : 1;
 
   FASTRNN_DEVICE explicit BackwardItems(const Block<RecurrenceBackward>& block)
-      : block_(block), args_(block.p.args), carried_(block), zoneout_(args_.zoneout) {}
+      : block_(block), args_(block.p.args), carried_(block), zoneout_(args_.zoneout) {
+    read_parameters<Q, S>(block, parameters_);
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+      d_parameters_[q] = V(has_sums() ? sums()[q * stride_of_sums()] : T(0));
+  }
 
   // Reads what does not depend on the gradients at t+1.
   FASTRNN_DEVICE void read(int64_t t) {
@@ -40,15 +50,30 @@ class BackwardItems {
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int row = block_.local_row + k * block_.row_step;
-      const V dh = dh_after(i, k, row, total);
+      const V dh = dh_after(i, k, total(row, block_.local_unit));
+      const auto put = [&](int gate, S value) {
+        exchange.put(i, row, gate * block_.hidden + block_.unit, value);
+      };
       if (place_[k] >= 0) {
-        run_cell(i, k, row, dh, exchange);
+        run_cell(i, k, dh, put);
       } else {  // not a valid step: the gradients are those of the step before
         carried_.h[k] = dh;
 #pragma unroll
-        for (int g = 0; g < G; ++g) {
-          exchange.put(i, row, g * block_.hidden + block_.unit, narrowed<S>(T(0)));
-        }
+        for (int g = 0; g < R; ++g) put(g, narrowed<S>(T(0)));
+      }
+    }
+  }
+
+  // The same of a cell without recurrent gates.
+  FASTRNN_DEVICE void finish(int64_t i) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (!block_.owns(k)) continue;
+      const V dh = dh_after(i, k, T(0));
+      if (place_[k] >= 0) {
+        run_cell(i, k, dh, [](int, S) {});
+      } else {
+        carried_.h[k] = dh;
       }
     }
   }
@@ -61,8 +86,15 @@ class BackwardItems {
       S* d_gates = static_cast<S*>(args_.d_gates) + block_.column(place_[k], G);
 #pragma unroll
       for (int g = 0; g < G; ++g) d_gates[g * block_.hidden] = gate_[k][g];
-      if constexpr (Cell::splits_gradient) {
-        static_cast<S*>(args_.d_recurrent)[block_.column(place_[k], 1)] = d_recurrent_[k];
+      if constexpr (kSplit > 0) {
+        S* d_recurrent = static_cast<S*>(args_.d_recurrent) + block_.column(place_[k], kSplit);
+#pragma unroll
+        for (int g = 0; g < kSplit; ++g) d_recurrent[g * block_.hidden] = d_recurrent_[k][g];
+      }
+      if (Z > 0 && args_.d_inputs != nullptr) {
+        S* d_inputs = static_cast<S*>(args_.d_inputs) + block_.feature(place_[k], Z);
+#pragma unroll
+        for (int z = 0; z < Z; ++z) d_inputs[z * block_.hidden] = inputs_[k][z];
       }
     }
   }
@@ -71,19 +103,26 @@ class BackwardItems {
   FASTRNN_DEVICE void finish_states(int64_t i, const SliceSum<T>& total) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      if (!block_.owns(k)) continue;
-      const int64_t state = block_.state(k);
-      const V dh = carried_.h[k] = dh_after(i, k, block_.local_row + k * block_.row_step, total);
-      if (args_.d_h_0 != nullptr) narrow(dh.value, static_cast<S*>(args_.d_h_0)[state]);
-      if constexpr (Cell::has_cell_state) {
-        if (args_.d_c_0 != nullptr) {
-          narrow(carried_.c[k].value, static_cast<S*>(args_.d_c_0)[state]);
-        }
+      if (block_.owns(k)) {
+        const int row = block_.local_row + k * block_.row_step;
+        store_states(i, k, total(row, block_.local_unit));
       }
     }
   }
+  FASTRNN_DEVICE void finish_states(int64_t i) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (block_.owns(k)) store_states(i, k, T(0));
+    }
+  }
 
-  FASTRNN_DEVICE void save_carried(bool is_last) { carried_.save(block_, is_last); }
+  FASTRNN_DEVICE void save_carried(bool is_last) {
+    carried_.save(block_, is_last);
+#pragma unroll
+    for (int q = 0; q < Q; ++q) {
+      if (has_sums()) sums()[q * stride_of_sums()] = d_parameters_[q].value;
+    }
+  }
 
  private:
   // Null means zero.
@@ -94,6 +133,24 @@ class BackwardItems {
     return base == nullptr ? T(0) : static_cast<const T*>(base)[i];
   }
 
+  // Where the thread's sums of the gradients of learned vectors lie, in the row of its first item.
+  FASTRNN_DEVICE bool has_sums() const { return args_.d_parameters != nullptr && block_.owns(0); }
+  FASTRNN_DEVICE T* sums() const {
+    const int64_t first = block_.direction * Q * block_.batch + block_.row(0);
+    return static_cast<T*>(args_.d_parameters) + first * block_.hidden + block_.unit;
+  }
+  FASTRNN_DEVICE int64_t stride_of_sums() const { return block_.batch * block_.hidden; }
+
+  FASTRNN_DEVICE void store_states(int64_t i, int k, T total) {
+    const V dh = carried_.h[k] = dh_after(i, k, total);
+    if (args_.d_h_0 != nullptr) narrow(dh.value, static_cast<S*>(args_.d_h_0)[block_.state(k)]);
+    if (C::states > 0 && args_.d_c_0 != nullptr) {
+      S* d_c_0 = static_cast<S*>(args_.d_c_0) + block_.states(k, C::states);
+#pragma unroll
+      for (int j = 0; j < C::states; ++j) narrow(carried_.c[k][j].value, d_c_0[j * block_.hidden]);
+    }
+  }
+
   FASTRNN_DEVICE S h_before(int64_t t, int k) const {
     const int64_t before = block_.before(t, k);
     if (before == kReset) return S{};
@@ -102,40 +159,41 @@ class BackwardItems {
   }
 
   FASTRNN_DEVICE void read_item(int64_t t, int k) {
-    const int64_t before = block_.before(t, k), feature = block_.feature(place_[k]);
-    const bool is_first = before == kInitial;
-    const int64_t previous = is_first ? block_.state(k) : block_.feature(before);
+    const int64_t before = block_.before(t, k), hidden = block_.hidden;
     resets_[k] = before == kReset;
-    h_[k] = S{};
-    extra_prev_[k] = extra_[k] = d_extra_[k] = T(0);
-    if constexpr (Cell::saves_gates) {
+    first_[k] = before == kInitial;
+    h_[k] = C::reads_output ? read(args_.output, block_.feature(place_[k])) : S{};
+    h_prev_[k] = C::has_direct_path ? h_before(t, k) : S{};
+    d_output_[k] = read(args_.d_output, block_.feature(place_[k]));
 #pragma unroll
-      for (int g = 0; g < G; ++g) {
-        gate_[k][g] = read(args_.gates, block_.column(place_[k], G) + g * block_.hidden);
-      }
-    } else {
-      h_[k] = read(args_.output, feature);
+    for (int j = 0; j < K; ++j) {
+      gate_[k][j] = read(args_.saved, block_.column(place_[k], K) + j * hidden);
     }
-    if constexpr (Cell::has_extra) extra_[k] = read_computed(args_.extra, feature);
-    h_prev_[k] = Cell::has_direct_path ? h_before(t, k) : S{};
-    if constexpr (Cell::has_cell_state) {
-      first_[k] = is_first;
-      if (!resets_[k]) {
-        if (is_first) {
-          c_0_[k] = read(args_.c_0, previous);
-        } else {
-          extra_prev_[k] = read_computed(args_.extra, previous);
-        }
-      }
-      d_extra_[k] = read_computed(args_.d_extra, feature);
+#pragma unroll
+    for (int z = 0; z < Z; ++z) {
+      inputs_[k][z] = read(args_.inputs, block_.feature(place_[k], Z) + z * hidden);
     }
-    d_output_[k] = read(args_.d_output, feature);
+#pragma unroll
+    for (int j = 0; j < E; ++j) {
+      extra_[k][j] = read_computed(args_.extra, block_.feature(place_[k], E) + j * hidden);
+    }
+#pragma unroll
+    for (int j = 0; j < C::states; ++j) {
+      extra_prev_[k][j] = T(0);
+      if (first_[k]) {
+        c_0_[k][j] = read(args_.c_0, block_.states(k, C::states) + j * hidden);
+      } else if (!resets_[k]) {
+        extra_prev_[k][j] = read_computed(args_.extra, block_.feature(before, E) + j * hidden);
+      }
+      d_extra_[k][j] =
+          read_computed(args_.d_extra, block_.feature(place_[k], C::states) + j * hidden);
+    }
   }
 
-  // The gradient of h from the step after, where there is one, else of the final state.
-  FASTRNN_DEVICE V dh_after(int64_t i, int k, int row, const SliceSum<T>& total) const {
-    const T sum = total(row, block_.local_unit);
-    const V dh = carried_.h[k] + V(masked<S>(sum, args_, block_.state(k)));
+  // The gradient of h from the step after, where there is one, else of the final state; total: of
+  // the product.
+  FASTRNN_DEVICE V dh_after(int64_t i, int k, T total) const {
+    const V dh = carried_.h[k] + V(masked<S>(total, args_, block_.state(k)));
     if (!has_edge()) return dh;
     const int64_t after = block_.after(i, k);
     return after < 0 ? dh : over_edge<T>(dh, args_, after);
@@ -144,64 +202,81 @@ class BackwardItems {
     return args_.grad_scale != nullptr || args_.grad_clip > 0;
   }
 
-  template <class Exchange>
-  FASTRNN_DEVICE void run_cell(int64_t i, int k, int row, V from_after, Exchange& exchange) {
+  // put(gate, gradient): for the product of the step before.
+  template <class Put>
+  FASTRNN_DEVICE void run_cell(int64_t i, int k, V from_after, Put&& put) {
     auto& [dh, dc] = carried_;
-    V gate[G], dx[G], dr[G], d_state(0), before(extra_prev_[k]);
+    V gate[room(K)], inputs[room(Z)], before[room(E)], extra[room(E)], d_state[room(E)];
+    V dx[G], dr[room(R)], d_inputs[room(Z)], d_parameters[room(Q)];
+    before[0] = extra[0] = d_state[0] = V(0);
 #pragma unroll
-    for (int g = 0; g < G; ++g) gate[g] = V(Cell::saves_gates ? widen_now(gate_[k][g]) : T(0));
-    if constexpr (Cell::has_cell_state) {
-      d_state = dc[k] + V(d_extra_[k]);
-      if (first_[k]) before = V(widen_now(c_0_[k]));
+    for (int j = 0; j < K; ++j) gate[j] = V(widen_now(gate_[k][j]));
+#pragma unroll
+    for (int z = 0; z < Z; ++z) inputs[z] = V(widen_now(inputs_[k][z]));
+#pragma unroll
+    for (int j = 0; j < E; ++j) extra[j] = V(extra_[k][j]);
+#pragma unroll
+    for (int j = 0; j < C::states; ++j) {
+      d_state[j] = dc[k][j] + V(d_extra_[k][j]);
+      before[j] = first_[k] ? V(widen_now(c_0_[k][j])) : V(extra_prev_[k][j]);
     }
-    V h(widen_now(h_[k])), extra(extra_[k]);
+    V h(widen_now(h_[k]));
     V d_h = from_after + V(widen_now(d_output_[k])), kept_h(0), kept_c(0);
     // With zoneout a part of the gradients goes past the cell.
-    const bool keeps_h = zoneout_.is_on(kOfH), keeps_c = zoneout_.is_on(kOfC);
+    const bool keeps_h = zoneout_.is_on(kOfH);
+    const bool keeps_c = C::rebuilds_cell_state && zoneout_.is_on(kOfC);
     if (keeps_h) {
       const V weight(zoneout_.weight(kOfH, k));
       kept_h = weight * d_h;
       d_h = d_h - kept_h;
-      if (!Cell::saves_gates && zoneout_.is_mean()) {
+      if (C::reads_output && zoneout_.is_mean()) {
         h = zoneout_.unmixed(V(widen(h_before(block_.time(i), k))), h);
       }
     }
-    if constexpr (Cell::has_cell_state) {
+    if constexpr (C::rebuilds_cell_state) {
       if (keeps_c) {
-        extra = Cell::cell_state(gate, before);
-        kept_c = V(zoneout_.weight(kOfC, k)) * d_state;
-        d_state = d_state - kept_c;
+        extra[0] = C::cell_state(gate, before[0]);
+        kept_c = V(zoneout_.weight(kOfC, k)) * d_state[0];
+        d_state[0] = d_state[0] - kept_c;
       }
     }
-    V direct =
-        Cell::backward(gate, V(widen_now(h_prev_[k])), h, before, extra, d_h, d_state, dx, dr);
+    V direct = C::backward(gate, inputs, parameters_, V(widen_now(h_prev_[k])), h, before, extra,
+                           d_h, d_state, dx, dr, d_inputs, d_parameters);
     if (keeps_h) direct = direct + kept_h;
+    if (keeps_c) d_state[0] = d_state[0] + kept_c;
     dh[k] = resets_[k] ? V(0) : direct;
-    if constexpr (Cell::has_cell_state) {
-      if (keeps_c) d_state = d_state + kept_c;
-      if (has_edge()) d_state = over_edge<T>(d_state, args_, place_[k]);
-      dc[k] = resets_[k] ? V(0) : d_state;
-    }
 #pragma unroll
-    for (int g = 0; g < G; ++g) {
-      const S exchanged = narrowed<S>(resets_[k] ? T(0) : dr[g].value);
-      exchange.put(i, row, g * block_.hidden + block_.unit, exchanged);
-      narrow(dx[g].value, gate_[k][g]);
+    for (int j = 0; j < C::states; ++j) {
+      if (has_edge()) d_state[j] = over_edge<T>(d_state[j], args_, place_[k]);
+      dc[k][j] = resets_[k] ? V(0) : d_state[j];
     }
-    if constexpr (Cell::splits_gradient) narrow(dr[G - 1].value, d_recurrent_[k]);
+    const V* const recurrent = C::splits_gradient ? dr : dx;
+#pragma unroll
+    for (int g = 0; g < R; ++g) put(g, narrowed<S>(resets_[k] ? T(0) : recurrent[g].value));
+#pragma unroll
+    for (int g = 0; g < G; ++g) narrow(dx[g].value, gate_[k][g]);
+#pragma unroll
+    for (int g = 0; g < kSplit; ++g) narrow(dr[R - kSplit + g].value, d_recurrent_[k][g]);
+#pragma unroll
+    for (int z = 0; z < Z; ++z) narrow(d_inputs[z].value, inputs_[k][z]);
+#pragma unroll
+    for (int q = 0; q < Q; ++q) d_parameters_[q] = d_parameters_[q] + d_parameters[q];
   }
 
   const Block<RecurrenceBackward>& block_;
   const RecurrenceBackward& args_;
   Carried<Cell, S> carried_;  // the direct part of dh, or all of it, and dc
   Zoneout<T> zoneout_;
+  V parameters_[room(Q)], d_parameters_[room(Q)];
   int64_t place_[kItems];  // -1: no valid step
   bool resets_[kItems];    // the step begins a new segment
   bool first_[kItems];     // the initial state comes before the step
-  // All as it is read: to widen it would wait for it. The gates, then their gradients.
-  S gate_[kItems][G], h_prev_[kItems], h_[kItems], c_0_[kItems], d_output_[kItems];
-  T extra_prev_[kItems], extra_[kItems], d_extra_[kItems];
-  S d_recurrent_[kItems];
+  // All as it is read: to widen it would wait for it. What forward saved, then the gradients of the
+  // gates; the inputs, then theirs.
+  S gate_[kItems][G > K ? G : K], inputs_[kItems][room(Z)];
+  S h_prev_[kItems], h_[kItems], c_0_[kItems][room(C::states)], d_output_[kItems];
+  T extra_prev_[kItems][room(C::states)], extra_[kItems][room(E)], d_extra_[kItems][room(E)];
+  S d_recurrent_[kItems][room(kSplit)];
 };
 
 template <class Cell, class S, bool Tensor, template <class, class> class Exchange>
@@ -214,39 +289,59 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
     block.range(block.count + 1, first, last);
     if (first == last) return;  // as do all blocks of the group
 
-    auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
     BackwardItems<Cell, S> items(block);
-    const Product<S, Tensor, 1> product(p.layout, block_weights(block), p.plan.resident, sums);
-    const SliceSum<Compute<S>> total(p.layout, sums);
-    StateExchange exchange(block);
-    exchange.start();
-    for (int64_t i = first; i < last; ++i) {
-      const bool is_step = i < block.count;
-      if (is_step) items.read(block.time(i));  // while others finish the gradients at t+1
-      exchange.wait(i);
-      product.run(exchange.states(i), StateExchange::load_state);
-      sync_block();
-      if (is_step) {
-        items.finish(i, total, exchange);
-      } else {
-        items.finish_states(i, total);
+    if constexpr (General<Cell>::recurrent == 0) {  // nothing to multiply, nobody to wait for
+      for (int64_t i = first; i < last; ++i) {
+        if (i == block.count) {
+          items.finish_states(i);
+          break;
+        }
+        items.read(block.time(i));
+        items.finish(i);
+        items.store();
       }
-      exchange.arrive();
-      if (is_step) items.store();
+    } else {
+      auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
+      const Product<S, Tensor, 1> product(p.layout, block_weights(block), p.plan.resident, sums);
+      const SliceSum<Compute<S>> total(p.layout, sums);
+      StateExchange exchange(block);
+      exchange.start();
+      for (int64_t i = first; i < last; ++i) {
+        const bool is_step = i < block.count;
+        if (is_step) items.read(block.time(i));  // while others finish the gradients at t+1
+        exchange.wait(i);
+        product.run(exchange.states(i), StateExchange::load_state);
+        sync_block();
+        if (is_step) {
+          items.finish(i, total, exchange);
+        } else {
+          items.finish_states(i, total);
+        }
+        exchange.arrive();
+        if (is_step) items.store();
+      }
+      exchange.finish();
     }
-    exchange.finish();
     items.save_carried(last == block.count + 1);
   }
 }
 
+template <class Cell, class S>
+void run_backward(const Cuda& device, const RecurrenceBackward& args) {
+  visit_tensor<S>(device.plan.tensor, [&](auto tensor) {
+    const auto in_grid = backward_kernel<Cell, S, tensor.value, GridExchange>;
+    auto in_cluster = in_grid;
+    if constexpr (General<Cell>::recurrent > 0) {
+      in_cluster = backward_kernel<Cell, S, tensor.value, ClusterExchange>;
+    }
+    launch_pass<S>(device, args, args.problem.steps + 1, in_cluster, in_grid);
+  });
+}
+
 template <class Device, class Cell>
 void backward_dev_impl(const Device& device, const RecurrenceBackward& args) {
-  visit(args.problem.dtype, device.plan.tensor, [&](auto element, auto tensor) {
-    using S = decltype(element);
-    launch_pass<S>(device, args, args.problem.steps + 1,
-                   backward_kernel<Cell, S, tensor.value, ClusterExchange>,
-                   backward_kernel<Cell, S, tensor.value, GridExchange>);
-  });
+  visit(args.problem.dtype,
+        [&](auto element) { run_backward<Cell, decltype(element)>(device, args); });
 }
 
 }  // namespace fastrnn::cuda

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -12,6 +13,7 @@
 
 #include "../cells/registry.h"
 #include "../python/layer.h"
+#include "cell_module.h"
 #include "device.h"
 #include "scan.h"
 
@@ -19,11 +21,10 @@ namespace fastrnn::cuda {
 namespace {
 
 using Optional = std::optional<Tensor>;
-// What forward writes, as the record Results: output, h_n, c_n, extra and the gates, which hold
-// W_ih x + b_ih of all steps when it begins.
-using Results = std::tuple<Tensor, Tensor, Optional, Optional, Tensor>;
-// What backward writes: d_gates, d_recurrent, d_h_0 and d_c_0.
-using Gradients = std::tuple<Tensor, Optional, Optional, Optional>;
+// What forward writes, as the record Results: output, h_n, c_n, extra and what it saves.
+using Results = std::tuple<Tensor, Tensor, Optional, Optional, Optional>;
+// What backward writes: d_gates, d_recurrent, d_h_0, d_c_0, d_inputs and d_parameters.
+using Gradients = std::tuple<Tensor, Optional, Optional, Optional, Optional, Optional>;
 // Where a scan over some steps and one direction of a layer takes up and leaves what it carries,
 // and the layer's first such step and direction.
 using Part = std::optional<std::tuple<Tensor, int64_t, int>>;
@@ -51,16 +52,18 @@ void* required(const char* name, void* memory) {
   return memory;
 }
 
-Problem make_problem(bool backward, int cell, int dtype, int64_t steps, int64_t batch,
-                     int64_t hidden, int directions, bool reverse, bool tf32) {
-  if (cell < 0 || cell >= Cells::size || dtype < 0 || dtype >= kDTypes || steps < 0 || batch < 0 ||
-      hidden < 1 || directions < 1 || directions > kMaxDirections || (reverse && directions > 1)) {
+Problem make_problem(bool backward, const std::string& mode, int dtype, int64_t steps,
+                     int64_t batch, int64_t hidden, int directions, bool reverse, bool tf32) {
+  const int cell = find_cell(mode);
+  if (dtype < 0 || dtype >= kDTypes || steps < 0 || batch < 0 || hidden < 1 || directions < 1 ||
+      directions > kMaxDirections || (reverse && directions > 1)) {
     throw py::value_error("sizes out of range");
   }
   const auto type = static_cast<DType>(dtype);
   return {{cell, type, steps, batch, 0, hidden, hidden, directions, reverse, 0},
           backward ? Pass::kBackward : Pass::kForward,
-          cell_traits(cell).gates,
+          cell_traits(cell).recurrent,
+          cell_traits(cell).states,
           tf32};
 }
 
@@ -85,27 +88,66 @@ void set_places(Places& places, const LayerCall& layer, const Tables& tables) {
 // A probability as a limit of random words: see ../cpu/zoneout.h.
 uint32_t limit_of(double probability) { return static_cast<uint32_t>(probability * 4294967296.0); }
 
+// Of a cell for one dtype.
+struct Kernels {
+  void (*forward)(const Cuda& device, const RecurrenceForward& args);
+  void (*backward)(const Cuda& device, const RecurrenceBackward& args);
+};
+
+// The kernels of cells that were loaded, by cell and dtype.
+std::map<std::pair<int, DType>, Kernels>& loaded() {
+  static std::map<std::pair<int, DType>, Kernels> kernels;
+  return kernels;
+}
+
+// Takes up a CellModule that lies at the address, of a library that stays loaded.
+void load_cell(const std::string& mode, uintptr_t address) {
+  const auto& module = *reinterpret_cast<const CellModule*>(address);
+  if (mode != module.traits.mode) {
+    throw py::import_error("expected the cell " + mode + ", got " + module.traits.mode);
+  }
+  const int cell = define_cell(module.traits).index;
+  loaded()[{cell, module.dtype}] = {module.forward, module.backward};
+}
+
+Kernels kernels_of(int cell, DType dtype) {
+  Kernels found{};
+  Cells::visit(cell, [&](auto built_in) {
+    using Cell = decltype(built_in);
+    found = {forward_dev_impl<Cuda, Cell>, backward_dev_impl<Cuda, Cell>};
+  });
+  if (found.forward != nullptr) return found;
+  const auto own = loaded().find({cell, dtype});
+  if (own != loaded().end()) return own->second;
+  fail("mode", std::string("a cell with a kernel for this dtype, got ") + cell_traits(cell).mode);
+}
+
 // A pass over one record: reads what both have, then launches.
 class Scan {
  public:
-  Scan(Pass pass, int device, const Plan& plan, py::handle record, const Tables& tables,
-       const Part& part, Recurrence& args)
+  Scan(Pass pass, int device, const Plan& plan, py::handle record, const Optional& parameters,
+       const Tables& tables, const Part& part, Recurrence& args)
       : layer_(read_layer(record)), device_(device), plan_(plan), problem_(args.problem) {
     const ScanShape& shape = layer_.shape;
     if (shape.proj != shape.hidden || layer_.weights[0].hr) fail("layer", "one without projection");
     if (layer_.rows == 0) fail("x", "at least one step");
     // A plan with tensor cores for float32 rounds to tf32.
-    args.problem = {shape, pass, layer_.traits().gates, plan.tensor};
+    const CellTraits& traits = layer_.traits();
+    args.problem = {shape, pass, traits.recurrent, traits.states, plan.tensor};
     args.total = layer_.rows;
     set_places(args.places, layer_, tables);
-    const int64_t gates = layer_.traits().gates * shape.hidden;
+    const int64_t recurrent = traits.recurrent * shape.hidden;
     for (int d = 0; d < shape.directions; ++d) {
-      args.weight_hh[d] = get("weight_hh", layer_.weights[d].hh, {gates, shape.hidden});
+      args.weight_hh[d] = get("weight_hh", layer_.weights[d].hh, {recurrent, shape.hidden});
     }
     args.h_0 = get("h_0", layer_.h_0, states());
-    args.c_0 = get("c_0", layer_.c_0, states());
-    const Shape both{2, shape.directions, shape.batch, shape.hidden};
-    if (part) args.carried = get_computed("carried", std::get<0>(*part), both);
+    args.c_0 = get("c_0", layer_.c_0, states(traits.states));
+    args.inputs = get("inputs", layer_.inputs, steps(traits.inputs));
+    args.parameters =
+        get("parameters", parameters, {shape.directions, traits.parameters, shape.hidden});
+    if (traits.parameters > 0) required("parameters", const_cast<void*>(args.parameters));
+    const Shape every{1 + traits.states, shape.directions, shape.batch, shape.hidden};
+    if (part) args.carried = get_computed("carried", std::get<0>(*part), every);
     args.h_mask = get("h_mask", layer_.h_mask, states());
     args.zoneout = {
         {layer_.zoneout_h, layer_.zoneout_c},
@@ -117,8 +159,12 @@ class Scan {
   }
 
   const LayerCall& layer() const { return layer_; }
-  Shape states() const { return layer_.states(layer_.shape.hidden); }
-  Shape steps() const { return layer_.steps(layer_.shape.directions * layer_.shape.hidden); }
+  // The shapes of so many values of each unit: [D, B, columns*H], and of every step.
+  Shape states(int columns = 1) const { return layer_.states(columns * layer_.shape.hidden); }
+  Shape steps(int columns = 1) const {
+    return layer_.steps(layer_.shape.directions * columns * layer_.shape.hidden);
+  }
+  Kernels kernels() const { return kernels_of(layer_.cell, layer_.shape.dtype); }
 
   // The memory of a tensor in the type of x, and of one in the type that is computed in.
   template <class Given>
@@ -134,7 +180,7 @@ class Scan {
   template <class F>
   void run(const Tensor& workspace, F&& launch) const {
     const int64_t words = Layout(problem_, plan_).workspace / int64_t{sizeof(int64_t)};
-    Cuda where{current_stream(layer_.x), plan_,
+    Cuda where{device_, current_stream(layer_.x), plan_,
                memory(layer_, "workspace", workspace, {words}, Element::kInt64)};
     py::gil_scoped_release release;
     if (!is_possible(problem_, device_info(device_), plan_)) {
@@ -151,58 +197,64 @@ class Scan {
   const Problem& problem_;
 };
 
-void forward(int device, const Plan& plan, py::handle record, const Results& results,
-             const Tables& tables, const Tensor& workspace, const Part& part) {
+// gates: W_ih x + b_ih of all steps; what is saved may take their place.
+void forward(int device, const Plan& plan, py::handle record, const Optional& parameters,
+             const Tensor& gates, const Results& results, const Tables& tables,
+             const Tensor& workspace, const Part& part) {
   RecurrenceForward args{};
-  const Scan scan(Pass::kForward, device, plan, record, tables, part, args);
+  const Scan scan(Pass::kForward, device, plan, record, parameters, tables, part, args);
   const LayerCall& layer = scan.layer();
+  const CellTraits& traits = layer.traits();
   for (int d = 0; d < layer.directions; ++d) {
-    const int64_t gates = args.problem.gates * args.problem.hidden;
-    args.bias_hh[d] = scan.get("bias_hh", layer.weights[d].bias_hh, {gates});
+    const int64_t recurrent = traits.recurrent * args.problem.hidden;
+    args.bias_hh[d] = scan.get("bias_hh", layer.weights[d].bias_hh, {recurrent});
   }
-  const auto& [output, h_n, c_n, extra, gates] = results;
-  args.keep = layer.keep;
+  const auto& [output, h_n, c_n, extra, saved] = results;
+  args.gates = scan.get("gates", gates, layer.gates());
+  args.saved = scan.get("saved", saved, layer.saved());
   args.output = scan.get("output", output, scan.steps());
   args.h_n = scan.get("h_n", h_n, scan.states());
-  args.c_n = scan.get("c_n", c_n, scan.states());
-  if (layer.traits().has_cell_state()) required("c_n", args.c_n);
-  args.extra = scan.get_computed("extra", extra, scan.steps());
-  args.gates = scan.get("gates", gates, layer.gates());
-  scan.run(workspace, [&](const Cuda& where) {
-    Cells::visit(layer.cell,
-                 [&](auto cell) { forward_dev_impl<Cuda, decltype(cell)>(where, args); });
-  });
+  args.c_n = scan.get("c_n", c_n, scan.states(traits.states));
+  if (traits.has_cell_state()) required("c_n", args.c_n);
+  args.extra = scan.get_computed("extra", extra, scan.steps(traits.extras));
+  const auto run = scan.kernels().forward;
+  scan.run(workspace, [&](const Cuda& where) { run(where, args); });
 }
 
-void backward(int device, const Plan& plan, py::handle record, py::handle saved_record,
-              const Gradients& gradients, const Tables& tables, const Tensor& workspace,
-              const Part& part) {
+void backward(int device, const Plan& plan, py::handle record, const Optional& parameters,
+              py::handle saved_record, const Gradients& gradients, const Tables& tables,
+              const Tensor& workspace, const Part& part) {
   RecurrenceBackward args{};
-  const Scan scan(Pass::kBackward, device, plan, record, tables, part, args);
+  const Scan scan(Pass::kBackward, device, plan, record, parameters, tables, part, args);
   const LayerCall& layer = scan.layer();
+  const CellTraits& traits = layer.traits();
   const SavedCall saved = read_saved(layer, saved_record);
   args.output = scan.get("output", saved.output, scan.steps());
-  if (layer.traits().saves_gates()) args.gates = scan.get("saved", saved.saved, layer.saved());
-  if (layer.traits().has_extra())
-    args.extra = scan.get_computed("extra", saved.extra, scan.steps());
+  if (traits.saves_gates()) args.saved = scan.get("saved", saved.saved, layer.saved());
+  if (traits.has_extra()) {
+    args.extra = scan.get_computed("extra", saved.extra, scan.steps(traits.extras));
+  }
   args.grad_scale = scan.get_computed("grad_scale", layer.grad_scale, layer.grad_scale.shape);
   args.grad_clip = layer.grad_clip;
   args.d_output = scan.get("d_output", saved.d_output, scan.steps());
   args.d_h_n = scan.get("d_h_n", saved.d_h_n, scan.states());
-  args.d_c_n = scan.get("d_c_n", saved.d_c_n, scan.states());
-  args.d_extra = scan.get_computed("d_extra", saved.d_extra, scan.steps());
+  args.d_c_n = scan.get("d_c_n", saved.d_c_n, scan.states(traits.states));
+  args.d_extra = scan.get_computed("d_extra", saved.d_extra, scan.steps(traits.states));
 
-  const auto& [d_gates, d_recurrent, d_h_0, d_c_0] = gradients;
-  const Shape recurrent{layer.directions, layer.rows, layer.shape.hidden};
+  const auto& [d_gates, d_recurrent, d_h_0, d_c_0, d_inputs, d_parameters] = gradients;
+  const int64_t directions = layer.directions, hidden = layer.shape.hidden;
+  // See RecurrenceBackward.
+  const int64_t split = layer.cell < Cells::size ? 1 : traits.recurrent;
   args.d_gates = scan.get("d_gates", d_gates, layer.gates());
-  args.d_recurrent = scan.get("d_recurrent", d_recurrent, recurrent);
-  if (layer.traits().splits_gradient) required("d_recurrent", args.d_recurrent);
+  args.d_recurrent = scan.get("d_recurrent", d_recurrent, {directions, layer.rows, split * hidden});
+  if (traits.splits_gradient && traits.recurrent > 0) required("d_recurrent", args.d_recurrent);
   args.d_h_0 = scan.get("d_h_0", d_h_0, scan.states());
-  args.d_c_0 = scan.get("d_c_0", d_c_0, scan.states());
-  scan.run(workspace, [&](const Cuda& where) {
-    Cells::visit(layer.cell,
-                 [&](auto cell) { backward_dev_impl<Cuda, decltype(cell)>(where, args); });
-  });
+  args.d_c_0 = scan.get("d_c_0", d_c_0, scan.states(traits.states));
+  args.d_inputs = scan.get("d_inputs", d_inputs, scan.steps(traits.inputs));
+  args.d_parameters = scan.get_computed("d_parameters", d_parameters,
+                                        {directions, traits.parameters, layer.batch, hidden});
+  const auto run = scan.kernels().backward;
+  scan.run(workspace, [&](const Cuda& where) { run(where, args); });
 }
 
 // Copies int64 values of the CPU to a tensor on a device.
@@ -287,9 +339,11 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   m.def("device_info", &device_info, py::arg("device"));
   m.attr("built_for") = built_for();
   m.def("upload", &upload_values, py::arg("device"), py::arg("values"), py::arg("to"));
+  m.def("load_cell", &load_cell, py::arg("mode"), py::arg("address"));
   m.def("forward", &forward, py::arg("device"), py::arg("plan"), py::arg("layer"),
-        py::arg("results"), py::arg("tables"), py::arg("workspace"), py::arg("part") = py::none());
+        py::arg("parameters"), py::arg("gates"), py::arg("results"), py::arg("tables"),
+        py::arg("workspace"), py::arg("part") = py::none());
   m.def("backward", &backward, py::arg("device"), py::arg("plan"), py::arg("layer"),
-        py::arg("saved"), py::arg("gradients"), py::arg("tables"), py::arg("workspace"),
-        py::arg("part") = py::none());
+        py::arg("parameters"), py::arg("saved"), py::arg("gradients"), py::arg("tables"),
+        py::arg("workspace"), py::arg("part") = py::none());
 }

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "../cells/general.h"
 #include "element.h"
 #include "scan.h"
 
@@ -34,7 +35,7 @@ Launch scan_launch(const Params<Args>& p, void* stream) {
           kThreads,
           l.shared,
           p.plan.cluster,
-          p.plan.kind == Kind::kGrid,
+          p.plan.kind == Kind::kGrid && p.args.problem.gates > 0,
           stream};
 }
 
@@ -97,9 +98,13 @@ struct Block {
   FASTRNN_DEVICE int64_t state(int item) const {
     return (direction * batch + row(item)) * hidden + unit;
   }
-  // In [N, D*H]
-  FASTRNN_DEVICE int64_t feature(int64_t n) const {
-    return (n * p.args.problem.directions + direction) * hidden + unit;
+  // In [D, B, columns*H]
+  FASTRNN_DEVICE int64_t states(int item, int columns) const {
+    return (direction * batch + row(item)) * columns * hidden + unit;
+  }
+  // In [N, D*columns*H]
+  FASTRNN_DEVICE int64_t feature(int64_t n, int columns = 1) const {
+    return (n * p.args.problem.directions + direction) * columns * hidden + unit;
   }
   // In [D, N, columns*H]
   FASTRNN_DEVICE int64_t column(int64_t n, int columns) const {
@@ -126,13 +131,14 @@ struct Block {
   }
 };
 
-// What goes from step to step of a thread's items beside the product: h and c, or their gradients.
-// From launch to launch it goes through the workspace.
+// What goes from step to step of a thread's items beside the product: h and the other states, or
+// their gradients. From launch to launch it goes through the workspace.
 template <class Cell, class S>
 struct Carried {
   using T = Compute<S>;
   using V = Value<S>;
-  V h[kItems], c[kItems];
+  static constexpr int C = General<Cell>::states;
+  V h[kItems], c[kItems][room(C)];
 
   template <class Args>
   FASTRNN_DEVICE explicit Carried(const Block<Args>& block) {
@@ -160,7 +166,8 @@ struct Carried {
     for (int k = 0; k < kItems; ++k) {
       if (!block.owns(k)) continue;
       f(h[k], saved[block.state(k)]);
-      if constexpr (Cell::has_cell_state) f(c[k], saved[size + block.state(k)]);
+#pragma unroll
+      for (int j = 0; j < C; ++j) f(c[k][j], saved[(1 + j) * size + block.state(k)]);
     }
   }
 };
@@ -297,21 +304,28 @@ constexpr bool is_compiled() {
   return Tensor ? kHasTensorCores : sizeof(S) > 2 || kHasNarrowFma;
 }
 
-// Calls f(element, tensor) for a dtype and a plan.
+// Calls f(tensor) for a plan and elements S.
+template <class S, class F>
+void visit_tensor(bool tensor, F&& f) {
+  if constexpr (sizeof(S) == 8) {
+    f(std::false_type{});
+  } else {
+    tensor ? f(std::true_type{}) : f(std::false_type{});
+  }
+}
+
+// Calls f(element) for a dtype.
 template <class F>
-void visit(DType dtype, bool tensor, F&& f) {
-  const auto visit_tensor = [&](auto element) {
-    tensor ? f(element, std::true_type{}) : f(element, std::false_type{});
-  };
+void visit(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat32:
-      return visit_tensor(float{});
+      return f(float{});
     case DType::kFloat64:
-      return f(double{}, std::false_type{});
+      return f(double{});
     case DType::kBFloat16:
-      return visit_tensor(BFloat16{});
+      return f(BFloat16{});
     case DType::kFloat16:
-      return visit_tensor(Float16{});
+      return f(Float16{});
   }
 }
 

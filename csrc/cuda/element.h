@@ -1,6 +1,9 @@
 // The element types of tensors, the type each is computed in, and the value type of the cells.
 #pragma once
 
+#include <cmath>
+#include <type_traits>
+
 #include "intrinsics.h"
 
 namespace fastrnn::cuda {
@@ -36,8 +39,9 @@ template <class T, bool Approximate = false>
 struct Scalar {
   T value;
   Scalar() = default;
-  FASTRNN_DEVICE explicit constexpr Scalar(T v) : value(v) {}
-  FASTRNN_DEVICE explicit constexpr Scalar(int v) : value(static_cast<T>(v)) {}
+  template <class Number>
+    requires std::is_arithmetic_v<Number>
+  FASTRNN_DEVICE explicit constexpr Scalar(Number v) : value(static_cast<T>(v)) {}
   FASTRNN_DEVICE friend Scalar operator+(Scalar a, Scalar b) { return Scalar(a.value + b.value); }
   FASTRNN_DEVICE friend Scalar operator-(Scalar a, Scalar b) { return Scalar(a.value - b.value); }
   FASTRNN_DEVICE friend Scalar operator*(Scalar a, Scalar b) { return Scalar(a.value * b.value); }
@@ -58,6 +62,37 @@ struct Scalar {
   // NaN stays.
   FASTRNN_DEVICE friend Scalar relu(Scalar a) { return a.value < T(0) ? Scalar(0) : a; }
   FASTRNN_DEVICE friend Scalar relu_derivative(Scalar h) { return Scalar(h.value <= T(0) ? 0 : 1); }
+
+  // What follows is for cells of the user's own, as in ../cpu/vec.h and ../cpu/math.h.
+  FASTRNN_DEVICE friend Scalar operator/(Scalar a, Scalar b) { return Scalar(a.value / b.value); }
+  FASTRNN_DEVICE friend Scalar operator-(Scalar a) { return Scalar(-a.value); }
+  FASTRNN_DEVICE friend bool operator<(Scalar a, Scalar b) { return a.value < b.value; }
+  FASTRNN_DEVICE friend bool operator<=(Scalar a, Scalar b) { return a.value <= b.value; }
+  FASTRNN_DEVICE friend bool operator>(Scalar a, Scalar b) { return a.value > b.value; }
+  FASTRNN_DEVICE friend bool operator>=(Scalar a, Scalar b) { return a.value >= b.value; }
+  FASTRNN_DEVICE friend bool operator==(Scalar a, Scalar b) { return a.value == b.value; }
+  FASTRNN_DEVICE friend bool operator!=(Scalar a, Scalar b) { return a.value != b.value; }
+  FASTRNN_DEVICE friend Scalar where(bool mask, Scalar a, Scalar b) { return mask ? a : b; }
+  // b where either is NaN.
+  FASTRNN_DEVICE friend Scalar min(Scalar a, Scalar b) { return a.value < b.value ? a : b; }
+  FASTRNN_DEVICE friend Scalar max(Scalar a, Scalar b) { return a.value > b.value ? a : b; }
+  // NaN where either is NaN.
+  FASTRNN_DEVICE friend Scalar minimum(Scalar a, Scalar b) { return a < b || a != a ? a : b; }
+  FASTRNN_DEVICE friend Scalar maximum(Scalar a, Scalar b) { return a > b || a != a ? a : b; }
+  FASTRNN_DEVICE friend Scalar abs(Scalar a) { return Scalar(std::fabs(a.value)); }
+  FASTRNN_DEVICE friend Scalar sign(Scalar a) { return Scalar((a.value > 0) - (a.value < 0)); }
+  FASTRNN_DEVICE friend Scalar exp(Scalar a) { return Scalar(exp_(a.value)); }
+  FASTRNN_DEVICE friend Scalar expm1(Scalar a) { return Scalar(std::expm1(a.value)); }
+  FASTRNN_DEVICE friend Scalar log(Scalar a) { return Scalar(std::log(a.value)); }
+  FASTRNN_DEVICE friend Scalar log1p(Scalar a) { return Scalar(std::log1p(a.value)); }
+  FASTRNN_DEVICE friend Scalar sqrt(Scalar a) { return Scalar(std::sqrt(a.value)); }
+  FASTRNN_DEVICE friend Scalar rsqrt(Scalar a) { return Scalar(T(1) / std::sqrt(a.value)); }
+  FASTRNN_DEVICE friend Scalar sin(Scalar a) { return Scalar(std::sin(a.value)); }
+  FASTRNN_DEVICE friend Scalar cos(Scalar a) { return Scalar(std::cos(a.value)); }
+  FASTRNN_DEVICE friend Scalar erf(Scalar a) { return Scalar(std::erf(a.value)); }
+  FASTRNN_DEVICE friend Scalar pow(Scalar a, Scalar b) {
+    return Scalar(std::pow(a.value, b.value));
+  }
 
  private:
   FASTRNN_DEVICE static float approximate_sigmoid(float x) {

@@ -15,16 +15,19 @@ class ForwardItems {
  public:
   using T = Compute<S>;
   using V = Value<S>;
-  static constexpr int G = Cell::gates;
+  using C = General<Cell>;
+  static constexpr int G = C::gates, R = C::recurrent, K = C::saves, Z = C::inputs;
+  static constexpr int Q = C::parameters, E = C::extras;
 
   FASTRNN_DEVICE explicit ForwardItems(const Block<RecurrenceForward>& block)
       : block_(block), args_(block.p.args), carried_(block), zoneout_(args_.zoneout) {
     const S* bias = static_cast<const S*>(args_.bias_hh[block.direction]);
     const bool has_bias = bias != nullptr && block.unit < block.hidden;
 #pragma unroll
-    for (int g = 0; g < G; ++g) {
+    for (int g = 0; g < R; ++g) {
       bias_[g] = V(has_bias ? widen(bias[g * block.hidden + block.unit]) : T(0));
     }
+    read_parameters<Q, S>(block, parameters_);
   }
 
   // Reads what does not depend on h_{t-1}.
@@ -34,9 +37,14 @@ class ForwardItems {
       place_[k] = block_.owns(k) ? block_.place(t, k) : -1;
       if (place_[k] < 0) continue;
       resets_[k] = block_.before(t, k) == kReset;
-      const S* projected = gates(k);
+      const S* gates = static_cast<const S*>(args_.gates) + block_.column(place_[k], G);
 #pragma unroll
-      for (int g = 0; g < G; ++g) gates_[k][g] = projected[g * block_.hidden];
+      for (int g = 0; g < G; ++g) gates_[k][g] = gates[g * block_.hidden];
+      if constexpr (Z > 0) {
+        const S* inputs = static_cast<const S*>(args_.inputs) + block_.feature(place_[k], Z);
+#pragma unroll
+        for (int z = 0; z < Z; ++z) inputs_[k][z] = inputs[z * block_.hidden];
+      }
     }
     zoneout_.draw(block_, t);
   }
@@ -48,8 +56,20 @@ class ForwardItems {
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int row = block_.local_row + k * block_.row_step;
-      if (place_[k] >= 0) run_cell(k, row, total);
+      if (place_[k] >= 0) {
+        run_cell(k, [&](int gate) {
+          return total(row, gate * block_.p.layout.units + block_.local_unit);
+        });
+      }
       exchange.put(i, row, block_.unit, narrowed<S>(factor(k)));
+    }
+  }
+
+  // The same of a cell without recurrent gates.
+  FASTRNN_DEVICE void finish() {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (place_[k] >= 0) run_cell(k, [](int) { return T(0); });
     }
   }
 
@@ -60,8 +80,10 @@ class ForwardItems {
       if (place_[k] >= 0) store_step(k);
       if (i == block_.count - 1 && block_.owns(k)) {
         narrow(carried_.h[k].value, static_cast<S*>(args_.h_n)[block_.state(k)]);
-        if constexpr (Cell::has_cell_state) {
-          narrow(carried_.c[k].value, static_cast<S*>(args_.c_n)[block_.state(k)]);
+#pragma unroll
+        for (int j = 0; j < C::states; ++j) {
+          S* c_n = static_cast<S*>(args_.c_n) + block_.states(k, C::states);
+          narrow(carried_.c[k][j].value, c_n[j * block_.hidden]);
         }
       }
     }
@@ -70,51 +92,53 @@ class ForwardItems {
   FASTRNN_DEVICE void save_carried(bool is_last) { carried_.save(block_, is_last); }
 
  private:
-  FASTRNN_DEVICE S* gates(int k) const {
-    return static_cast<S*>(args_.gates) + block_.column(place_[k], G);
-  }
-
   // The h that W_hh multiplies.
   FASTRNN_DEVICE T factor(int k) const {
     return masked<S>(carried_.h[k].value, args_, block_.state(k));
   }
 
-  FASTRNN_DEVICE void run_cell(int k, int row, const SliceSum<T>& total) {
-    const Layout& layout = block_.p.layout;
+  // total(gate): of W_hh h_{t-1}.
+  template <class Total>
+  FASTRNN_DEVICE void run_cell(int k, Total&& total) {
     auto& [h, c] = carried_;
-    V x[G], r[G], extra(0);
+    V x[G], r[room(R)], inputs[room(Z)], extra[room(E)], saved[room(K)];
+    extra[0] = V(0);
 #pragma unroll
-    for (int g = 0; g < G; ++g) {
-      const T product = total(row, g * layout.units + block_.local_unit);
-      r[g] = bias_[g] + V(resets_[k] ? T(0) : product);
-      x[g] = V(widen_now(gates_[k][g]));
-    }
-    if (Cell::has_cell_state && !resets_[k]) extra = c[k];
-    const V h_prev = resets_[k] ? V(0) : h[k], c_prev = extra;
-    h[k] = Cell::forward(x, r, h_prev, extra);
+    for (int g = 0; g < R; ++g) r[g] = bias_[g] + V(resets_[k] ? T(0) : total(g));
+#pragma unroll
+    for (int g = 0; g < G; ++g) x[g] = V(widen_now(gates_[k][g]));
+#pragma unroll
+    for (int z = 0; z < Z; ++z) inputs[z] = V(widen_now(inputs_[k][z]));
+#pragma unroll
+    for (int j = 0; j < C::states; ++j) extra[j] = resets_[k] ? V(0) : c[k][j];
+    const V h_prev = resets_[k] ? V(0) : h[k], c_prev = extra[0];
+    h[k] = C::forward(x, r, inputs, parameters_, h_prev, extra, saved);
     if (zoneout_.is_on(kOfH)) h[k] = mix(V(zoneout_.weight(kOfH, k)), h_prev, h[k]);
-    if constexpr (Cell::has_cell_state) {
-      if (zoneout_.is_on(kOfC)) extra = mix(V(zoneout_.weight(kOfC, k)), c_prev, extra);
-      c[k] = extra;
+    if constexpr (C::rebuilds_cell_state) {
+      if (zoneout_.is_on(kOfC)) extra[0] = mix(V(zoneout_.weight(kOfC, k)), c_prev, extra[0]);
     }
-    if constexpr (Cell::has_extra) extra_[k] = extra;
-    if constexpr (Cell::saves_gates) {
 #pragma unroll
-      for (int g = 0; g < G; ++g) narrow(x[g].value, gates_[k][g]);
-    }
+    for (int j = 0; j < C::states; ++j) c[k][j] = extra[j];
+#pragma unroll
+    for (int j = 0; j < E; ++j) extra_[k][j] = extra[j];
+#pragma unroll
+    for (int j = 0; j < K; ++j) narrow(saved[j].value, gates_[k][j]);
   }
 
   FASTRNN_DEVICE void store_step(int k) {
-    const int64_t feature = block_.feature(place_[k]);
-    narrow(carried_.h[k].value, static_cast<S*>(args_.output)[feature]);
-    if constexpr (Cell::has_extra) {
-      if (args_.extra != nullptr) static_cast<T*>(args_.extra)[feature] = extra_[k].value;
-    }
-    if constexpr (Cell::saves_gates) {
-      if (!args_.keep) return;
-      S* saved = gates(k);
+    narrow(carried_.h[k].value, static_cast<S*>(args_.output)[block_.feature(place_[k])]);
+    if constexpr (E > 0) {
+      if (args_.extra != nullptr) {
+        T* extra = static_cast<T*>(args_.extra) + block_.feature(place_[k], E);
 #pragma unroll
-      for (int g = 0; g < G; ++g) saved[g * block_.hidden] = gates_[k][g];
+        for (int j = 0; j < E; ++j) extra[j * block_.hidden] = extra_[k][j].value;
+      }
+    }
+    if constexpr (K > 0) {
+      if (args_.saved == nullptr) return;
+      S* saved = static_cast<S*>(args_.saved) + block_.column(place_[k], K);
+#pragma unroll
+      for (int j = 0; j < K; ++j) saved[j * block_.hidden] = gates_[k][j];
     }
   }
 
@@ -122,12 +146,12 @@ class ForwardItems {
   const RecurrenceForward& args_;
   Carried<Cell, S> carried_;
   Zoneout<T> zoneout_;
-  V bias_[G];
+  V bias_[room(R)], parameters_[room(Q)];
   int64_t place_[kItems];  // -1: no valid step
   bool resets_[kItems];    // the step begins a new segment
-  // W_ih x + b_ih as they are read: to widen them would wait for them. Then the activated gates.
-  S gates_[kItems][G];
-  V extra_[kItems];
+  // W_ih x + b_ih as they are read: to widen them would wait for them. Then what is saved.
+  S gates_[kItems][G > K ? G : K], inputs_[kItems][room(Z)];
+  V extra_[kItems][room(E)];
 };
 
 template <class Cell, class S, bool Tensor, template <class, class> class Exchange>
@@ -140,34 +164,50 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
     block.range(block.count, first, last);
     if (first == last) return;  // as do all blocks of the group
 
-    auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
     ForwardItems<Cell, S> items(block);
-    const Product<S, Tensor, 2> product(p.layout, block_weights(block), p.plan.resident, sums);
-    const SliceSum<Compute<S>> total(p.layout, sums);
-    StateExchange exchange(block);
-    exchange.start();
-    for (int64_t i = first; i < last; ++i) {
-      items.read(block.time(i));  // while others finish h_{t-1}
-      exchange.wait(i);
-      product.run(exchange.states(i), StateExchange::load_state);
-      sync_block();
-      items.finish(i, total, exchange);
-      exchange.arrive();
-      items.store(i);
+    if constexpr (General<Cell>::recurrent == 0) {  // nothing to multiply, nobody to wait for
+      for (int64_t i = first; i < last; ++i) {
+        items.read(block.time(i));
+        items.finish();
+        items.store(i);
+      }
+    } else {
+      auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
+      const Product<S, Tensor, 2> product(p.layout, block_weights(block), p.plan.resident, sums);
+      const SliceSum<Compute<S>> total(p.layout, sums);
+      StateExchange exchange(block);
+      exchange.start();
+      for (int64_t i = first; i < last; ++i) {
+        items.read(block.time(i));  // while others finish h_{t-1}
+        exchange.wait(i);
+        product.run(exchange.states(i), StateExchange::load_state);
+        sync_block();
+        items.finish(i, total, exchange);
+        exchange.arrive();
+        items.store(i);
+      }
+      exchange.finish();
     }
-    exchange.finish();
     items.save_carried(last == block.count);
   }
 }
 
+template <class Cell, class S>
+void run_forward(const Cuda& device, const RecurrenceForward& args) {
+  visit_tensor<S>(device.plan.tensor, [&](auto tensor) {
+    const auto in_grid = forward_kernel<Cell, S, tensor.value, GridExchange>;
+    auto in_cluster = in_grid;
+    if constexpr (General<Cell>::recurrent > 0) {
+      in_cluster = forward_kernel<Cell, S, tensor.value, ClusterExchange>;
+    }
+    launch_pass<S>(device, args, args.problem.steps, in_cluster, in_grid);
+  });
+}
+
 template <class Device, class Cell>
 void forward_dev_impl(const Device& device, const RecurrenceForward& args) {
-  visit(args.problem.dtype, device.plan.tensor, [&](auto element, auto tensor) {
-    using S = decltype(element);
-    launch_pass<S>(device, args, args.problem.steps,
-                   forward_kernel<Cell, S, tensor.value, ClusterExchange>,
-                   forward_kernel<Cell, S, tensor.value, GridExchange>);
-  });
+  visit(args.problem.dtype,
+        [&](auto element) { run_forward<Cell, decltype(element)>(device, args); });
 }
 
 }  // namespace fastrnn::cuda

@@ -72,6 +72,18 @@ FASTRNN_DEVICE V mix(V weight, V before, V after) {
   return weight * before + (V(1) - weight) * after;
 }
 
+// The learned vectors of a thread's unit.
+template <int Q, class S, class Args>
+FASTRNN_DEVICE void read_parameters(const Block<Args>& block, Value<S>* parameters) {
+  const S* first = static_cast<const S*>(block.p.args.parameters);
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    const bool is_there = block.unit < block.hidden;
+    const int64_t i = (block.direction * Q + q) * block.hidden + block.unit;
+    parameters[q] = Value<S>(is_there ? widen(first[i]) : Compute<S>(0));
+  }
+}
+
 // Under the mask on the h that W_hh multiplies; `state`: where in [D, B, H].
 template <class S>
 FASTRNN_DEVICE Compute<S> masked(Compute<S> value, const Recurrence& args, int64_t state) {

@@ -84,9 +84,10 @@ bool is_possible(const Problem& p, const DeviceInfo& device, const Plan& plan) {
     case Kind::kStep:
       return plan.cluster == 1;
     case Kind::kGrid:
-      return plan.cluster == 1 && layout.blocks(p.directions) <= device.processors;
+      return plan.cluster == 1 &&
+             (p.gates == 0 || layout.blocks(p.directions) <= device.processors);
     case Kind::kCluster:
-      return plan.cluster >= 1 && device.clusters_at_once(plan.cluster) > 0 &&
+      return plan.cluster >= 1 && p.gates > 0 && device.clusters_at_once(plan.cluster) > 0 &&
              plan.cluster * int64_t{plan.units} >= p.hidden;
   }
   return false;
@@ -113,6 +114,10 @@ std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device,
     best = plan;
     least = time;
   };
+  if (p.gates == 0) {  // a thread to each unit of a row
+    if (kind == Kind::kCluster) return std::nullopt;
+    return Plan{kind.value_or(Kind::kGrid), 32, kOctet, 1, 1, false, has_tensor_cores(p, device)};
+  }
   const bool tensor = has_tensor_cores(p, device);
   for (int units = 8; units <= 128; units *= 2) {
     for (int rows = kOctet; rows * units <= kThreads * kItems; rows *= 2) {

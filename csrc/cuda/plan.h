@@ -80,8 +80,10 @@ struct DeviceInfo {
 // The recurrence of a layer: `input` and `proj` of the shape are none of its own.
 struct Problem : ScanShape {
   Pass pass;
-  int gates;  // of the cell
-  bool tf32;  // float32 may be rounded to it
+  int gates;  // of the cell, those with rows in W_hh; without any there is no product, and no block
+              // waits for another
+  int states;  // that the cell carries beside h
+  bool tf32;   // float32 may be rounded to it
 
   // Bytes of an element, and of one in the type that is computed in.
   FASTRNN_HD constexpr int64_t element() const {
@@ -89,9 +91,15 @@ struct Problem : ScanShape {
   }
   FASTRNN_HD constexpr int64_t compute() const { return dtype == DType::kFloat64 ? 8 : 4; }
   // The product of one step: W_hh h, or W_hh^T times the gradients of the gates.
-  FASTRNN_HD constexpr int columns_per_unit() const { return pass == Pass::kForward ? gates : 1; }
+  FASTRNN_HD constexpr int columns_per_unit() const {
+    return pass == Pass::kForward || gates == 0 ? gates : 1;
+  }
   FASTRNN_HD constexpr int64_t depth() const {
-    return pass == Pass::kForward ? hidden : gates * hidden;
+    return pass == Pass::kForward && gates > 0 ? hidden : gates * hidden;
+  }
+  // The elements that go from step to step beside the product: h and the other states.
+  FASTRNN_HD constexpr int64_t carried() const {
+    return int64_t{1 + states} * directions * batch * hidden;
   }
 };
 
@@ -122,7 +130,7 @@ struct Layout {
         packed(0),
         exchange(p.directions * unit_tiles * depth_blocks * columns * kBlockBytes),
         carry(exchange + 2 * p.directions * row_tiles * rows * stride * p.element()),
-        flags(carry + divide_up(2 * p.directions * p.batch * p.hidden * p.compute(), 16) * 16),
+        flags(carry + divide_up(p.carried() * p.compute(), 16) * 16),
         workspace(flags + p.directions * row_tiles * unit_tiles * int64_t{sizeof(int64_t)}),
         shared_exchange(plan.resident ? depth_blocks * columns * kBlockBytes : 0),
         shared_sums(shared_exchange +

@@ -36,30 +36,33 @@ struct Recurrence {
   Problem problem;
   int64_t total;  // N
   Places places;
-  const void* weight_hh[kMaxDirections];  // [G*H, H]
+  const void* weight_hh[kMaxDirections];  // [R*H, H]
   const void* h_0;                        // [D, B, H] or null for zeros
-  const void* c_0;
+  const void* c_0;                        // [D, B, C*H]
+  const void* inputs;                     // [N, D*Z*H]
+  const void* parameters;                 // [D, Q, H], the learned vectors
   const void* h_mask;  // [D, B, H] or null: multiplies the h that W_hh multiplies
   ZoneoutArgs zoneout;
-  // [2, D, B, H] in the type that is computed in, or null. h and c, or their gradients, unrounded:
-  // what the pass carries from the first step on in place of its initial ones, and what it leaves.
+  // [1+C, D, B, H] in the type that is computed in, or null. h and the other states, or their
+  // gradients, unrounded: what the pass carries from the first step on in place of its initial
+  // ones, and what it leaves.
   void* carried;
 };
 
 struct RecurrenceForward : Recurrence {
-  const void* bias_hh[kMaxDirections];  // [G*H] or null
+  const void* bias_hh[kMaxDirections];  // [R*H] or null
+  const void* gates;                    // [D, N, G*H]: W_ih x + b_ih
 
-  void* gates;  // [D, N, G*H]: W_ih x + b_ih in; the activated gates out, if `keep`
-  bool keep;
+  void* saved;   // [D, N, K*H] or null; it may be `gates`, if K is G
   void* output;  // [N, D*H]
   void* h_n;     // [D, B, H]
-  void* c_n;
-  void* extra;  // [N, D*H] or null
+  void* c_n;     // [D, B, C*H]
+  void* extra;   // [N, D*E*H] or null
 };
 
 struct RecurrenceBackward : Recurrence {
   const void* output;
-  const void* gates;
+  const void* saved;
   const void* extra;
 
   // What flows back from a step to the one before it, through h and c, is multiplied by the step's
@@ -72,14 +75,21 @@ struct RecurrenceBackward : Recurrence {
   const void* d_c_n;
   const void* d_extra;
 
-  void* d_gates;      // [D, N, G*H]: gradients of W_ih x + b_ih
-  void* d_recurrent;  // [D, N, H]: of the last gate of W_hh h + b_hh; cells that split the gradient
-  void* d_h_0;        // [D, B, H] or null
+  void* d_gates;  // [D, N, G*H]: gradients of W_ih x + b_ih
+  // Of cells that split the gradient, those of W_hh h + b_hh: [D, N, R*H], or of a built-in cell
+  // only those of the last gate, [D, N, H].
+  void* d_recurrent;
+  void* d_h_0;  // [D, B, H] or null
   void* d_c_0;
+  void* d_inputs;  // as inputs, or null
+  // [D, Q, B, H], zeros before the pass: those of the learned vectors, to be added up over B. In
+  // the type that is computed in, or null.
+  void* d_parameters;
 };
 
 // Where and how a scan runs.
 struct Cuda {
+  int device;
   void* stream;
   Plan plan;
   void* workspace;  // Layout::workspace bytes, aligned to 16

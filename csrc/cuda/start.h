@@ -58,14 +58,26 @@ FASTRNN_DEVICE const void* first_states(const RecurrenceForward& a, int which) {
 FASTRNN_DEVICE const void* first_states(const RecurrenceBackward& a, int which) {
   return which == 0 ? a.d_h_n : a.d_c_n;
 }
-// One element of them, of [2, D, B, H].
+// Where element i of [1+C, D, B, H] lies in [D, B, C*H], of the states beside h.
+struct OtherStates {
+  int64_t size, hidden;
+  int states;
+  FASTRNN_DEVICE explicit OtherStates(const Problem& p)
+      : size(p.directions * p.batch * p.hidden), hidden(p.hidden), states(p.states) {}
+  FASTRNN_DEVICE int64_t operator()(int64_t i) const {
+    const int64_t row = i % size / hidden, state = i / size - 1;
+    return (row * states + state) * hidden + i % hidden;
+  }
+};
+
+// One element of them, of [1+C, D, B, H].
 template <class S, class Args>
 FASTRNN_DEVICE Compute<S> first_state(const Args& args, int64_t i) {
   if (args.carried != nullptr) return static_cast<const Compute<S>*>(args.carried)[i];
-  const Problem& problem = args.problem;
-  const int64_t size = problem.directions * problem.batch * problem.hidden;
-  const S* first = static_cast<const S*>(first_states(args, i < size ? 0 : 1));
-  return first == nullptr ? Compute<S>(0) : widen(first[i < size ? i : i - size]);
+  const OtherStates others(args.problem);
+  const bool is_h = i < others.size;
+  const S* first = static_cast<const S*>(first_states(args, is_h ? 0 : 1));
+  return first == nullptr ? Compute<S>(0) : widen(first[is_h ? i : others(i)]);
 }
 // Set already here, for rows without any step.
 FASTRNN_DEVICE void* last_states(const RecurrenceForward& a, int which) {
@@ -100,12 +112,12 @@ FASTRNN_DEVICE void start_carried(const Params<Args>& p, int64_t thread, int64_t
   using T = Compute<S>;
   T* carry = reinterpret_cast<T*>(p.workspace + p.layout.carry);
   const Problem& problem = p.args.problem;
-  const int64_t size = problem.directions * problem.batch * problem.hidden;
-  for (int64_t i = thread; i < 2 * size; i += threads) {
-    const int which = i < size ? 0 : 1;
-    S* last = static_cast<S*>(last_states(p.args, which));
+  const OtherStates others(problem);
+  for (int64_t i = thread; i < problem.carried(); i += threads) {
+    const bool is_h = i < others.size;
+    S* last = static_cast<S*>(last_states(p.args, is_h ? 0 : 1));
     const T value = carry[i] = first_state<S>(p.args, i);
-    if (last != nullptr) narrow(value, last[i - which * size]);
+    if (last != nullptr) narrow(value, last[is_h ? i : others(i)]);
   }
 }
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -29,7 +30,8 @@ import fastrnn
 
 from ._backends import DTYPES
 from ._cell import CellLayer
-from ._kernels import CompileError, compile_cell
+from ._cuda_backend import Nvcc
+from ._kernels import CPU, CompileError, Toolchain, compile_cell
 from ._load import find_cuda, openmp_library
 
 CELLS = "LSTM", "GRU", "RNN"
@@ -189,17 +191,33 @@ def show(report: Report) -> str:
     return "\n".join(lines)
 
 
+def capabilities(text: str) -> list[int]:
+    """Compute capabilities of an argument; ValueError for what is none."""
+    found = [int(number) for number in text.split(",")]
+    if min(found) < 75:
+        raise ValueError(text)
+    return found
+
+
 def compile_ahead(argv: list[str]) -> int:
     """python -m fastrnn compile."""
     parser = argparse.ArgumentParser(
         "python -m fastrnn compile",
-        description="Compiles the cells of a module for this processor, so that machines like it "
-        "need no compiler: set FASTRNN_CACHE to the directory there.",
+        description="Compiles the cells of a module for this processor or GPUs, so that machines "
+        "like it need no compiler: set FASTRNN_CACHE to the directory there.",
     )
     parser.add_argument("cells", metavar="MODULE[:CELL]", help="all cells of a module, or one")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtype", action="append", choices=dtypes, help="default: all")
+    parser.add_argument(
+        "--cuda",
+        action="append",
+        type=capabilities,
+        metavar="CC",
+        help="in place of the processor: for GPUs of a compute capability, such as 90, "
+        "or for machines that have several, such as 80,90",
+    )
     args = parser.parse_args(argv)
     module, _, name = args.cells.partition(":")
     sys.path.insert(0, "")  # the working directory, as python -m has it
@@ -211,14 +229,17 @@ def compile_ahead(argv: list[str]) -> int:
     }
     if name and name not in found:
         parser.error(f"there is no cell {name} in {module}; it has {', '.join(found) or 'none'}")
-    for cls in [found[name]] if name else found.values():
-        for dtype in args.dtype or dtypes:
-            try:
-                path = compile_cell(cls.definition, getattr(torch, dtype), args.output)
-            except (CompileError, OSError) as error:
-                print(f"python -m fastrnn: error: {cls.__name__}: {error}", file=sys.stderr)
-                return 1
-            print(f"{cls.__name__}, {dtype}: {path}", flush=True)
+    toolchains: list[Toolchain] = [Nvcc(None, each) for each in args.cuda or []]
+    each = product(
+        [found[name]] if name else found.values(), args.dtype or dtypes, toolchains or [CPU]
+    )
+    for cls, dtype, toolchain in each:
+        try:
+            path = compile_cell(cls.definition, getattr(torch, dtype), args.output, toolchain)
+        except (CompileError, OSError) as error:
+            print(f"python -m fastrnn: error: {cls.__name__}: {error}", file=sys.stderr)
+            return 1
+        print(f"{cls.__name__}, {dtype}: {path}", flush=True)
     return 0
 
 

@@ -39,11 +39,14 @@ layer_fields: tuple[str, ...]
 def add_cell(
     mode: str, gates: int, recurrent: int, states: int, inputs: int, parameters: int, /
 ) -> CellInfo:
-    """Makes a cell known. Its traits are complete when load_cell has found a kernel."""
+    """Makes a cell known. Its traits are complete when a kernel of it was loaded."""
 
 def load_cell(mode: str, address: int, /) -> None:
     """Takes up the kernel of a cell for one dtype: the address of a CellModule, see
     csrc/cpu/cell_module.h."""
+
+def define_cell(address: int, /) -> None:
+    """Completes a cell's traits by those that a kernel for another device begins with."""
 
 def int8_variant() -> str:
     """How integers are multiplied: the best of "avx512vnni", "avx512", "avxvnni", "avx2",

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
+from pathlib import Path
 from threading import Lock
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,8 +27,9 @@ from torch import Tensor
 
 from ._backends import DTYPES, Backend, register
 from ._cuda_rows import Rows, rows_at
-from ._layer import Layer, Results, Saved
-from ._load import _cuda
+from ._kernels import Toolchain, find_compiler, load
+from ._layer import BUILT_IN, Layer, Results, Saved
+from ._load import _cpu, _cuda
 from ._segments import Part, backward_in_segments, forward_in_segments
 
 
@@ -67,29 +69,72 @@ class Weights(NamedTuple):
     """The weights of one direction, or their gradients."""
 
     ih: Any
-    hh: Any
+    hh: Any = None
     bias_ih: Any = None
     bias_hh: Any = None
     hr: Any = None
+    parameters: Sequence[Any] = ()
 
     @classmethod
-    def of(cls, given: Sequence[Any]) -> Weights:
-        """Of 2 to 5 weights in the order of Layer.weights."""
-        bias_ih, bias_hh = given[2:4] if len(given) > 3 else (None, None)
-        return cls(given[0], given[1], bias_ih, bias_hh, given[-1] if len(given) % 2 else None)
+    def of(cls, layer: Layer, given: Sequence[Any]) -> Weights:
+        """Of those of a direction, in the order of Layer.weights."""
+        matrices, parameters = given[: layer.matrices], given[layer.matrices :]
+        if not layer.cell.recurrent:
+            ih, bias_ih = (*matrices, None)[:2]
+            return cls(ih, bias_ih=bias_ih, parameters=parameters)
+        bias_ih, bias_hh = matrices[2:4] if len(matrices) > 3 else (None, None)
+        hr = matrices[-1] if len(matrices) % 2 else None
+        return cls(matrices[0], matrices[1], bias_ih, bias_hh, hr, parameters)
 
 
 def _by_direction(layer: Layer, each: Sequence[Any]) -> list[Weights]:
     """What there is of each weight, direction by direction."""
     count = len(layer.weights) // layer.directions
-    return [Weights.of(each[i : i + count]) for i in range(0, len(each), count)]
+    return [Weights.of(layer, each[i : i + count]) for i in range(0, len(each), count)]
+
+
+class Nvcc(Toolchain):
+    """nvcc, for the GPUs of some compute capabilities, 10 * major + minor; else for all there are.
+
+    kernels: the extension that runs what is compiled.
+    """
+
+    def __init__(self, kernels: ModuleType | None, capabilities: Sequence[int] = ()) -> None:
+        self._kernels, self._capabilities = kernels, capabilities
+
+    @property
+    def capabilities(self) -> list[int]:
+        found = self._capabilities or [
+            10 * major + minor
+            for major, minor in map(
+                torch.cuda.get_device_capability, range(torch.cuda.device_count())
+            )
+        ]
+        return sorted(set(found))
+
+    @property
+    def name(self) -> str:
+        return "-".join(f"sm_{capability}" for capability in self.capabilities)
+
+    def command(self, csrc: Path) -> list[str]:
+        flags = ["-std=c++20", "-O3", "-shared", "-w", "--expt-relaxed-constexpr", "-cudart=static"]
+        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags += [f"-gencode=arch=compute_{c},code=sm_{c}" for c in self.capabilities]
+        sources = [str(csrc / "cuda" / name) for name in ("cell_module.cu", "device.cu")]
+        return [*find_compiler("CUDA compiler", "CUDACXX", "nvcc"), *flags, *sources]
+
+    def add(self, mode: str, address: int) -> None:
+        assert self._kernels is not None
+        _cpu.define_cell(address)
+        self._kernels.load_cell(mode, address)
 
 
 class CudaBackend(Backend):
     """Compiled kernels as a Backend.
 
     `kernels` is the extension, fastrnn._cuda, or the one that the tests build for a CPU, where
-    `device` is the compute capability to stand in for. `choose` replaces the kernels' make_plan.
+    `device` is the compute capability to stand in for. `choose` replaces the kernels' make_plan,
+    and `toolchain` is what compiles cells of the user's own.
     FASTRNN_CUDA_PLAN=step|grid|cluster in the environment prefers a kind where it can run.
     """
 
@@ -102,9 +147,11 @@ class CudaBackend(Backend):
         choose: Callable[[Any, Any], Any] | None = None,
         allows_tf32: Callable[[], bool] = allows_tf32,
         device: int = 0,
+        toolchain: Toolchain | None = None,
     ) -> None:
         self._kernels, self._device, self._allows_tf32 = kernels, device, allows_tf32
         self._choose = choose or self.make_plan
+        self._toolchain = toolchain or Nvcc(kernels)
         kind = os.environ.get("FASTRNN_CUDA_PLAN", "").upper()
         if kind and kind not in kernels.Kind.__members__:
             names = "|".join(kernels.Kind.__members__).lower()
@@ -116,6 +163,9 @@ class CudaBackend(Backend):
         """The kernels' choice for a problem on a device."""
         plan = self._kernels.make_plan(problem, device, self._kind)
         return plan or self._kernels.make_plan(problem, device)
+
+    def runs_cell(self, mode: str, dtype: torch.dtype) -> bool:
+        return load(mode, dtype, self._toolchain)
 
     def runs_options(self, layer: Layer) -> bool:
         # The scan of a projected layer knows no h, see _unprojected.
@@ -157,7 +207,7 @@ class CudaBackend(Backend):
             )
 
     def _forward(self, layer: Layer, part: Part | None = None) -> Results:
-        """One scan. part.carried [2, D, B, H]: h and c as they are computed, see
+        """One scan. part.carried [1+C, D, B, H]: the states as they are computed, see
         csrc/cuda/scan.h."""
         results = layer.make_results()
         if not results.output.numel():  # nothing to do but to hand the states on
@@ -166,31 +216,29 @@ class CudaBackend(Backend):
             return results
         rows = Rows(layer, self.upload)
         gates = results.saved
-        if gates is None:
+        if gates is None or layer.saves != layer.cell.gates:
             gates = layer.x.new_empty(layer.directions, rows.count, layer.weights[0].shape[0])
         _multiply_inputs(layer, gates)
         if rows.mask is not None:
             for steps in (results.output, results.extra):
                 if steps is not None:
                     steps.zero_()
-        written = results._replace(saved=gates)
         if layer.has_projection:
-            self._forward_projected(layer, written, rows, part)
+            self._forward_projected(layer, gates, results, rows, part)
         else:
-            self._run(False, layer, written, rows, part=part)
+            self._run(False, layer, rows, gates, results, part=part)
         return results
 
     def _forward_projected(
-        self, layer: Layer, results: Results, rows: Rows, part: Part | None
+        self, layer: Layer, gates: Tensor, results: Results, rows: Rows, part: Part | None
     ) -> None:
         """The scan over m, and h = W_hr m of it."""
-        output, h_n, c_n, _, gates = results
+        output, h_n, c_n, *_ = results
         assert c_n is not None
-        assert gates is not None
         _add_initial(layer, gates, rows)
         m = output.new_zeros(*output.shape[:-1], layer.directions * layer.hidden)
         scanned = results._replace(output=m, h_n=torch.empty_like(c_n))
-        self._run(False, _unprojected(layer), scanned, rows, part=part)
+        self._run(False, _unprojected(layer), rows, gates, scanned, part=part)
         every = output.view(rows.count, layer.directions, layer.proj)
         m = m.view(rows.count, layer.directions, layer.hidden)
         for d, weights in enumerate(_by_direction(layer, layer.weights)):
@@ -215,25 +263,30 @@ class CudaBackend(Backend):
             over_m = _over_m(layer, saved, m)
             if part is not None and over_m.d_h_n is not None:
                 part.carried[0] = over_m.d_h_n
-            written = scan.written(None, gradients[2])
-            self._run(True, _unprojected(layer), over_m, rows, written, part=part)
+            written = scan.written(None, gradients[2], None)
+            self._run(True, _unprojected(layer), rows, over_m, written, part=part)
             scan.set_projected(gradients, saved, m)
         else:
-            self._run(True, layer, saved, rows, scan.written(*gradients[1:3]), part=part)
+            self._run(True, layer, rows, saved, scan.written(*gradients[1:4]), part=part)
         scan.set_products(gradients, saved.output)
         return gradients
 
-    def _run(self, backward: bool, layer: Layer, *args: Any, part: Part | None = None) -> None:
-        """The recurrence alone. `args`: the results, or what is saved; rows; in backward, what is
-        written."""
-        given, rows, *written = args
+    def _run(
+        self, backward: bool, layer: Layer, rows: Rows, *args: Any, part: Part | None = None
+    ) -> None:
+        """The recurrence alone. `args`: W_ih x + b_ih and the results; in backward, what is saved
+        and what is written."""
         device = self._index(layer.x.device)
         shape = rows.steps, rows.batch, layer.hidden, layer.directions, layer.reverse
         numbers = DTYPES.index(layer.x.dtype), *shape, self._allows_tf32()
-        plan, size = self._plan(device, backward, layer.cell.index, *numbers)
+        plan, size = self._plan(device, backward, layer.mode, *numbers)
         workspace = layer.x.new_empty(size // 8, dtype=torch.int64)
+        parameters = None
+        if layer.cell.parameters:  # [D, Q, H]
+            each = [torch.stack(tuple(w.parameters)) for w in _by_direction(layer, layer.weights)]
+            parameters = torch.stack(each)
         run = self._kernels.backward if backward else self._kernels.forward
-        run(device, plan, layer, given, *written, rows.tables, workspace, part)
+        run(device, plan, layer, parameters, *args, rows.tables, workspace, part)
 
     def _find_plan(self, device: int, *numbers: Any) -> tuple[Any, int]:
         """Plan and the bytes of workspace."""
@@ -291,16 +344,26 @@ class _GateGradients:
         self.gates = new((layer.directions, rows.count, width))  # of W_ih x + b_ih
         self.each = self.gates.unbind()  # of one direction [N, G*H], and turned around
         self.transposed = [gates.t() for gates in self.each]
-        # Those of W_hh h + b_hh are the same, but for the last gate of some cells.
-        self.last_gate: Tensor | None = None
-        self.same = width
-        if layer.cell.splits_gradient:
-            self.last_gate = new((layer.directions, rows.count, hidden))
-            self.same = width - hidden
+        # Those of W_hh h + b_hh are the same, but for the last gate of some cells, or, of cells
+        # that are not built in, all.
+        self.recurrent: Tensor | None = None
+        self.same = layer.cell.recurrent * hidden
+        if layer.cell.splits_gradient and layer.cell.recurrent:
+            own = hidden if layer.mode in BUILT_IN else self.same
+            self.recurrent = new((layer.directions, rows.count, own))
+            self.same -= own
+        self.parameters: Tensor | None = None  # of the learned vectors, row by row
+        if layer.cell.parameters:
+            size = layer.directions, layer.cell.parameters, layer.batch, hidden
+            self.parameters = layer.x.new_zeros(size, dtype=layer.state_dtype)
 
-    def written(self, d_h_0: Tensor | None, d_c_0: Tensor | None) -> tuple[Tensor | None, ...]:
+    def written(
+        self, d_h_0: Tensor | None, d_c_0: Tensor | None, d_inputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """What the scan writes."""
-        return self.gates, self.last_gate, d_h_0, d_c_0
+        if d_inputs is not None and self.rows.mask is not None:
+            d_inputs.zero_()
+        return self.gates, self.recurrent, d_h_0, d_c_0, d_inputs, self.parameters
 
     def set_products(self, gradients: Sequence[Tensor | None], output: Tensor) -> None:
         """Sets the gradients of x and of all weights but W_hr."""
@@ -319,6 +382,9 @@ class _GateGradients:
                     flat.addmm_(gates, weights.ih)
             if wanted.ih is not None:
                 torch.mm(self.transposed[d], inputs, out=wanted.ih)
+            for q, gradient in enumerate(wanted.parameters):
+                if gradient is not None and self.parameters is not None:
+                    gradient.copy_(self.parameters[d, q].sum(0))
             if wanted.hh is not None:
                 h_0 = None if layer.h_0 is None else layer.h_0[d]
                 self._multiply_before(d, self.transposed[d], states[d], h_0, wanted.hh)
@@ -330,9 +396,9 @@ class _GateGradients:
             torch.sum(self.each[d], 0, out=wanted.bias_ih)
         if wanted.bias_hh is None:
             return
-        if self.last_gate is not None:
+        if self.recurrent is not None:
             torch.sum(self.each[d][:, : self.same], 0, out=wanted.bias_hh[: self.same])
-            torch.sum(self.last_gate[d], 0, out=wanted.bias_hh[self.same :])
+            torch.sum(self.recurrent[d], 0, out=wanted.bias_hh[self.same :])
         elif wanted.bias_ih is not None:
             wanted.bias_hh.copy_(wanted.bias_ih)
         else:
@@ -341,13 +407,13 @@ class _GateGradients:
     def _multiply_before(
         self, d: int, gates: Tensor, states: Tensor, h_0: Tensor | None, out: Tensor
     ) -> None:
-        """out [G*H, P]: the gradients of W_hh h + b_hh, gates [G*H, N] but for the last gate, times
-        the states before each step."""
-        if self.last_gate is None:
+        """out [G*H, P]: the gradients of W_hh h + b_hh, gates [G*H, N] where these are the same,
+        times the states before each step."""
+        if self.recurrent is None:
             parts = [(gates, out)]
         else:
-            parts = [(gates[: self.same], out[: self.same])]
-            parts += [(self.last_gate[d].t(), out[self.same :])]
+            parts = [(gates[: self.same], out[: self.same])] if self.same else []
+            parts += [(self.recurrent[d].t(), out[self.same :])]
         # One product, so that its sums are those of rows with tables, bit for bit.
         before = self.rows.states_before(states, h_0, d)
         if self.layer.h_mask is not None:

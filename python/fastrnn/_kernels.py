@@ -1,8 +1,8 @@
 """Compiles the kernels of cells of the user's own, one cell and dtype at a time, and keeps them.
 
 What is compiled once is kept in a directory, FASTRNN_CACHE or the platform's place for such things,
-under a name that says all it depends on: the cell, the sources of fastrnn, the instruction set and
-the dtype. So any number of processes may share it, and nothing in it is ever out of date.
+under a name that says all it depends on: the cell, the sources of fastrnn, the instruction set or
+GPUs, and the dtype. So any number of processes may share it, and nothing in it is ever out of date.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ from ._generate import generate
 from ._load import _cpu
 from ._trace import Definition
 
-__all__ = ["add", "cache_directory", "compile_cell", "definition_of", "load", "source"]
+__all__ = ["CPU", "CompileError", "Toolchain", "add", "cache_directory", "compile_cell"]
+__all__ += ["definition_of", "find_compiler", "load", "source"]
 
 # The element type and its name in csrc/scan.h.
 _ELEMENTS = {
@@ -43,8 +45,67 @@ _ELEMENTS = {
 _PROGRESS_AFTER = 1.0  # seconds
 
 _definitions: dict[str, Definition] = {}
-_found: dict[tuple[str, torch.dtype], bool] = {}  # what load() has answered
+_found: dict[tuple[str, torch.dtype, Toolchain], bool] = {}  # what load() has answered
 _lock = threading.RLock()
+
+
+class CompileError(RuntimeError):
+    """There is no kernel, and why."""
+
+
+class Toolchain(ABC):
+    """How kernels are compiled, and taken up, for one type of device."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """In the names of files: what the kernels run on."""
+
+    @abstractmethod
+    def command(self, csrc: Path) -> list[str]:
+        """The compiler with its flags and sources; all but the cell's own.
+
+        Raises:
+            CompileError: without a compiler.
+        """
+
+    @abstractmethod
+    def add(self, mode: str, address: int) -> None:
+        """Takes up the CellModule at an address."""
+
+
+class _Cpu(Toolchain):
+    @property
+    def name(self) -> str:
+        return _cpu.cpu_variant()
+
+    def command(self, csrc: Path) -> list[str]:
+        command = find_compiler("C++ compiler", "CXX", "c++", "g++", "clang++")
+        flags = ["-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-w"]
+        flags += _cpu.cpu_variant_flags().split()
+        if sys.platform == "darwin":
+            flags += ["-undefined", "dynamic_lookup"]
+        return [*command, *flags, str(csrc / "cpu" / "cell_module.cc")]
+
+    def add(self, mode: str, address: int) -> None:
+        _cpu.load_cell(mode, address)
+
+
+CPU: Toolchain = _Cpu()
+
+
+def find_compiler(what: str, variable: str, *usual: str) -> list[str]:
+    """A compiler's command, as an environment variable has it, or the first of the usual ones."""
+    if own := os.environ.get(variable):
+        command = shlex.split(own)
+        if command and shutil.which(command[0]):
+            return command
+    else:
+        for name in usual:
+            if shutil.which(name):
+                return [name]
+    names = ", ".join([variable, *usual[:-1]])
+    raise CompileError(f"there is no {what} ({names} or {usual[-1]})")
 
 
 def add(definition: Definition) -> None:
@@ -91,21 +152,9 @@ def _sources() -> tuple[Path, str]:
     return folder, digest.hexdigest()[:12]
 
 
-def _key(definition: Definition, dtype: torch.dtype) -> str:
+def _key(definition: Definition, dtype: torch.dtype, toolchain: Toolchain) -> str:
     name = str(dtype).removeprefix("torch.")
-    return f"{definition.mode}-{_cpu.cpu_variant()}-{name}-{_sources()[1]}"
-
-
-def _compiler() -> list[str] | None:
-    """The C++ compiler's command: CXX, or the first of the usual ones."""
-    if own := os.environ.get("CXX"):
-        command = shlex.split(own)
-        return command if command and shutil.which(command[0]) else None
-    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-
-
-class CompileError(RuntimeError):
-    """There is no kernel, and why."""
+    return f"{definition.mode}-{toolchain.name}-{name}-{_sources()[1]}"
 
 
 @contextmanager
@@ -120,12 +169,11 @@ def _progress(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _compile_into(definition: Definition, dtype: torch.dtype, target: Path) -> None:
+def _compile_into(
+    definition: Definition, dtype: torch.dtype, toolchain: Toolchain, target: Path
+) -> None:
     """Compiles to a temporary name beside `target`, and moves it there in one step."""
-    command = _compiler()
-    if command is None:
-        raise CompileError("there is no C++ compiler (CXX, c++, g++ or clang++)")
-    folder, _ = _sources()
+    command = toolchain.command(_sources()[0])
     element, name = _ELEMENTS[dtype]
     try:
         # In a thread of its own, which no mode or trace of torch's around the call can reach.
@@ -139,20 +187,12 @@ def _compile_into(definition: Definition, dtype: torch.dtype, target: Path) -> N
         made = Path(own) / "cell.so"
         arguments = [
             *command,
-            "-std=c++20",
-            "-shared",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-w",
-            *_cpu.cpu_variant_flags().split(),
             f"-DFASTRNN_GATES={len(definition.gates)}",
             f'-DFASTRNN_CELL_HEADER="{Path(own) / "cell.h"}"',
-            f"-DFASTRNN_CELL={definition.name}",
+            f"-DFASTRNN_CELL=fastrnn::{definition.name}",
             f'-DFASTRNN_MODE="{definition.mode}"',
             f"-DFASTRNN_ELEMENT={element}",
             f"-DFASTRNN_DTYPE={name}",
-            *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),
-            str(folder / "cpu" / "cell_module.cc"),
             "-o",
             str(made),
         ]
@@ -163,9 +203,9 @@ def _compile_into(definition: Definition, dtype: torch.dtype, target: Path) -> N
         except subprocess.CalledProcessError as error:
             lines = [line for line in error.stderr.splitlines() if "error" in line]
             shown = "\n".join((lines or error.stderr.splitlines())[:5])
-            raise CompileError(f"{' '.join(command)} failed:\n{shown}") from error
+            raise CompileError(f"{command[0]} failed:\n{shown}") from error
         except OSError as error:
-            raise CompileError(f"{' '.join(command)} cannot be run: {error}") from error
+            raise CompileError(f"{command[0]} cannot be run: {error}") from error
         os.replace(Path(own) / "cell.h", header)  # to read
         os.replace(made, target)
 
@@ -178,7 +218,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def compile_cell(definition: Definition, dtype: torch.dtype, directory: Path) -> Path:
+def compile_cell(
+    definition: Definition, dtype: torch.dtype, directory: Path, toolchain: Toolchain = CPU
+) -> Path:
     """The kernel of a cell in a directory, compiled if it is not there.
 
     Raises:
@@ -187,31 +229,34 @@ def compile_cell(definition: Definition, dtype: torch.dtype, directory: Path) ->
         RuntimeError: if others may write to the directory.
     """
     directory = directory.absolute()  # the compiler looks beside its source
-    path = directory / f"{_key(definition, dtype)}.so"
+    path = directory / f"{_key(definition, dtype, toolchain)}.so"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_owner(directory)
     if not path.exists():
         with _locked(path.with_suffix(".lock")):
             if not path.exists():
-                _compile_into(definition, dtype, path)
+                _compile_into(definition, dtype, toolchain, path)
     return path
 
 
-def _load(definition: Definition, dtype: torch.dtype) -> None:
+def _load(definition: Definition, dtype: torch.dtype, toolchain: Toolchain) -> None:
+    def compiled(directory: Path) -> Path:
+        return compile_cell(definition, dtype, directory, toolchain)
+
     try:
-        path = compile_cell(definition, dtype, cache_directory())
+        path = compiled(cache_directory())
     except OSError as error:
         # It cannot be kept: a full disk, or one that is only read.
         with tempfile.TemporaryDirectory(prefix="fastrnn-") as own:
             try:
-                return _open(definition, compile_cell(definition, dtype, Path(own)))
+                return _open(definition, compiled(Path(own)), toolchain)
             except OSError:
                 raise CompileError(str(error)) from error
     try:
-        _open(definition, path)
+        _open(definition, path, toolchain)
     except ImportError:  # half of a file, say
         path.unlink(missing_ok=True)
-        _open(definition, compile_cell(definition, dtype, cache_directory()))
+        _open(definition, compiled(cache_directory()), toolchain)
 
 
 @functools.cache
@@ -220,37 +265,39 @@ def _show_extension() -> None:
     ctypes.CDLL(_cpu.__file__, mode=ctypes.RTLD_GLOBAL)
 
 
-def _open(definition: Definition, path: Path) -> None:
-    _show_extension()
+def _open(definition: Definition, path: Path, toolchain: Toolchain) -> None:
+    if toolchain is CPU:
+        _show_extension()
     try:
         found = ctypes.c_char.in_dll(ctypes.CDLL(str(path)), "fastrnn_cell")
     except (OSError, ValueError) as error:
         raise ImportError(str(error)) from error
-    _cpu.load_cell(definition.mode, ctypes.addressof(found))
+    toolchain.add(definition.mode, ctypes.addressof(found))
 
 
-def load(mode: str, dtype: torch.dtype) -> bool:
+def load(mode: str, dtype: torch.dtype, toolchain: Toolchain = CPU) -> bool:
     """Whether the kernel of a cell for a dtype is there, compiled now if need be.
 
     Raises:
         RuntimeError: if the cache is a directory that others may write to.
     """
-    found = _found.get((mode, dtype))
+    key = mode, dtype, toolchain
+    found = _found.get(key)
     if found is not None:
         return found
     with _lock:
-        if (mode, dtype) in _found:
-            return _found[mode, dtype]
+        if key in _found:
+            return _found[key]
         definition = _definitions[mode]
         try:
-            _load(definition, dtype)
-            _found[mode, dtype] = True
+            _load(definition, dtype, toolchain)
+            _found[key] = True
         except (CompileError, ImportError) as error:
-            _found[mode, dtype] = False
+            _found[key] = False
             warnings.warn(
-                f"fastrnn: {definition.name} has no kernel for {dtype} and runs step by step as "
-                f"plain torch: {error}",
+                f"fastrnn: {definition.name} has no kernel for {dtype} on {toolchain.name} and "
+                f"runs step by step as plain torch: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return _found[mode, dtype]
+        return _found[key]

@@ -74,6 +74,7 @@ class _Direction:
             resets=None if resets is None else self.rows(resets, first),
             grad_scale=None if scale is None else self.rows(scale, first).contiguous(),
             h_mask=self.of(layer.h_mask),
+            inputs=None if layer.inputs is None else self.own(layer.inputs, first).contiguous(),
             weights=layer.by_direction[self.d],
         )
 
@@ -90,21 +91,23 @@ class _Direction:
         return Part(self.carried(h, c), first, self.d)
 
     def carried(self, h: Tensor | None, c: Tensor | None) -> Tensor:
-        """h and c, or their gradients, as a scan carries them: [2, 1, B, H], not rounded.
+        """h and c, or their gradients, as a scan carries them: [1+C, 1, B, H], not rounded.
 
         A projected h is no state of the scan.
         """
         layer = self.layer
-        carried = layer.x.new_zeros((2, 1, layer.batch, layer.hidden), dtype=layer.state_dtype)
-        for target, state in zip(carried, (None if layer.has_projection else h, c)):
-            if state is not None:
-                target.copy_(state)
+        size = 1 + layer.cell.states, 1, layer.batch, layer.hidden
+        carried = layer.x.new_zeros(size, dtype=layer.state_dtype)
+        if h is not None and not layer.has_projection:
+            carried[0] = h
+        if c is not None:
+            carried[1:] = c.unflatten(-1, (-1, layer.hidden)).movedim(2, 0)
         return carried
 
     def states(self, carried: Tensor, h: Tensor | None) -> States:
         """What a scan has left of carried(), and a projected h."""
         h = h if self.layer.has_projection else carried[0]
-        return h, carried[1] if self.layer.cell.has_cell_state else None
+        return h, carried[1:].movedim(0, 2).flatten(2) if self.layer.cell.has_cell_state else None
 
     def boundary(self, saved: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """h and c between this segment and the one that the direction enters after it."""
@@ -184,7 +187,7 @@ def backward_in_segments(
 ) -> list[Tensor | None]:
     """backward of the layer by forward and backward of its segments, from the last to the first."""
     gradients = layer.make_gradients(saved.wanted)
-    d_x, d_h_0, d_c_0, _, *d_weights = gradients
+    d_x, d_h_0, d_c_0, d_inputs, *d_weights = gradients
     each = len(layer.weights) // layer.directions
     for d in range(layer.directions):
         direction = _Direction(layer, d)
@@ -192,12 +195,14 @@ def backward_in_segments(
         own = slice(d * each, (d + 1) * each)
         sums: list[Tensor] = []
         for first in reversed(direction.order):
-            d_part, d_h, d_c, _, *parts = _backward_of_segment(
+            d_part, d_h, d_c, d_own, *parts = _backward_of_segment(
                 direction, first, saved, d_h, d_c, saved.wanted[4:][own], forward, backward
             )
             if d_x is not None and d_part is not None:
                 target = direction.rows(d_x, first)
                 target.copy_(d_part) if d == 0 else target.add_(d_part)
+            if d_inputs is not None and d_own is not None:
+                direction.own(d_inputs, first).copy_(d_own)
             given = [part for part in parts if part is not None]
             if not sums:
                 sums = [part.to(layer.state_dtype) for part in given]
@@ -232,7 +237,7 @@ def _backward_of_segment(
     )
     part = direction.part(first, d_h, d_c)
     d_h, d_c = (None if d is None else d.to(segment.x.dtype) for d in (d_h, d_c))
-    wants = [saved.wanted[0], True, segment.cell.has_cell_state, False, *wanted]
+    wants = [saved.wanted[0], True, segment.cell.has_cell_state, saved.wanted[3], *wanted]
     again = Saved(output, extra, gates, d_output, d_h, d_c, d_extra, wants)
     gradients = list(backward(segment, again, part))
     gradients[1:3] = direction.zeroed(first, *direction.states(part.carried, gradients[1]))

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fastrnn._cuda_backend import CudaBackend
+from fastrnn._cuda_backend import CudaBackend, Nvcc
+from fastrnn._kernels import Toolchain
+from harness import build
 
 
 class Engine(NamedTuple):
@@ -36,6 +38,10 @@ class Target(NamedTuple):
     kernels: ModuleType
     device: str
 
+    @property
+    def toolchain(self) -> Toolchain:
+        return Nvcc(self.kernels) if self.name == "cuda" else build.Harness(self.kernels)
+
     def capability(self, engine: Engine) -> int:
         if self.name == "cuda":
             major, minor = torch.cuda.get_device_capability()
@@ -53,7 +59,11 @@ class Target(NamedTuple):
             if engine.dtype.itemsize == 2 and not engine.tensor and capability >= 80:
                 pytest.skip("compiled for older GPUs only")
         return CudaBackend(
-            self.kernels, choose=choose, allows_tf32=lambda: engine.tensor, device=capability
+            self.kernels,
+            choose=choose,
+            allows_tf32=lambda: engine.tensor,
+            device=capability,
+            toolchain=self.toolchain,
         )
 
 
@@ -64,5 +74,6 @@ def h100(kernels: ModuleType) -> CudaBackend:
         kernels,
         choose=lambda problem, _: backend.make_plan(problem, info),
         device=info.capability,
+        toolchain=build.Harness(kernels),
     )
     return backend

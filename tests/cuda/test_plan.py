@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from fastrnn._layer import CELLS
 from test_scan import make_case
 
 DTYPES = {"f32": 0, "f64": 1, "bf16": 2, "f16": 3}
@@ -18,7 +17,7 @@ def gpus(harness):
 
 
 def problem(harness, cell, dtype, *, backward=False, T=100, B=16, H=128, D=1, tf32=False):
-    return harness.Problem(backward, CELLS[cell].index, DTYPES[dtype], T, B, H, D, False, tf32)
+    return harness.Problem(backward, cell, DTYPES[dtype], T, B, H, D, False, tf32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,5 +119,6 @@ def test_a_wrong_plan_is_refused(harness):
     layer = make_case("GRU", 3, 2, 5, 100).to(lambda t: t.float()).layer
     results = layer.make_results()
     workspace = torch.empty(plan.workspace(given) // 8, dtype=torch.int64)
+    gates = torch.empty(2, 6, 300)
     with pytest.raises(ValueError, match="this plan cannot run this problem"):
-        harness.forward(90, plan, layer, results, (None, [], None), workspace)
+        harness.forward(90, plan, layer, None, gates, results, (None, [], None), workspace)

@@ -18,6 +18,9 @@ def only(pattern: str) -> Path:
     return path
 
 
+COMPILED = {"csrc/cpu/cell_module.cc", "csrc/cuda/cell_module.cu", "csrc/cuda/device.cu"}
+
+
 def tracked(*folders: str) -> set[str]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -40,9 +43,9 @@ def test_wheel():
     extensions = {name for name in package if name.endswith(".so")}
     own = {n.partition("/")[2] for n in tracked("python/fastrnn")}
     # What cells of the user's own are compiled from.
-    own_source = re.compile(r"csrc/(philox|scan|(cells|cpu)/\w+)\.h")
+    own_source = re.compile(r"csrc/(philox|scan|(cells|cpu|cuda)/\w+)\.h")
     headers = {n for n in tracked("csrc") if own_source.fullmatch(n)}
-    own |= {f"fastrnn/{n}" for n in headers | {"csrc/cpu/cell_module.cc"}}
+    own |= {f"fastrnn/{n}" for n in headers | COMPILED}
     assert package - extensions == own
 
     kinds = {name.partition(".")[0] for name in extensions}

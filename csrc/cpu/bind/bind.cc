@@ -93,6 +93,8 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::return_value_policy::reference);
   m.def("load_cell", &load_cell);
+  m.def("define_cell",
+        [](uintptr_t address) { define_cell(*reinterpret_cast<const CellTraits*>(address)); });
   m.attr("cells") = cells;
   m.attr("layer_fields") = layer_fields();
 

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-from fastrnn._load import set_torch
+from fastrnn._kernels import Toolchain, find_compiler
+from fastrnn._load import _cpu, set_torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -29,6 +30,25 @@ SANITIZERS = [
     "-g1",
     "-O1",
 ]
+
+
+class Harness(Toolchain):
+    """Compiles the CUDA kernels of a user's cell for the harness."""
+
+    name = "harness"
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self.kernels = kernels
+
+    def command(self, csrc: Path) -> list[str]:
+        compiler = find_compiler("C++ compiler", "CXX", "c++")
+        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-w", f"-I{HERE}"]
+        sources = [csrc / "cuda" / "cell_module.cu", HERE / "harness.cc"]
+        return [*compiler, *flags, "-x", "c++", *map(str, sources)]
+
+    def add(self, mode: str, address: int) -> None:
+        _cpu.define_cell(address)
+        self.kernels.load_cell(mode, address)
 
 
 def cells() -> list[str]:
