@@ -59,8 +59,10 @@ struct Block {
         batch(params.args.problem.batch),
         hidden(params.args.problem.hidden),
         direction(block_index().y),
-        unit_tile(block_index().x % params.layout.unit_tiles),
-        row_tile(block_index().x / params.layout.unit_tiles),
+        unit_tile(static_cast<uint32_t>(block_index().x) %
+                  static_cast<uint32_t>(params.layout.unit_tiles)),
+        row_tile(static_cast<uint32_t>(block_index().x) /
+                 static_cast<uint32_t>(params.layout.unit_tiles)),
         first_row(row_tile * params.layout.rows),
         unit(unit_tile * params.layout.units + thread_index() % params.layout.units),
         local_unit(thread_index() % params.layout.units),
