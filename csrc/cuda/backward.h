@@ -17,7 +17,7 @@ class BackwardItems {
  public:
   using T = Compute<S>;
   using V = Value<S>;
-  static constexpr int G = Cell::gates;
+  static constexpr int G = Cell::gates, kItems = max_items(sizeof(S));
 
   FASTRNN_DEVICE explicit BackwardItems(const Block<RecurrenceBackward>& block)
       : block_(block), args_(block.p.args), carried_(block), zoneout_(args_.zoneout) {}
@@ -105,7 +105,7 @@ class BackwardItems {
     const int64_t before = block_.before(t, k), feature = block_.feature(place_[k]);
     const bool is_first = before == kInitial;
     const int64_t previous = is_first ? block_.state(k) : block_.feature(before);
-    resets_[k] = before == kReset;
+    resets_.set(k, before == kReset);
     h_[k] = S{};
     extra_prev_[k] = extra_[k] = d_extra_[k] = T(0);
     if constexpr (Cell::saves_gates) {
@@ -119,7 +119,7 @@ class BackwardItems {
     if constexpr (Cell::has_extra) extra_[k] = read_computed(args_.extra, feature);
     h_prev_[k] = Cell::has_direct_path ? h_before(t, k) : S{};
     if constexpr (Cell::has_cell_state) {
-      first_[k] = is_first;
+      first_.set(k, is_first);
       if (!resets_[k]) {
         if (is_first) {
           c_0_[k] = read(args_.c_0, previous);
@@ -196,8 +196,8 @@ class BackwardItems {
   Carried<Cell, S> carried_;  // the direct part of dh, or all of it, and dc
   Zoneout<T> zoneout_;
   int64_t place_[kItems];  // -1: no valid step
-  bool resets_[kItems];    // the step begins a new segment
-  bool first_[kItems];     // the initial state comes before the step
+  Marks resets_;           // the step begins a new segment
+  Marks first_;            // the initial state comes before the step
   // All as it is read: to widen it would wait for it. The gates, then their gradients.
   S gate_[kItems][G], h_prev_[kItems], h_[kItems], c_0_[kItems], d_output_[kItems];
   T extra_prev_[kItems], extra_[kItems], d_extra_[kItems];

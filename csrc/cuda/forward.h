@@ -15,7 +15,7 @@ class ForwardItems {
  public:
   using T = Compute<S>;
   using V = Value<S>;
-  static constexpr int G = Cell::gates;
+  static constexpr int G = Cell::gates, kItems = max_items(sizeof(S));
 
   FASTRNN_DEVICE explicit ForwardItems(const Block<RecurrenceForward>& block)
       : block_(block), args_(block.p.args), carried_(block), zoneout_(args_.zoneout) {
@@ -33,7 +33,7 @@ class ForwardItems {
     for (int k = 0; k < kItems; ++k) {
       place_[k] = block_.owns(k) ? block_.place(t, k) : -1;
       if (place_[k] < 0) continue;
-      resets_[k] = block_.before(t, k) == kReset;
+      resets_.set(k, block_.before(t, k) == kReset);
       const S* projected = gates(k);
 #pragma unroll
       for (int g = 0; g < G; ++g) gates_[k][g] = projected[g * block_.hidden];
@@ -124,7 +124,7 @@ class ForwardItems {
   Zoneout<T> zoneout_;
   V bias_[G];
   int64_t place_[kItems];  // -1: no valid step
-  bool resets_[kItems];    // the step begins a new segment
+  Marks resets_;           // the step begins a new segment
   // W_ih x + b_ih as they are read: to widen them would wait for them. Then the activated gates.
   S gates_[kItems][G];
   V extra_[kItems];
