@@ -19,7 +19,7 @@ class BackwardItems {
   using V = Value<S>;
   using C = General<Cell>;
   static constexpr int G = C::gates, R = C::recurrent, K = C::saves, Z = C::inputs;
-  static constexpr int Q = C::parameters, E = C::extras;
+  static constexpr int Q = C::parameters, E = C::extras, kItems = max_items(sizeof(S));
   // The gates of W_hh h + b_hh whose gradients are stored beside those of W_ih x + b_ih: of the
   // built-in cells only the last differs.
   static constexpr int kSplit = !C::splits_gradient ? 0 : is_general<Cell> ? R : 1;
@@ -160,8 +160,8 @@ class BackwardItems {
 
   FASTRNN_DEVICE void read_item(int64_t t, int k) {
     const int64_t before = block_.before(t, k), hidden = block_.hidden;
-    resets_[k] = before == kReset;
-    first_[k] = before == kInitial;
+    resets_.set(k, before == kReset);
+    first_.set(k, before == kInitial);
     h_[k] = C::reads_output ? read(args_.output, block_.feature(place_[k])) : S{};
     h_prev_[k] = C::has_direct_path ? h_before(t, k) : S{};
     d_output_[k] = read(args_.d_output, block_.feature(place_[k]));
@@ -269,8 +269,8 @@ class BackwardItems {
   Zoneout<T> zoneout_;
   V parameters_[room(Q)], d_parameters_[room(Q)];
   int64_t place_[kItems];  // -1: no valid step
-  bool resets_[kItems];    // the step begins a new segment
-  bool first_[kItems];     // the initial state comes before the step
+  Marks resets_;           // the step begins a new segment
+  Marks first_;            // the initial state comes before the step
   // All as it is read: to widen it would wait for it. What forward saved, then the gradients of the
   // gates; the inputs, then theirs.
   S gate_[kItems][G > K ? G : K], inputs_[kItems][room(Z)];

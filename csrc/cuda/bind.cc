@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <limits>
 #include <map>
 #include <optional>
 #include <string>
@@ -35,6 +36,14 @@ using Tables = std::tuple<Optional, std::vector<Tensor>, Optional>;
   throw py::value_error(name + ": expected " + expected);
 }
 
+void require(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return;
+  const std::string from = std::to_string(least);
+  const bool is_open = most == std::numeric_limits<int64_t>::max();
+  fail(name, (is_open ? "at least " + from : from + " to " + std::to_string(most)) + ", got " +
+                 std::to_string(value));
+}
+
 // Where a tensor lies that must be as expected; null for none.
 void* memory(const LayerCall& layer, const char* name, const Tensor& tensor, const Shape& shape,
              Element element) {
@@ -54,10 +63,16 @@ void* required(const char* name, void* memory) {
 
 Problem make_problem(bool backward, const std::string& mode, int dtype, int64_t steps,
                      int64_t batch, int64_t hidden, int directions, bool reverse, bool tf32) {
+  // Of any size; what a device can hold is the plan's matter.
+  constexpr int64_t any = std::numeric_limits<int64_t>::max();
   const int cell = find_cell(mode);
-  if (dtype < 0 || dtype >= kDTypes || steps < 0 || batch < 0 || hidden < 1 || directions < 1 ||
-      directions > kMaxDirections || (reverse && directions > 1)) {
-    throw py::value_error("sizes out of range");
+  require("dtype", dtype, 0, kDTypes - 1);
+  require("steps", steps, 0, any);
+  require("batch", batch, 0, any);
+  require("hidden", hidden, 1, any);
+  require("directions", directions, 1, kMaxDirections);
+  if (reverse && directions > 1) {
+    fail("reverse", "False with directions=" + std::to_string(directions) + ", got True");
   }
   const auto type = static_cast<DType>(dtype);
   return {{cell, type, steps, batch, 0, hidden, hidden, directions, reverse, 0},

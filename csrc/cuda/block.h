@@ -40,7 +40,7 @@ Launch scan_launch(const Params<Args>& p, void* stream) {
 }
 
 // The part of the scan that a block does, and a thread of it: its items are one unit of up to
-// kItems rows.
+// max_items rows.
 template <class Args>
 struct Block {
   const Params<Args>& p;
@@ -60,8 +60,10 @@ struct Block {
         batch(params.args.problem.batch),
         hidden(params.args.problem.hidden),
         direction(block_index().y),
-        unit_tile(block_index().x % params.layout.unit_tiles),
-        row_tile(block_index().x / params.layout.unit_tiles),
+        unit_tile(static_cast<uint32_t>(block_index().x) %
+                  static_cast<uint32_t>(params.layout.unit_tiles)),
+        row_tile(static_cast<uint32_t>(block_index().x) /
+                 static_cast<uint32_t>(params.layout.unit_tiles)),
         first_row(row_tile * params.layout.rows),
         unit(unit_tile * params.layout.units + thread_index() % params.layout.units),
         local_unit(thread_index() % params.layout.units),
@@ -131,13 +133,25 @@ struct Block {
   }
 };
 
+// Yes or no of each of a thread's items, in one register.
+class Marks {
+ public:
+  FASTRNN_DEVICE bool operator[](int item) const { return (bits_ >> item & 1) != 0; }
+  FASTRNN_DEVICE void set(int item, bool value) {
+    bits_ = (bits_ & ~(1u << item)) | (value ? 1u << item : 0u);
+  }
+
+ private:
+  uint32_t bits_ = 0;
+};
+
 // What goes from step to step of a thread's items beside the product: h and the other states, or
 // their gradients. From launch to launch it goes through the workspace.
 template <class Cell, class S>
 struct Carried {
   using T = Compute<S>;
   using V = Value<S>;
-  static constexpr int C = General<Cell>::states;
+  static constexpr int C = General<Cell>::states, kItems = max_items(sizeof(S));
   V h[kItems], c[kItems][room(C)];
 
   template <class Args>

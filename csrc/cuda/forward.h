@@ -17,7 +17,7 @@ class ForwardItems {
   using V = Value<S>;
   using C = General<Cell>;
   static constexpr int G = C::gates, R = C::recurrent, K = C::saves, Z = C::inputs;
-  static constexpr int Q = C::parameters, E = C::extras;
+  static constexpr int Q = C::parameters, E = C::extras, kItems = max_items(sizeof(S));
 
   FASTRNN_DEVICE explicit ForwardItems(const Block<RecurrenceForward>& block)
       : block_(block), args_(block.p.args), carried_(block), zoneout_(args_.zoneout) {
@@ -36,7 +36,7 @@ class ForwardItems {
     for (int k = 0; k < kItems; ++k) {
       place_[k] = block_.owns(k) ? block_.place(t, k) : -1;
       if (place_[k] < 0) continue;
-      resets_[k] = block_.before(t, k) == kReset;
+      resets_.set(k, block_.before(t, k) == kReset);
       const S* gates = static_cast<const S*>(args_.gates) + block_.column(place_[k], G);
 #pragma unroll
       for (int g = 0; g < G; ++g) gates_[k][g] = gates[g * block_.hidden];
@@ -148,7 +148,7 @@ class ForwardItems {
   Zoneout<T> zoneout_;
   V bias_[room(R)], parameters_[room(Q)];
   int64_t place_[kItems];  // -1: no valid step
-  bool resets_[kItems];    // the step begins a new segment
+  Marks resets_;           // the step begins a new segment
   // W_ih x + b_ih as they are read: to widen them would wait for them. Then what is saved.
   S gates_[kItems][G > K ? G : K], inputs_[kItems][room(Z)];
   V extra_[kItems][room(E)];

@@ -52,8 +52,9 @@ FASTRNN_DEVICE int thread_index() { return threadIdx.x; }
 FASTRNN_DEVICE Index3 block_index() {
   return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
 }
-FASTRNN_DEVICE int64_t grid_thread() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
-FASTRNN_DEVICE int64_t grid_threads() { return int64_t{gridDim.x} * blockDim.x; }
+FASTRNN_DEVICE Index3 grid_size() {
+  return {static_cast<int>(gridDim.x), static_cast<int>(gridDim.y), static_cast<int>(gridDim.z)};
+}
 
 FASTRNN_DEVICE char* dynamic_shared() {
   extern __shared__ __align__(128) char memory[];

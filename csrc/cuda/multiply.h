@@ -26,10 +26,11 @@ struct Lane {
   FASTRNN_DEVICE Lane() : column(thread_index() % 32 / 4), quarter(thread_index() % 4) {}
 };
 
-// How many blocks of states are loaded before the first is used: 8 loads.
+// How many blocks of states are loaded before the first is used: 8 loads or, where registers are
+// left, 16.
 template <class S, bool Tensor, int Tiles>
 constexpr int blocks_ahead(int octets) {
-  return Tensor ? 8 / octets : sizeof(S) * Tiles <= 8 ? 2 : 1;
+  return Tensor ? 8 / octets : sizeof(S) < 8 && sizeof(S) * Tiles <= 8 ? 2 : 1;
 }
 
 // The states of one block: of one lane, one of each octet's rows on tensor cores, else all rows.
@@ -40,7 +41,7 @@ struct States {
   Vector16 of[count];
 
   template <class Load>
-  FASTRNN_DEVICE void read(const char* states, int64_t row_bytes, bool condition, Load load) {
+  FASTRNN_DEVICE void read(const char* states, int row_bytes, bool condition, Load load) {
 #pragma unroll
     for (int n = 0; n < count; ++n) {
       of[n] = load(states + n * rows_apart * row_bytes, condition);
@@ -173,8 +174,8 @@ class Product {
         weights_(weights),
         in_shared_(in_shared),
         sums_(sums),
-        row_bytes_(layout.stride * static_cast<int>(sizeof(S))),
-        block_bytes_(int64_t{layout.columns} * kBlockBytes),
+        row_bytes_(static_cast<int>(layout.stride) * static_cast<int>(sizeof(S))),
+        block_bytes_(layout.columns * kBlockBytes),
         pitch_(layout.columns + kSkew),
         parts_(layout.slices * layout.row_parts * layout.column_parts),
         first_(layout, thread_index() / 32) {}
@@ -239,7 +240,7 @@ class Product {
     const char* w = weights_ + part.begin * block_bytes_ +
                     (part.column + lane.column) * kBlockBytes + lane.quarter * 16;
     const char* s = states + (part.row + (Tensor ? lane.column : 0)) * row_bytes_ +
-                    int64_t{part.begin} * kBlockBytes + lane.quarter * 16;
+                    part.begin * kBlockBytes + lane.quarter * 16;
     const int count = part.end - part.begin;
     Accumulator<S, Tensor, Tiles, Octets> sums;
     States<S, Tensor, Octets> read[ahead];
@@ -288,8 +289,7 @@ class Product {
   const char* const weights_;
   const bool in_shared_;
   T* const sums_;
-  const int64_t row_bytes_, block_bytes_;
-  const int pitch_, parts_;
+  const int row_bytes_, block_bytes_, pitch_, parts_;
   const Part first_;
 };
 

@@ -14,6 +14,8 @@ enum State : int { kOfH, kOfC };
 template <class T>
 class Zoneout {
  public:
+  static constexpr int kItems = max_items(sizeof(T));
+
   FASTRNN_DEVICE explicit Zoneout(const ZoneoutArgs& args) : args_(args) {}
 
   FASTRNN_DEVICE bool is_on() const { return args_.is_on(); }

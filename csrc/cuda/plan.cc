@@ -72,8 +72,8 @@ Terms terms(const Problem& p, const DeviceInfo& device, const Plan& plan, const 
 
 bool is_possible(const Problem& p, const DeviceInfo& device, const Plan& plan) {
   if (plan.units < 1 || kThreads % plan.units != 0 || plan.rows < kOctet ||
-      plan.rows % kOctet != 0 || plan.units * plan.rows > kThreads * kItems || plan.slices < 1 ||
-      plan.slices > kWarps) {
+      plan.rows % kOctet != 0 || plan.units * plan.rows > kThreads * max_items(p.element()) ||
+      plan.slices < 1 || plan.slices > kWarps) {
     return false;
   }
   if (plan.tensor && !has_tensor_cores(p, device)) return false;
@@ -120,7 +120,7 @@ std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device,
   }
   const bool tensor = has_tensor_cores(p, device);
   for (int units = 8; units <= 128; units *= 2) {
-    for (int rows = kOctet; rows * units <= kThreads * kItems; rows *= 2) {
+    for (int rows = kOctet; rows * units <= kThreads * max_items(p.element()); rows *= 2) {
       if (rows > kOctet && rows / 2 >= p.batch) break;
       consider({Kind::kStep, units, rows, 1, 1, false, tensor});
       for (const bool resident : {true, false}) {

@@ -22,11 +22,13 @@ namespace fastrnn::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kItems = 4;        // (row, unit) pairs of a thread, at most
 constexpr int kBlockBytes = 64;  // of one column or row, along the depth of the product
 constexpr int kTile = 16;        // columns of a tensor core's product
 constexpr int kOctet = 8;        // rows of a tensor core's product, and half a tile of columns
 constexpr int kSkew = 4;         // between rows of sums: no two of a warp in one bank
+
+// (row, unit) pairs of a thread, at most: those whose values stay in registers.
+FASTRNN_HD constexpr int max_items(int64_t element) { return element == 8 ? 2 : 4; }
 
 // Tiles of columns in one warp at once: those whose sums stay in registers.
 FASTRNN_HD constexpr int warp_tiles(int64_t element) { return element == 8 ? 1 : 4; }

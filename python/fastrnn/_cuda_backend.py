@@ -39,30 +39,53 @@ def allows_tf32() -> bool:
     return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
 
 
-_settings = Lock()
-
-
-@contextmanager
-def _products_as(allowed: bool) -> Iterator[None]:
+class _Rounding:
     """Lets torch's own products round float32 to TF32, or not, as the scan does.
 
     torch has a setting for cuDNN, which is for all products of a layer, and another for cuBLAS, off
-    by default. It is one for all threads, so it is changed only where the two differ.
+    by default. No product can be told by itself, and the setting is one for all threads. So it is
+    changed only where the two differ: by the first of the calls that run at the same time, until
+    the last of them ends. A product that the user's own threads start meanwhile follows it, too.
     """
-    matmul = torch.backends.cuda.matmul
-    new = getattr(matmul, "fp32_precision", None)
-    before = matmul.allow_tf32 if new is None else new == "tf32"
-    if before == allowed:
-        yield
-        return
-    with _settings:
-        matmul.allow_tf32 = allowed  # sets what a newer torch has beside it, too
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._calls = 0
+        self._before: tuple[bool, str | None] | None = None  # where it was changed
+
+    @contextmanager
+    def __call__(self, allowed: bool) -> Iterator[None]:
+        with self._lock:
+            self._calls += 1
+            if self._calls == 1:
+                self._change(allowed)
         try:
             yield
         finally:
-            matmul.allow_tf32 = before
-            if new is not None:
-                matmul.fp32_precision = new
+            with self._lock:
+                self._calls -= 1
+                if self._calls == 0:
+                    self._restore()
+
+    def _change(self, allowed: bool) -> None:
+        matmul = torch.backends.cuda.matmul
+        new = getattr(matmul, "fp32_precision", None)
+        before = matmul.allow_tf32 if new is None else new == "tf32"
+        if before != allowed:
+            self._before = before, new
+            matmul.allow_tf32 = allowed  # sets what a newer torch has beside it, too
+
+    def _restore(self) -> None:
+        if self._before is None:
+            return
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_tf32, new = self._before
+        if new is not None:
+            matmul.fp32_precision = new
+        self._before = None
+
+
+_rounding = _Rounding()
 
 
 class Weights(NamedTuple):
@@ -127,6 +150,11 @@ class Nvcc(Toolchain):
         assert self._kernels is not None
         _cpu.define_cell(address)
         self._kernels.load_cell(mode, address)
+
+
+def _places(layer: Layer) -> list[Weights]:
+    """Where the gradients of each direction's weights stand among all gradients."""
+    return _by_direction(layer, range(4, 4 + len(layer.weights)))
 
 
 class CudaBackend(Backend):
@@ -250,12 +278,15 @@ class CudaBackend(Backend):
         self, layer: Layer, saved: Saved, part: Part | None = None
     ) -> list[Tensor | None]:
         """The same backward, where the gradients of h and c are carried."""
-        gradients = layer.make_gradients(saved.wanted)
         if not saved.output.numel():
+            gradients = layer.make_gradients(saved.wanted)
             handed_on = (None, saved.d_h_n, saved.d_c_n, None, *(None,) * len(layer.weights))
             for gradient, given in zip(gradients, handed_on):
                 _hand_on(gradient, given)
             return gradients
+        # The rest is made by the products.
+        states = layer.make_gradients([False, *saved.wanted[1:4]])
+        gradients = [*states, *(None,) * len(layer.weights)]
         rows = Rows(layer, self.upload)
         scan = _GateGradients(layer, rows)
         if layer.has_projection:
@@ -268,7 +299,7 @@ class CudaBackend(Backend):
             scan.set_projected(gradients, saved, m)
         else:
             self._run(True, layer, rows, saved, scan.written(*gradients[1:4]), part=part)
-        scan.set_products(gradients, saved.output)
+        scan.set_products(gradients, saved.wanted, saved.output)
         return gradients
 
     def _run(
@@ -297,7 +328,7 @@ class CudaBackend(Backend):
     def _rounding(self, layer: Layer) -> AbstractContextManager[Any]:
         if layer.x.dtype != torch.float32:
             return nullcontext()
-        return _products_as(self._allows_tf32())
+        return _rounding(self._allows_tf32())
 
     def _index(self, device: torch.device) -> int:
         return self._device if device.index is None else device.index
@@ -365,80 +396,86 @@ class _GateGradients:
             d_inputs.zero_()
         return self.gates, self.recurrent, d_h_0, d_c_0, d_inputs, self.parameters
 
-    def set_products(self, gradients: Sequence[Tensor | None], output: Tensor) -> None:
-        """Sets the gradients of x and of all weights but W_hr."""
-        layer, rows = self.layer, self.rows
-        d_x, _, _, _, *rest = gradients
-        inputs = rows.zero_masked(layer.x.view(rows.count, -1))
-        states = output.view(rows.count, layer.directions, layer.proj).unbind(1)
-        grouped = zip(_by_direction(layer, layer.weights), _by_direction(layer, rest))
-        for d, (weights, wanted) in enumerate(grouped):
-            gates = self.each[d]
-            if d_x is not None:
-                flat = d_x.view_as(inputs)
-                if d == 0:
-                    torch.mm(gates, weights.ih, out=flat)
-                else:
-                    flat.addmm_(gates, weights.ih)
-            if wanted.ih is not None:
-                torch.mm(self.transposed[d], inputs, out=wanted.ih)
-            for q, gradient in enumerate(wanted.parameters):
-                if gradient is not None and self.parameters is not None:
-                    gradient.copy_(self.parameters[d, q].sum(0))
-            if wanted.hh is not None:
-                h_0 = None if layer.h_0 is None else layer.h_0[d]
-                self._multiply_before(d, self.transposed[d], states[d], h_0, wanted.hh)
-            self._sum_up(d, wanted)
-
-    def _sum_up(self, d: int, wanted: Weights) -> None:
-        """Sets the gradients of the biases."""
-        if wanted.bias_ih is not None:
-            torch.sum(self.each[d], 0, out=wanted.bias_ih)
-        if wanted.bias_hh is None:
-            return
-        if self.recurrent is not None:
-            torch.sum(self.each[d][:, : self.same], 0, out=wanted.bias_hh[: self.same])
-            torch.sum(self.recurrent[d], 0, out=wanted.bias_hh[self.same :])
-        elif wanted.bias_ih is not None:
-            wanted.bias_hh.copy_(wanted.bias_ih)
-        else:
-            torch.sum(self.each[d], 0, out=wanted.bias_hh)
-
-    def _multiply_before(
-        self, d: int, gates: Tensor, states: Tensor, h_0: Tensor | None, out: Tensor
+    def set_products(
+        self, gradients: list[Tensor | None], wanted: Sequence[bool], output: Tensor
     ) -> None:
-        """out [G*H, P]: the gradients of W_hh h + b_hh, gates [G*H, N] where these are the same,
-        times the states before each step."""
-        if self.recurrent is None:
-            parts = [(gates, out)]
-        else:
-            parts = [(gates[: self.same], out[: self.same])] if self.same else []
-            parts += [(self.recurrent[d].t(), out[self.same :])]
-        # One product, so that its sums are those of rows with tables, bit for bit.
-        before = self.rows.states_before(states, h_0, d)
-        if self.layer.h_mask is not None:
-            before = self.rows.times(before, self.layer.h_mask[d])
-        for gates, target in parts:
-            torch.mm(gates, before, out=target)
+        """Makes the gradients of x and of all weights but W_hr: no tensor is made beforehand."""
+        layer, rows = self.layer, self.rows
+        inputs = rows.zero_masked(layer.x.view(rows.count, -1))
+        states: Sequence[Tensor] = [output.view(rows.count, -1)]
+        if layer.directions > 1:
+            states = output.view(rows.count, layer.directions, layer.proj).unbind(1)
+        flat: Tensor | None = None
+        for d, (weights, at) in enumerate(zip(_by_direction(layer, layer.weights), _places(layer))):
+            gates = self.each[d]
+            if wanted[0]:
+                flat = (
+                    torch.mm(gates, weights.ih) if flat is None else flat.addmm_(gates, weights.ih)
+                )
+            if wanted[at.ih]:
+                gradients[at.ih] = torch.mm(self.transposed[d], inputs)
+            if at.hh is not None and wanted[at.hh]:
+                h_0 = None if layer.h_0 is None else layer.h_0[d]
+                gradients[at.hh] = self._multiply_before(d, self.transposed[d], states[d], h_0)
+            for q, place in enumerate(at.parameters):
+                if wanted[place] and self.parameters is not None:
+                    gradients[place] = self.parameters[d, q].sum(0).to(output.dtype)
+            self._sum_up(d, gradients, wanted, at)
+        gradients[0] = None if flat is None else flat.view_as(layer.x)
 
-    def set_projected(self, gradients: Sequence[Tensor | None], saved: Saved, m: Tensor) -> None:
-        """Sets the gradients of W_hr, from every h_t that it made, and of h_0."""
+    def _sum_up(
+        self, d: int, gradients: list[Tensor | None], wanted: Sequence[bool], at: Weights
+    ) -> None:
+        """The gradients of the biases."""
+        wants_ih = at.bias_ih is not None and wanted[at.bias_ih]
+        wants_hh = at.bias_hh is not None and wanted[at.bias_hh]
+        total = torch.sum(self.each[d], 0) if wants_ih or (wants_hh and self.same) else None
+        if wants_ih:
+            gradients[at.bias_ih] = total
+        if wants_hh and self.recurrent is not None and not self.same:
+            gradients[at.bias_hh] = torch.sum(self.recurrent[d], 0)
+        elif wants_hh and total is not None:
+            # Two results of an operator are not one tensor.
+            own = gradients[at.bias_hh] = total.clone() if wants_ih else total
+            if self.recurrent is not None:
+                torch.sum(self.recurrent[d], 0, out=own[self.same :])
+
+    def _multiply_before(self, d: int, gates: Tensor, states: Tensor, h_0: Tensor | None) -> Tensor:
+        """[R*H, P]: the gradients of W_hh h + b_hh, gates [G*H, N] where these are the same, times
+        the states before each step."""
+        parts = self.rows.parts_before(states, h_0, d)
+        if self.layer.h_mask is not None:
+            mask = self.layer.h_mask[d]
+            parts = [(steps, self.rows.times(part, mask)) for steps, part in parts]
+        own = None if self.recurrent is None else self.recurrent[d].t()
+        size = self.same + (0 if own is None else own.shape[0])
+        if not parts:  # one step after zeros
+            return states.new_zeros(size, states.shape[1])
+        if own is None:
+            return _multiply_parts(gates, parts)
+        if not self.same:
+            return _multiply_parts(own, parts)
+        out = states.new_empty(size, states.shape[1])
+        _multiply_parts(gates[: self.same], parts, out[: self.same])
+        _multiply_parts(own, parts, out[self.same :])
+        return out
+
+    def set_projected(self, gradients: list[Tensor | None], saved: Saved, m: Tensor) -> None:
+        """Makes the gradient of W_hr, from every h_t that it made, and sets that of h_0."""
         layer, rows, d_h_n = self.layer, self.rows, saved.d_h_n
-        _, d_h_0, _, _, *rest = gradients
+        d_h_0 = gradients[1]
         m = m.view(rows.count, layer.directions, layer.hidden)
-        grouped = zip(_by_direction(layer, layer.weights), _by_direction(layer, rest))
-        for d, (weights, wanted) in enumerate(grouped):
+        for d, (weights, at) in enumerate(zip(_by_direction(layer, layer.weights), _places(layer))):
             # Those that flow back through h, and not into W_hh.
             scaled = self._over_edges(self.each[d])
-            if wanted.hr is not None:
-                before = weights.hh.new_empty(weights.hh.shape[0], layer.hidden)
-                self._multiply_before(d, scaled.t(), m[:, d], None, before)
-                torch.mm(weights.hh.t(), before, out=wanted.hr)
+            if saved.wanted[at.hr]:
+                before = self._multiply_before(d, scaled.t(), m[:, d], None)
+                hr = gradients[at.hr] = torch.mm(weights.hh.t(), before)
                 if saved.d_output is not None:
                     steps = saved.d_output.view(rows.count, layer.directions, layer.proj)[:, d]
-                    wanted.hr.addmm_(rows.zero_masked(steps).t(), m[:, d])
+                    hr.addmm_(rows.zero_masked(steps).t(), m[:, d])
                 if d_h_n is not None:
-                    wanted.hr.addmm_(d_h_n[d].t(), rows_at(m[:, d], rows.last(d), None))
+                    hr.addmm_(d_h_n[d].t(), rows_at(m[:, d], rows.last(d), None))
             if d_h_0 is not None:
                 first = rows_at(scaled, rows.first(d), None) @ weights.hh
                 if rows.lengths is not None and d_h_n is not None:
@@ -453,6 +490,20 @@ class _GateGradients:
             return gates
         scale = self.rows.zero_masked(scale.view(-1, 1))
         return torch.where(scale == 0, 0, gates * scale).to(gates.dtype)
+
+
+def _multiply_parts(
+    gates: Tensor, parts: Sequence[tuple[slice | None, Tensor]], out: Tensor | None = None
+) -> Tensor:
+    """gates [G*H, N] times what went into the steps, see Rows.parts_before."""
+    for i, (steps, states) in enumerate(parts):
+        own = gates if steps is None else gates[:, steps]
+        if i > 0 and out is not None:
+            out.addmm_(own, states)
+        else:
+            out = torch.mm(own, states) if out is None else torch.mm(own, states, out=out)
+    assert out is not None
+    return out
 
 
 # Projections: h = W_hr m, where the scan runs over m.

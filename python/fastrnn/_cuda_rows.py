@@ -109,6 +109,30 @@ class Rows:
         index.scatter_(0, target, source.flatten())
         return table.index_select(0, index[:-1])
 
+    def parts_before(
+        self, output: Tensor, h_0: Tensor | None, direction: int
+    ) -> list[tuple[slice | None, Tensor]]:
+        """The same by parts: which of the N steps, None for all, and what went into each of them.
+
+        Where every row lives for all steps, that is the output itself, one step off: it is not
+        copied. Zeros that go into the first steps are left out.
+        """
+        if self.lengths is not None:
+            return [(None, self.states_before(output, h_0, direction))]
+        if self.reverse[direction]:
+            edge, others = slice(-self.batch, None), slice(-self.batch)
+            states = output[self.batch :]
+        else:
+            edge, others = slice(self.batch), slice(self.batch, None)
+            states = output[: -self.batch]
+        parts: list[tuple[slice | None, Tensor]] = [] if h_0 is None else [(edge, h_0)]
+        if self.count > self.batch:
+            parts.append((others, states))
+        if self.before is None:
+            return parts
+        begins = self.before[direction].view(-1, 1) == _RESET
+        return [(steps, before.masked_fill(begins[steps], 0)) for steps, before in parts]
+
     def times(self, steps: Tensor, factors: Tensor) -> Tensor:
         """steps [N, P], each times its row's factors [B, P]."""
         if self.place is None or self.count == self.place.numel():

@@ -38,6 +38,29 @@ def test_every_size_has_a_plan(harness, gpus, cell, dtype, backward):
                     assert plan.cluster * plan.units >= H
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"H": 0}, "hidden: expected at least 1, got 0"),
+        ({"T": -1}, "steps: expected at least 0, got -1"),
+        ({"B": -2}, "batch: expected at least 0, got -2"),
+        ({"D": 3}, "directions: expected 1 to 2, got 3"),
+    ],
+)
+def test_sizes_out_of_range(harness, options, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        problem(harness, "GRU", "f32", **options)
+
+
+def test_other_numbers_out_of_range(harness):
+    with pytest.raises(ValueError, match=r"^mode: expected one of RNN_TANH, .*, got UGRNN$"):
+        harness.Problem(False, "UGRNN", 0, 1, 1, 1, 1, False, False)
+    with pytest.raises(ValueError, match=r"^dtype: expected 0 to 3, got 4$"):
+        harness.Problem(False, "GRU", 4, 1, 1, 1, 1, False, False)
+    with pytest.raises(ValueError, match=r"^reverse: expected False with directions=2, got True$"):
+        harness.Problem(False, "GRU", 0, 1, 1, 1, 2, True, False)
+
+
 def test_the_kind_asked_for(harness, gpus):
     hopper = gpus[3]
     for kind in harness.Kind.__members__.values():

@@ -24,6 +24,7 @@ LARGE = {
     "deep": ("GRID", 8, 8, 1, 1, True),
     "deep-from-cache": ("STEP", 16, 16, 1, 1, False),
     "more-parts-than-warps": ("GRID", 32, 32, 5, 1, True),
+    "more-parts-of-float64": ("GRID", 32, 16, 5, 1, True),
     "odd-tile": ("STEP", 8, 16, 2, 1, False),
     "cluster-of-8": ("CLUSTER", 32, 8, 8, 8, True),
     "cluster-of-16": ("CLUSTER", 16, 8, 8, 16, True),

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrnn
 from backends import ENGINES, Target, h100
 from fastrnn._backends import register
+from fastrnn._cuda_backend import _Rounding
 from helpers import make
 from test_scan import ROWS, Case, make_case, run_on
 
@@ -136,10 +137,12 @@ def watch(case: Case, backend) -> list[Watched]:
 def test_few_calls_of_torch(harness):
     """Each takes some microseconds on the host, as long as a step or more on the GPU."""
     target = Target("harness", harness, "cpu")
-    case = make_case("LSTM", 4, 5, 3, 6, 1)
-    forward, backward = watch(case, target.backend(ENGINES["f32"]))
-    assert len(forward.calls) <= 10
-    assert len(backward.calls) <= 23
+    for states, most in [(True, 19), (False, 16)]:
+        case = make_case("LSTM", 4, 5, 3, 6, 1, states=states)
+        forward, backward = watch(case, target.backend(ENGINES["f32"]))
+        assert len(forward.calls) <= 10
+        assert len(backward.calls) <= most
+        assert not any("cat" in call for call in backward.calls)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -157,6 +160,26 @@ def test_large_products_round_where_cudnn_would(harness, scan, products):
     finally:
         matmul.allow_tf32 = before
     assert [calls.rounds for calls in found] == [{scan}] * 2
+
+
+def test_calls_at_the_same_time_share_the_setting_of_products():
+    """The one that ends first leaves it to the other."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        rounding = _Rounding()
+        first, second = rounding(True), rounding(True)
+        with first:
+            second.__enter__()
+            assert matmul.allow_tf32
+        assert matmul.allow_tf32
+        second.__exit__(None, None, None)
+        assert not matmul.allow_tf32
+        with rounding(False):
+            assert not matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
 
 
 @pytest.mark.skipif(

@@ -247,8 +247,7 @@ void Barrier::wait(int64_t generation_of_arrival) const {
 
 int thread_index() { return self->index; }
 Index3 block_index() { return self->block->index; }
-int64_t grid_thread() { return int64_t{block_index().x} * current.threads + thread_index(); }
-int64_t grid_threads() { return int64_t{current.grid.x} * current.threads; }
+Index3 grid_size() { return current.grid; }
 char* dynamic_shared() { return self->block->shared.get(); }
 
 void sync_block() {
