@@ -42,15 +42,15 @@ class BackwardItems {
     zoneout_.draw(block_, t);
   }
 
-  // Step i, for which `total` is W_hh^T times the gradients of the gates at t+1: what others wait
-  // for.
-  template <class Exchange>
-  FASTRNN_DEVICE void finish(int64_t i, const SliceSum<T>& total, Exchange& exchange) {
+  // Step i, for which total(row) is W_hh^T times the gradients of the gates at t+1: what others
+  // wait for.
+  template <class Total, class Exchange>
+  FASTRNN_DEVICE void finish(int64_t i, Total&& total, Exchange& exchange) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int row = block_.local_row + k * block_.row_step;
-      const V dh = dh_after(i, k, total(row, block_.local_unit));
+      const V dh = dh_after(i, k, total(row));
       const auto put = [&](int gate, S value) {
         exchange.put(i, row, gate * block_.hidden + block_.unit, value);
       };
@@ -86,26 +86,28 @@ class BackwardItems {
       S* d_gates = static_cast<S*>(args_.d_gates) + block_.column(place_[k], G);
 #pragma unroll
       for (int g = 0; g < G; ++g) d_gates[g * block_.hidden] = gate_[k][g];
-      if constexpr (kSplit > 0) {
-        S* d_recurrent = static_cast<S*>(args_.d_recurrent) + block_.column(place_[k], kSplit);
-#pragma unroll
-        for (int g = 0; g < kSplit; ++g) d_recurrent[g * block_.hidden] = d_recurrent_[k][g];
-      }
       if (Z > 0 && args_.d_inputs != nullptr) {
         S* d_inputs = static_cast<S*>(args_.d_inputs) + block_.feature(place_[k], Z);
 #pragma unroll
         for (int z = 0; z < Z; ++z) d_inputs[z * block_.hidden] = inputs_[k][z];
       }
+      if constexpr (kSplit > 0) {
+        if (args_.layer_norm.is_on()) continue;  // it stores what becomes of them
+        S* d_recurrent = static_cast<S*>(args_.d_recurrent) + block_.column(place_[k], kSplit);
+#pragma unroll
+        for (int g = 0; g < kSplit; ++g) d_recurrent[g * block_.hidden] = d_recurrent_[k][g];
+      }
     }
   }
 
   // The gradients of the initial states, after all steps.
-  FASTRNN_DEVICE void finish_states(int64_t i, const SliceSum<T>& total) {
+  template <class Total>
+  FASTRNN_DEVICE void finish_states(int64_t i, Total&& total) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (block_.owns(k)) {
         const int row = block_.local_row + k * block_.row_step;
-        store_states(i, k, total(row, block_.local_unit));
+        store_states(i, k, total(row));
       }
     }
   }
@@ -205,54 +207,73 @@ class BackwardItems {
   // put(gate, gradient): for the product of the step before.
   template <class Put>
   FASTRNN_DEVICE void run_cell(int64_t i, int k, V from_after, Put&& put) {
-    auto& [dh, dc] = carried_;
-    V gate[room(K)], inputs[room(Z)], before[room(E)], extra[room(E)], d_state[room(E)];
-    V dx[G], dr[room(R)], d_inputs[room(Z)], d_parameters[room(Q)];
-    before[0] = extra[0] = d_state[0] = V(0);
+    CellInputs in = load_cell(i, k, from_after);
+    finish_cell(k, in,
+                [&](int gate, T value) { put(gate, narrowed<S>(resets_[k] ? T(0) : value)); });
+  }
+
+ public:
+  // What the cell's backward takes of an item, and what goes past it.
+  struct CellInputs {
+    V gate[room(K)], inputs[room(Z)], h_prev, h, before[room(E)], extra[room(E)];
+    V dh, d_state[room(E)];
+    V kept_h, kept_c;
+  };
+
+  FASTRNN_DEVICE CellInputs load_cell(int64_t i, int k, V from_after) const {
+    CellInputs in;
+    in.before[0] = in.extra[0] = in.d_state[0] = V(0);
 #pragma unroll
-    for (int j = 0; j < K; ++j) gate[j] = V(widen_now(gate_[k][j]));
+    for (int j = 0; j < K; ++j) in.gate[j] = V(widen_now(gate_[k][j]));
 #pragma unroll
-    for (int z = 0; z < Z; ++z) inputs[z] = V(widen_now(inputs_[k][z]));
+    for (int z = 0; z < Z; ++z) in.inputs[z] = V(widen_now(inputs_[k][z]));
 #pragma unroll
-    for (int j = 0; j < E; ++j) extra[j] = V(extra_[k][j]);
+    for (int j = 0; j < E; ++j) in.extra[j] = V(extra_[k][j]);
 #pragma unroll
     for (int j = 0; j < C::states; ++j) {
-      d_state[j] = dc[k][j] + V(d_extra_[k][j]);
-      before[j] = first_[k] ? V(widen_now(c_0_[k][j])) : V(extra_prev_[k][j]);
+      in.d_state[j] = carried_.c[k][j] + V(d_extra_[k][j]);
+      in.before[j] = first_[k] ? V(widen_now(c_0_[k][j])) : V(extra_prev_[k][j]);
     }
-    V h(widen_now(h_[k]));
-    V d_h = from_after + V(widen_now(d_output_[k])), kept_h(0), kept_c(0);
+    in.h_prev = V(widen_now(h_prev_[k]));
+    in.h = V(widen_now(h_[k]));
+    in.dh = from_after + V(widen_now(d_output_[k]));
     // With zoneout a part of the gradients goes past the cell.
-    const bool keeps_h = zoneout_.is_on(kOfH);
-    const bool keeps_c = C::rebuilds_cell_state && zoneout_.is_on(kOfC);
-    if (keeps_h) {
+    in.kept_h = in.kept_c = V(0);
+    if (keeps_h()) {
       const V weight(zoneout_.weight(kOfH, k));
-      kept_h = weight * d_h;
-      d_h = d_h - kept_h;
+      in.kept_h = weight * in.dh;
+      in.dh = in.dh - in.kept_h;
       if (C::reads_output && zoneout_.is_mean()) {
-        h = zoneout_.unmixed(V(widen(h_before(block_.time(i), k))), h);
+        in.h = zoneout_.unmixed(V(widen(h_before(block_.time(i), k))), in.h);
       }
     }
     if constexpr (C::rebuilds_cell_state) {
-      if (keeps_c) {
-        extra[0] = C::cell_state(gate, before[0]);
-        kept_c = V(zoneout_.weight(kOfC, k)) * d_state[0];
-        d_state[0] = d_state[0] - kept_c;
+      if (keeps_c()) {
+        in.extra[0] = C::cell_state(in.gate, in.before[0]);
+        in.kept_c = V(zoneout_.weight(kOfC, k)) * in.d_state[0];
+        in.d_state[0] = in.d_state[0] - in.kept_c;
       }
     }
-    V direct = C::backward(gate, inputs, parameters_, V(widen_now(h_prev_[k])), h, before, extra,
-                           d_h, d_state, dx, dr, d_inputs, d_parameters);
-    if (keeps_h) direct = direct + kept_h;
-    if (keeps_c) d_state[0] = d_state[0] + kept_c;
-    dh[k] = resets_[k] ? V(0) : direct;
+    return in;
+  }
+
+  // The cell's backward, and what becomes of its results; put(gate, gradient): those of W_hh h.
+  template <class Put>
+  FASTRNN_DEVICE void finish_cell(int k, CellInputs& in, Put&& put) {
+    V dx[G], dr[room(R)], d_inputs[room(Z)], d_parameters[room(Q)];
+    V direct = C::backward(in.gate, in.inputs, parameters_, in.h_prev, in.h, in.before, in.extra,
+                           in.dh, in.d_state, dx, dr, d_inputs, d_parameters);
+    if (keeps_h()) direct = direct + in.kept_h;
+    if (keeps_c()) in.d_state[0] = in.d_state[0] + in.kept_c;
+    carried_.h[k] = resets_[k] ? V(0) : direct;
 #pragma unroll
     for (int j = 0; j < C::states; ++j) {
-      if (has_edge()) d_state[j] = over_edge<T>(d_state[j], args_, place_[k]);
-      dc[k][j] = resets_[k] ? V(0) : d_state[j];
+      if (has_edge()) in.d_state[j] = over_edge<T>(in.d_state[j], args_, place_[k]);
+      carried_.c[k][j] = resets_[k] ? V(0) : in.d_state[j];
     }
     const V* const recurrent = C::splits_gradient ? dr : dx;
 #pragma unroll
-    for (int g = 0; g < R; ++g) put(g, narrowed<S>(resets_[k] ? T(0) : recurrent[g].value));
+    for (int g = 0; g < R; ++g) put(g, recurrent[g].value);
 #pragma unroll
     for (int g = 0; g < G; ++g) narrow(dx[g].value, gate_[k][g]);
 #pragma unroll
@@ -262,6 +283,20 @@ class BackwardItems {
 #pragma unroll
     for (int q = 0; q < Q; ++q) d_parameters_[q] = d_parameters_[q] + d_parameters[q];
   }
+
+  // Of the first item with layer normalisation, what forward computed, from x[G] and r[R]; and the
+  // gradient of its h, of which the product has brought `total`.
+  FASTRNN_DEVICE CellInputs recompute_cell(int64_t i, T total, V* x, const V* r) const {
+    CellInputs in = load_cell(i, 0, dh_after(i, 0, total));
+#pragma unroll
+    for (int j = 0; j < C::states; ++j) in.extra[j] = in.before[j];
+    in.h = C::forward(x, r, in.inputs, parameters_, in.h_prev, in.extra, in.gate);
+    return in;
+  }
+
+ private:
+  FASTRNN_DEVICE bool keeps_h() const { return zoneout_.is_on(kOfH); }
+  FASTRNN_DEVICE bool keeps_c() const { return C::rebuilds_cell_state && zoneout_.is_on(kOfC); }
 
   const Block<RecurrenceBackward>& block_;
   const RecurrenceBackward& args_;
@@ -303,7 +338,8 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
     } else {
       auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
       const Product<S, Tensor, 1> product(p.layout, block_weights(block), p.plan.resident, sums);
-      const SliceSum<Compute<S>> total(p.layout, sums);
+      const SliceSum<Compute<S>> sum(p.layout, sums);
+      const auto total = [&](int row) { return sum(row, block.local_unit); };
       StateExchange exchange(block);
       exchange.start();
       for (int64_t i = first; i < last; ++i) {
@@ -326,8 +362,15 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
   }
 }
 
+// With layer normalisation: see layer_norm.h.
+template <class Cell, class S>
+void run_normalised(const Cuda& device, const RecurrenceBackward& args);
+
 template <class Cell, class S>
 void run_backward(const Cuda& device, const RecurrenceBackward& args) {
+  if constexpr (General<Cell>::recurrent > 0) {
+    if (args.layer_norm.is_on()) return run_normalised<Cell, S>(device, args);
+  }
   visit_tensor<S>(device.plan.tensor, [&](auto tensor) {
     const auto in_grid = backward_kernel<Cell, S, tensor.value, GridExchange>;
     auto in_cluster = in_grid;

@@ -29,6 +29,8 @@ using Gradients = std::tuple<Tensor, Optional, Optional, Optional, Optional, Opt
 // Where a scan over some steps and one direction of a layer takes up and leaves what it carries,
 // and the layer's first such step and direction.
 using Part = std::optional<std::tuple<Tensor, int64_t, int>>;
+// With layer normalisation: gains, scratch and, in backward, sums and gates of LayerNormArgs.
+using Norm = std::optional<std::tuple<Tensor, Tensor, Optional, Optional>>;
 // The tables of Places.
 using Tables = std::tuple<Optional, std::vector<Tensor>, Optional>;
 
@@ -141,7 +143,7 @@ Kernels kernels_of(int cell, DType dtype) {
 class Scan {
  public:
   Scan(Pass pass, int device, const Plan& plan, py::handle record, const Optional& parameters,
-       const Tables& tables, const Part& part, Recurrence& args)
+       const Norm& norm, const Tables& tables, const Part& part, Recurrence& args)
       : layer_(read_layer(record)), device_(device), plan_(plan), problem_(args.problem) {
     const ScanShape& shape = layer_.shape;
     if (shape.proj != shape.hidden || layer_.weights[0].hr) fail("layer", "one without projection");
@@ -154,6 +156,7 @@ class Scan {
     const int64_t recurrent = traits.recurrent * shape.hidden;
     for (int d = 0; d < shape.directions; ++d) {
       args.weight_hh[d] = get("weight_hh", layer_.weights[d].hh, {recurrent, shape.hidden});
+      args.bias_hh[d] = get("bias_hh", layer_.weights[d].bias_hh, {recurrent});
     }
     args.h_0 = get("h_0", layer_.h_0, states());
     args.c_0 = get("c_0", layer_.c_0, states(traits.states));
@@ -164,6 +167,7 @@ class Scan {
     const Shape every{1 + traits.states, shape.directions, shape.batch, shape.hidden};
     if (part) args.carried = get_computed("carried", std::get<0>(*part), every);
     args.h_mask = get("h_mask", layer_.h_mask, states());
+    set_layer_norm(norm, args.layer_norm);
     args.zoneout = {
         {layer_.zoneout_h, layer_.zoneout_c},
         {limit_of(layer_.zoneout_h), limit_of(layer_.zoneout_c)},
@@ -174,6 +178,21 @@ class Scan {
   }
 
   const LayerCall& layer() const { return layer_; }
+  void set_layer_norm(const Norm& norm, LayerNormArgs& args) const {
+    if (norm.has_value() != layer_.layer_norm) fail("norm", "tensors with layer_norm alone");
+    if (!norm) return;
+    if (plan_.kind != Kind::kStep) fail("plan", "one of kind STEP with layer_norm");
+    const auto& [gains, scratch, sums, gates] = *norm;
+    const CellTraits& traits = layer_.traits();
+    const int64_t hidden = layer_.shape.hidden, directions = layer_.directions;
+    const int64_t all = traits.recurrent * hidden, of_c = traits.norms > 2 ? 2 * hidden : 0;
+    args.gains = required("gains", get("gains", gains, {directions, all + of_c}));
+    args.scratch = required(
+        "scratch", get_computed("scratch", scratch, {directions, layer_.batch, all + 3 * hidden}));
+    args.sums = get_computed("sums", sums, {directions, layer_.batch, 2 * all + 2 * hidden});
+    args.gates = get("gates", gates, layer_.gates());
+  }
+
   // The shapes of so many values of each unit: [D, B, columns*H], and of every step.
   Shape states(int columns = 1) const { return layer_.states(columns * layer_.shape.hidden); }
   Shape steps(int columns = 1) const {
@@ -214,19 +233,15 @@ class Scan {
 
 // gates: W_ih x + b_ih of all steps; what is saved may take their place.
 void forward(int device, const Plan& plan, py::handle record, const Optional& parameters,
-             const Tensor& gates, const Results& results, const Tables& tables,
+             const Norm& norm, const Tensor& gates, const Results& results, const Tables& tables,
              const Tensor& workspace, const Part& part) {
   RecurrenceForward args{};
-  const Scan scan(Pass::kForward, device, plan, record, parameters, tables, part, args);
+  const Scan scan(Pass::kForward, device, plan, record, parameters, norm, tables, part, args);
   const LayerCall& layer = scan.layer();
   const CellTraits& traits = layer.traits();
-  for (int d = 0; d < layer.directions; ++d) {
-    const int64_t recurrent = traits.recurrent * args.problem.hidden;
-    args.bias_hh[d] = scan.get("bias_hh", layer.weights[d].bias_hh, {recurrent});
-  }
   const auto& [output, h_n, c_n, extra, saved] = results;
   args.gates = scan.get("gates", gates, layer.gates());
-  args.saved = scan.get("saved", saved, layer.saved());
+  (layer.layer_norm ? args.layer_norm.raw : args.saved) = scan.get("saved", saved, layer.saved());
   args.output = scan.get("output", output, scan.steps());
   args.h_n = scan.get("h_n", h_n, scan.states());
   args.c_n = scan.get("c_n", c_n, scan.states(traits.states));
@@ -237,15 +252,21 @@ void forward(int device, const Plan& plan, py::handle record, const Optional& pa
 }
 
 void backward(int device, const Plan& plan, py::handle record, const Optional& parameters,
-              py::handle saved_record, const Gradients& gradients, const Tables& tables,
-              const Tensor& workspace, const Part& part) {
+              const Norm& norm, py::handle saved_record, const Gradients& gradients,
+              const Tables& tables, const Tensor& workspace, const Part& part) {
   RecurrenceBackward args{};
-  const Scan scan(Pass::kBackward, device, plan, record, parameters, tables, part, args);
+  const Scan scan(Pass::kBackward, device, plan, record, parameters, norm, tables, part, args);
   const LayerCall& layer = scan.layer();
   const CellTraits& traits = layer.traits();
   const SavedCall saved = read_saved(layer, saved_record);
   args.output = scan.get("output", saved.output, scan.steps());
-  if (traits.saves_gates()) args.saved = scan.get("saved", saved.saved, layer.saved());
+  if (layer.layer_norm) {
+    args.layer_norm.raw = required("saved", scan.get("saved", saved.saved, layer.saved()));
+    required("sums", args.layer_norm.sums);
+    required("gates", const_cast<void*>(args.layer_norm.gates));
+  } else if (traits.saves_gates()) {
+    args.saved = scan.get("saved", saved.saved, layer.saved());
+  }
   if (traits.has_extra()) {
     args.extra = scan.get_computed("extra", saved.extra, scan.steps(traits.extras));
   }
@@ -259,10 +280,12 @@ void backward(int device, const Plan& plan, py::handle record, const Optional& p
   const auto& [d_gates, d_recurrent, d_h_0, d_c_0, d_inputs, d_parameters] = gradients;
   const int64_t directions = layer.directions, hidden = layer.shape.hidden;
   // See RecurrenceBackward.
-  const int64_t split = layer.cell < Cells::size ? 1 : traits.recurrent;
+  const bool splits_one = layer.cell < Cells::size && !layer.layer_norm;
+  const int64_t split = splits_one ? 1 : traits.recurrent;
   args.d_gates = scan.get("d_gates", d_gates, layer.gates());
   args.d_recurrent = scan.get("d_recurrent", d_recurrent, {directions, layer.rows, split * hidden});
-  if (traits.splits_gradient && traits.recurrent > 0) required("d_recurrent", args.d_recurrent);
+  if (layer.layer_norm || (traits.splits_gradient && traits.recurrent > 0))
+    required("d_recurrent", args.d_recurrent);
   args.d_h_0 = scan.get("d_h_0", d_h_0, scan.states());
   args.d_c_0 = scan.get("d_c_0", d_c_0, scan.states(traits.states));
   args.d_inputs = scan.get("d_inputs", d_inputs, scan.steps(traits.inputs));
@@ -356,9 +379,9 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   m.def("upload", &upload_values, py::arg("device"), py::arg("values"), py::arg("to"));
   m.def("load_cell", &load_cell, py::arg("mode"), py::arg("address"));
   m.def("forward", &forward, py::arg("device"), py::arg("plan"), py::arg("layer"),
-        py::arg("parameters"), py::arg("gates"), py::arg("results"), py::arg("tables"),
-        py::arg("workspace"), py::arg("part") = py::none());
+        py::arg("parameters"), py::arg("norm"), py::arg("gates"), py::arg("results"),
+        py::arg("tables"), py::arg("workspace"), py::arg("part") = py::none());
   m.def("backward", &backward, py::arg("device"), py::arg("plan"), py::arg("layer"),
-        py::arg("parameters"), py::arg("saved"), py::arg("gradients"), py::arg("tables"),
-        py::arg("workspace"), py::arg("part") = py::none());
+        py::arg("parameters"), py::arg("norm"), py::arg("saved"), py::arg("gradients"),
+        py::arg("tables"), py::arg("workspace"), py::arg("part") = py::none());
 }

@@ -47,7 +47,7 @@ struct Block {
   const int64_t batch, hidden;
   const int direction;
   const int64_t unit_tile, row_tile, first_row;
-  const int64_t unit;    // of the thread, among all
+  int64_t unit;          // of the thread, among all
   const int local_unit;  // and among the block's own
   const int local_row;   // of the thread's first item; the others follow at row_step
   const int row_step;
@@ -71,14 +71,24 @@ struct Block {
         row_step(kThreads / params.layout.units),
         reverse(direction == 1 || params.args.problem.reverse),
         ascends(reverse == (params.args.problem.pass == Pass::kBackward)),
-        count(params.args.problem.steps) {
-    const int64_t* lengths = params.args.places.lengths;
-    if (lengths == nullptr) return;
-    count = 0;
-    for (int64_t row = first_row; row < first_row + params.layout.rows && row < batch; ++row) {
-      if (lengths[row] > count) count = lengths[row];
-    }
-  }
+        count(count_steps()) {}
+
+  // A single row, whose units the thread takes one after the other: it sets `unit`.
+  FASTRNN_DEVICE Block(const Params<Args>& params, int of_direction, int64_t row)
+      : p(params),
+        batch(params.args.problem.batch),
+        hidden(params.args.problem.hidden),
+        direction(of_direction),
+        unit_tile(0),
+        row_tile(static_cast<int>(row) / params.layout.rows),
+        first_row(row_tile * params.layout.rows),
+        unit(0),
+        local_unit(0),
+        local_row(static_cast<int>(row - first_row)),
+        row_step(params.layout.rows),  // so that there is one item
+        reverse(direction == 1 || params.args.problem.reverse),
+        ascends(reverse == (params.args.problem.pass == Pass::kBackward)),
+        count(count_steps()) {}
 
   // Which steps of its own the block runs in this launch, of `all`: [first, last).
   FASTRNN_DEVICE void range(int64_t all, int64_t& first, int64_t& last) const {
@@ -130,6 +140,17 @@ struct Block {
     if (table != nullptr) return table[n];
     if (!reverse) return t == 0 ? kInitial : n - batch;
     return t == p.args.problem.steps - 1 ? kInitial : n + batch;
+  }
+
+ private:
+  FASTRNN_DEVICE int64_t count_steps() const {
+    const int64_t* lengths = p.args.places.lengths;
+    if (lengths == nullptr) return p.args.problem.steps;
+    int64_t most = 0;
+    for (int64_t row = first_row; row < first_row + p.layout.rows && row < batch; ++row) {
+      if (lengths[row] > most) most = lengths[row];
+    }
+    return most;
   }
 };
 

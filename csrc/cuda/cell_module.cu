@@ -6,9 +6,8 @@
 
 #include FASTRNN_CELL_HEADER
 
-#include "backward.h"
 #include "device.h"
-#include "forward.h"
+#include "layer_norm.h"
 
 namespace fastrnn::cuda {
 namespace {

@@ -9,6 +9,13 @@
 
 namespace fastrnn::cuda {
 
+struct AsReturned {
+  template <class V>
+  FASTRNN_DEVICE V operator()(V h, const V*, const V*) const {
+    return h;
+  }
+};
+
 // A thread's items in the forward pass: what a step reads, and what it makes of the product.
 template <class Cell, class S>
 class ForwardItems {
@@ -49,17 +56,16 @@ class ForwardItems {
     zoneout_.draw(block_, t);
   }
 
-  // Step i, for which `total` is W_hh h_{t-1}: what others wait for.
-  template <class Exchange>
-  FASTRNN_DEVICE void finish(int64_t i, const SliceSum<T>& total, Exchange& exchange) {
+  // Step i, for which total(row, gate) is W_hh h_{t-1}: what others wait for. output(h, saved,
+  // extra) is the h that the cell's forward is taken to have returned.
+  template <class Total, class Exchange, class Output>
+  FASTRNN_DEVICE void finish(int64_t i, Total&& total, Exchange& exchange, Output&& output) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
       const int row = block_.local_row + k * block_.row_step;
       if (place_[k] >= 0) {
-        run_cell(k, [&](int gate) {
-          return total(row, gate * block_.p.layout.units + block_.local_unit);
-        });
+        run_cell(k, [&](int gate) { return total(row, gate); }, output);
       }
       exchange.put(i, row, block_.unit, narrowed<S>(factor(k)));
     }
@@ -69,7 +75,7 @@ class ForwardItems {
   FASTRNN_DEVICE void finish() {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      if (place_[k] >= 0) run_cell(k, [](int) { return T(0); });
+      if (place_[k] >= 0) run_cell(k, [](int) { return T(0); }, AsReturned{});
     }
   }
 
@@ -91,6 +97,18 @@ class ForwardItems {
 
   FASTRNN_DEVICE void save_carried(bool is_last) { carried_.save(block_, is_last); }
 
+  // Of the first item, the first of the other states as the cell leaves it, before zoneout.
+  template <class Total>
+  FASTRNN_DEVICE T next_state(Total&& total) {
+    T state = 0;
+    const auto output = [&](V h, const V*, const V* extra) {
+      state = extra[0].value;
+      return h;
+    };
+    run_cell(0, [&](int gate) { return total(block_.local_row, gate); }, output);
+    return state;
+  }
+
  private:
   // The h that W_hh multiplies.
   FASTRNN_DEVICE T factor(int k) const {
@@ -98,8 +116,8 @@ class ForwardItems {
   }
 
   // total(gate): of W_hh h_{t-1}.
-  template <class Total>
-  FASTRNN_DEVICE void run_cell(int k, Total&& total) {
+  template <class Total, class Output>
+  FASTRNN_DEVICE void run_cell(int k, Total&& total, Output&& output) {
     auto& [h, c] = carried_;
     V x[G], r[room(R)], inputs[room(Z)], extra[room(E)], saved[room(K)];
     extra[0] = V(0);
@@ -112,7 +130,7 @@ class ForwardItems {
 #pragma unroll
     for (int j = 0; j < C::states; ++j) extra[j] = resets_[k] ? V(0) : c[k][j];
     const V h_prev = resets_[k] ? V(0) : h[k], c_prev = extra[0];
-    h[k] = C::forward(x, r, inputs, parameters_, h_prev, extra, saved);
+    h[k] = output(C::forward(x, r, inputs, parameters_, h_prev, extra, saved), saved, extra);
     if (zoneout_.is_on(kOfH)) h[k] = mix(V(zoneout_.weight(kOfH, k)), h_prev, h[k]);
     if constexpr (C::rebuilds_cell_state) {
       if (zoneout_.is_on(kOfC)) extra[0] = mix(V(zoneout_.weight(kOfC, k)), c_prev, extra[0]);
@@ -174,7 +192,10 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
     } else {
       auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
       const Product<S, Tensor, 2> product(p.layout, block_weights(block), p.plan.resident, sums);
-      const SliceSum<Compute<S>> total(p.layout, sums);
+      const SliceSum<Compute<S>> sum(p.layout, sums);
+      const auto total = [&](int row, int gate) {
+        return sum(row, gate * p.layout.units + block.local_unit);
+      };
       StateExchange exchange(block);
       exchange.start();
       for (int64_t i = first; i < last; ++i) {
@@ -182,7 +203,7 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
         exchange.wait(i);
         product.run(exchange.states(i), StateExchange::load_state);
         sync_block();
-        items.finish(i, total, exchange);
+        items.finish(i, total, exchange, AsReturned{});
         exchange.arrive();
         items.store(i);
       }
@@ -192,8 +213,15 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
   }
 }
 
+// With layer normalisation: see layer_norm.h.
+template <class Cell, class S>
+void run_normalised(const Cuda& device, const RecurrenceForward& args);
+
 template <class Cell, class S>
 void run_forward(const Cuda& device, const RecurrenceForward& args) {
+  if constexpr (General<Cell>::recurrent > 0) {
+    if (args.layer_norm.is_on()) return run_normalised<Cell, S>(device, args);
+  }
   visit_tensor<S>(device.plan.tensor, [&](auto tensor) {
     const auto in_grid = forward_kernel<Cell, S, tensor.value, GridExchange>;
     auto in_cluster = in_grid;

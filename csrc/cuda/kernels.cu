@@ -1,6 +1,5 @@
 // Compiled once per cell and pass; see CMakeLists.txt.
-#include "backward.h"
-#include "forward.h"
+#include "layer_norm.h"
 
 namespace fastrnn::cuda {
 #ifdef FASTRNN_BACKWARD

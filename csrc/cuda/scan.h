@@ -31,6 +31,19 @@ struct ZoneoutArgs {
   FASTRNN_HD constexpr bool is_on() const { return probability[0] > 0 || probability[1] > 0; }
 };
 
+// Layer normalisation of W_hh h, and of the c that an LSTM's output reads: see layer_norm.h.
+struct LayerNormArgs {
+  const void* gains;  // [D, R*H], and of cells that normalise c its gain and its bias: [D,
+                      // (R+2)*H]; null: there is none
+  void* scratch;      // [D, B, (R+3)*H], in the type that is computed in
+  void* raw;          // [D, N, R*H]: W_hh h, which forward saves, if it is not null
+  const void* gates;  // [D, N, G*H], backward: W_ih x, normalised, + b_ih
+  void* sums;         // [D, B, (2R+2)*H], backward, in the type that is computed in: gradients of
+                      // the gains of W_hh h, of b_hh, and of the gain and the bias of c
+
+  FASTRNN_HD constexpr bool is_on() const { return gains != nullptr; }
+};
+
 // What both passes are told.
 struct Recurrence {
   Problem problem;
@@ -41,7 +54,9 @@ struct Recurrence {
   const void* c_0;                        // [D, B, C*H]
   const void* inputs;                     // [N, D*Z*H]
   const void* parameters;                 // [D, Q, H], the learned vectors
+  const void* bias_hh[kMaxDirections];    // [R*H] or null; backward reads it with layer_norm
   const void* h_mask;  // [D, B, H] or null: multiplies the h that W_hh multiplies
+  LayerNormArgs layer_norm;
   ZoneoutArgs zoneout;
   // [1+C, D, B, H] in the type that is computed in, or null. h and the other states, or their
   // gradients, unrounded: what the pass carries from the first step on in place of its initial
@@ -50,8 +65,7 @@ struct Recurrence {
 };
 
 struct RecurrenceForward : Recurrence {
-  const void* bias_hh[kMaxDirections];  // [R*H] or null
-  const void* gates;                    // [D, N, G*H]: W_ih x + b_ih
+  const void* gates;  // [D, N, G*H]: W_ih x + b_ih
 
   void* saved;   // [D, N, K*H] or null; it may be `gates`, if K is G
   void* output;  // [N, D*H]

@@ -96,18 +96,20 @@ class Weights(NamedTuple):
     bias_ih: Any = None
     bias_hh: Any = None
     hr: Any = None
+    norms: Sequence[Any] = ()  # of layer normalisation, see Layer.weights
     parameters: Sequence[Any] = ()
 
     @classmethod
     def of(cls, layer: Layer, given: Sequence[Any]) -> Weights:
         """Of those of a direction, in the order of Layer.weights."""
-        matrices, parameters = given[: layer.matrices], given[layer.matrices :]
+        first = len(given) - layer.cell.parameters
+        matrices, norms, own = given[: layer.matrices], given[layer.matrices : first], given[first:]
         if not layer.cell.recurrent:
             ih, bias_ih = (*matrices, None)[:2]
-            return cls(ih, bias_ih=bias_ih, parameters=parameters)
+            return cls(ih, bias_ih=bias_ih, parameters=own)
         bias_ih, bias_hh = matrices[2:4] if len(matrices) > 3 else (None, None)
         hr = matrices[-1] if len(matrices) % 2 else None
-        return cls(matrices[0], matrices[1], bias_ih, bias_hh, hr, parameters)
+        return cls(matrices[0], matrices[1], bias_ih, bias_hh, hr, norms, own)
 
 
 def _by_direction(layer: Layer, each: Sequence[Any]) -> list[Weights]:
@@ -198,7 +200,7 @@ class CudaBackend(Backend):
     def runs_options(self, layer: Layer) -> bool:
         # The scan of a projected layer knows no h, see _unprojected.
         of_h = layer.zoneout_h or layer.grad_clip or layer.h_mask is not None
-        return not (layer.layer_norm or (of_h and layer.has_projection))
+        return not (layer.has_projection and (layer.layer_norm or of_h))
 
     def forward(self, layer: Layer) -> Results:
         layer.check()
@@ -230,8 +232,8 @@ class CudaBackend(Backend):
     def _refuse(self, layer: Layer) -> None:
         if not self.runs_options(layer):
             raise NotImplementedError(
-                "layer_norm, and for projected layers zoneout of h, recurrent_dropout and "
-                "grad_clip: the CUDA kernels do not have them"
+                "for projected layers layer_norm, zoneout of h, recurrent_dropout and grad_clip: "
+                "the CUDA kernels do not have them"
             )
 
     def _forward(self, layer: Layer, part: Part | None = None) -> Results:
@@ -244,7 +246,7 @@ class CudaBackend(Backend):
             return results
         rows = Rows(layer, self.upload)
         gates = results.saved
-        if gates is None or layer.saves != layer.cell.gates:
+        if gates is None or layer.saves != layer.cell.gates or layer.layer_norm:
             gates = layer.x.new_empty(layer.directions, rows.count, layer.weights[0].shape[0])
         _multiply_inputs(layer, gates)
         if rows.mask is not None:
@@ -298,31 +300,41 @@ class CudaBackend(Backend):
             self._run(True, _unprojected(layer), rows, over_m, written, part=part)
             scan.set_projected(gradients, saved, m)
         else:
-            self._run(True, layer, rows, saved, scan.written(*gradients[1:4]), part=part)
+            self._run(True, layer, rows, saved, scan.written(*gradients[1:4]), part=part, of=scan)
         scan.set_products(gradients, saved.wanted, saved.output)
         return gradients
 
     def _run(
-        self, backward: bool, layer: Layer, rows: Rows, *args: Any, part: Part | None = None
+        self,
+        backward: bool,
+        layer: Layer,
+        rows: Rows,
+        *args: Any,
+        part: Part | None = None,
+        of: _GateGradients | None = None,
     ) -> None:
         """The recurrence alone. `args`: W_ih x + b_ih and the results; in backward, what is saved
-        and what is written."""
+        and what is written, which are those `of` the gradients."""
         device = self._index(layer.x.device)
         shape = rows.steps, rows.batch, layer.hidden, layer.directions, layer.reverse
         numbers = DTYPES.index(layer.x.dtype), *shape, self._allows_tf32()
-        plan, size = self._plan(device, backward, layer.mode, *numbers)
+        plan, size = self._plan(device, layer.layer_norm, backward, layer.mode, *numbers)
         workspace = layer.x.new_empty(size // 8, dtype=torch.int64)
         parameters = None
         if layer.cell.parameters:  # [D, Q, H]
             each = [torch.stack(tuple(w.parameters)) for w in _by_direction(layer, layer.weights)]
             parameters = torch.stack(each)
+        norm = _normalisation(layer, of) if layer.layer_norm else None
         run = self._kernels.backward if backward else self._kernels.forward
-        run(device, plan, layer, parameters, *args, rows.tables, workspace, part)
+        run(device, plan, layer, parameters, norm, *args, rows.tables, workspace, part)
 
-    def _find_plan(self, device: int, *numbers: Any) -> tuple[Any, int]:
+    def _find_plan(self, device: int, layer_norm: bool, *numbers: Any) -> tuple[Any, int]:
         """Plan and the bytes of workspace."""
-        problem = self._kernels.Problem(*numbers)
-        plan = self._choose(problem, self._kernels.device_info(device))
+        problem, info = self._kernels.Problem(*numbers), self._kernels.device_info(device)
+        if layer_norm:
+            plan = self._kernels.make_plan(problem, info, self._kernels.Kind.STEP)
+        else:
+            plan = self._choose(problem, info)
         return plan, plan.workspace(problem)
 
     def _rounding(self, layer: Layer) -> AbstractContextManager[Any]:
@@ -356,13 +368,32 @@ def _hand_on(target: Tensor | None, source: Tensor | None) -> None:
 
 
 def _multiply_inputs(layer: Layer, gates: Tensor) -> None:
-    """gates [D, N, G*H] = x W_ih^T + b_ih."""
+    """gates [D, N, G*H] = x W_ih^T + b_ih, or with layer_norm the product normalised."""
     inputs = layer.x.view(-1, layer.x.shape[-1])
     for d, weights in enumerate(_by_direction(layer, layer.weights)):
-        if weights.bias_ih is None:
+        if layer.layer_norm:
+            product = torch.mm(inputs, weights.ih.t())
+            gain, bias = weights.norms[0], weights.bias_ih
+            gates[d] = torch.nn.functional.layer_norm(product, gain.shape, gain, bias, _EPSILON)
+        elif weights.bias_ih is None:
             torch.mm(inputs, weights.ih.t(), out=gates[d])
         else:
             torch.addmm(weights.bias_ih, inputs, weights.ih.t(), out=gates[d])
+
+
+_EPSILON = 1e-5  # of layer normalisation, as in csrc/cuda/layer_norm.h
+
+
+def _normalisation(layer: Layer, gradients: _GateGradients | None) -> tuple[Any, ...]:
+    """Norm of csrc/cuda/bind.cc; backward has gradients."""
+    each = [torch.cat(tuple(w.norms[1:])) for w in _by_direction(layer, layer.weights)]
+    size = layer.directions, layer.batch, (layer.cell.recurrent + 3) * layer.hidden
+    scratch = layer.x.new_empty(size, dtype=layer.state_dtype)
+    if gradients is None:
+        return torch.stack(each), scratch, None, None
+    gates = torch.empty_like(gradients.gates)
+    _multiply_inputs(layer, gates)
+    return torch.stack(each), scratch, gradients.norms, gates
 
 
 class _GateGradients:
@@ -379,10 +410,15 @@ class _GateGradients:
         # that are not built in, all.
         self.recurrent: Tensor | None = None
         self.same = layer.cell.recurrent * hidden
-        if layer.cell.splits_gradient and layer.cell.recurrent:
-            own = hidden if layer.mode in BUILT_IN else self.same
+        if layer.layer_norm or (layer.cell.splits_gradient and layer.cell.recurrent):
+            own = hidden if layer.mode in BUILT_IN and not layer.layer_norm else self.same
             self.recurrent = new((layer.directions, rows.count, own))
             self.same -= own
+        self.norms: Tensor | None = None  # see LayerNormArgs of csrc/cuda/scan.h
+        if layer.layer_norm:
+            width = 2 * (layer.cell.recurrent + 1) * hidden
+            shape = layer.directions, layer.batch, width
+            self.norms = layer.x.new_zeros(shape, dtype=layer.state_dtype)
         self.parameters: Tensor | None = None  # of the learned vectors, row by row
         if layer.cell.parameters:
             size = layer.directions, layer.cell.parameters, layer.batch, hidden
@@ -408,6 +444,8 @@ class _GateGradients:
         flat: Tensor | None = None
         for d, (weights, at) in enumerate(zip(_by_direction(layer, layer.weights), _places(layer))):
             gates = self.each[d]
+            if layer.layer_norm:
+                self._differentiate_norms(d, inputs, weights, gradients, wanted, at)
             if wanted[0]:
                 flat = (
                     torch.mm(gates, weights.ih) if flat is None else flat.addmm_(gates, weights.ih)
@@ -423,10 +461,39 @@ class _GateGradients:
             self._sum_up(d, gradients, wanted, at)
         gradients[0] = None if flat is None else flat.view_as(layer.x)
 
+    def _differentiate_norms(
+        self,
+        d: int,
+        inputs: Tensor,
+        weights: Weights,
+        gradients: list[Tensor | None],
+        wanted: Sequence[bool],
+        at: Weights,
+    ) -> None:
+        """Makes the gradients of W_ih x of those of the gates, and those of gains and biases."""
+        layer, gates = self.layer, self.each[d]
+        product = torch.mm(inputs, weights.ih.t())
+        gain, bias = weights.norms[0], weights.bias_ih
+        _, mean, inverse = torch.native_layer_norm(product, gain.shape, gain, bias, _EPSILON)
+        made = torch.ops.aten.native_layer_norm_backward(
+            gates, product, gain.shape, mean, inverse, gain, bias, [True, True, bias is not None]
+        )
+        gates.copy_(made[0])
+        assert self.norms is not None
+        hidden, all_gates = layer.hidden, layer.cell.recurrent * layer.hidden
+        sums = self.norms[d].sum(0).to(gates.dtype)
+        of_hh, bias_hh, *of_c = sums.split([all_gates, all_gates, hidden, hidden])
+        places = [at.norms[0], at.bias_ih, at.norms[1], at.bias_hh, *at.norms[2:]]
+        for place, gradient in zip(places, [made[1], made[2], of_hh, bias_hh, *of_c]):
+            if place is not None and wanted[place]:
+                gradients[place] = gradient.clone()
+
     def _sum_up(
         self, d: int, gradients: list[Tensor | None], wanted: Sequence[bool], at: Weights
     ) -> None:
         """The gradients of the biases."""
+        if self.norms is not None:
+            return
         wants_ih = at.bias_ih is not None and wanted[at.bias_ih]
         wants_hh = at.bias_hh is not None and wanted[at.bias_hh]
         total = torch.sum(self.each[d], 0) if wants_ih or (wants_hh and self.same) else None

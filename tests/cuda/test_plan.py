@@ -144,4 +144,4 @@ def test_a_wrong_plan_is_refused(harness):
     workspace = torch.empty(plan.workspace(given) // 8, dtype=torch.int64)
     gates = torch.empty(2, 6, 300)
     with pytest.raises(ValueError, match="this plan cannot run this problem"):
-        harness.forward(90, plan, layer, None, gates, results, (None, [], None), workspace)
+        harness.forward(90, plan, layer, None, None, gates, results, (None, [], None), workspace)
