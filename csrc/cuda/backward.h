@@ -216,7 +216,7 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
 
     auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
     BackwardItems<Cell, S> items(block);
-    const Product<S, Tensor, 1> product(p.layout, block_weights(block), p.plan.resident, sums);
+    const Product<S, Tensor, 1> product(p.layout, block_weights(block), sums);
     const SliceSum<Compute<S>> total(p.layout, sums);
     StateExchange exchange(block);
     exchange.start();
@@ -234,6 +234,7 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
       exchange.arrive();
       if (is_step) items.store();
     }
+    product.finish();
     exchange.finish();
     items.save_carried(last == block.count + 1);
   }

@@ -142,7 +142,7 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
 
     auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
     ForwardItems<Cell, S> items(block);
-    const Product<S, Tensor, 2> product(p.layout, block_weights(block), p.plan.resident, sums);
+    const Product<S, Tensor, 2> product(p.layout, block_weights(block), sums);
     const SliceSum<Compute<S>> total(p.layout, sums);
     StateExchange exchange(block);
     exchange.start();
@@ -155,6 +155,7 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
       exchange.arrive();
       items.store(i);
     }
+    product.finish();
     exchange.finish();
     items.save_carried(last == block.count);
   }
