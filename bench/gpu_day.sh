@@ -26,6 +26,7 @@ plan-cluster        60 every_way plain-cluster
 plan-cluster-16     60 tests tests/cuda/test_scan.py -k "long_products and cluster-of-16 and LSTM and $CHOSEN"
 plan-block          60 every_way plain-block
 plan-grid           60 every_way plain-grid
+plan-stay           60 tests tests/cuda/test_scan.py -k "long_products and stay and LSTM and $CHOSEN"
 bf16               200 tests tests/cuda/test_scan.py -k "every_way and bf16 and $CHOSEN"
 time-768           150 compare H=768 B=16 dtype=bf16,fp16 cell=LSTM,GRU T=1024 layers=1 directions=1 ragged=False
 together           120 tests tests/cuda/test_layers.py -k "(graph_capture or streams or synchronisation) and $CHOSEN"

@@ -49,6 +49,9 @@ def main() -> None:
             us = 1e-3 / args.ghz
             kind = plan.kind.name.lower() + (f" of {plan.cluster}" if plan.cluster > 1 else "")
             where = "" if plan.resident else ", weights from L2"
+            if plan.kept:
+                depth = hidden * (CELLS[args.cell].gates if backward else 1)
+                where = f", {plan.kept * plan.slices * 32 / depth:.0%} of weights stay"
             row = [f"{hidden}, {batch}", "backward" if backward else "forward"]
             row += [f"{kind}, {plan.units} units x {plan.rows} rows{where}"]
             row += [f"{getattr(terms, term) * us:.2f}" for term in TERMS]

@@ -9,6 +9,7 @@ code.
 inst      instructions
 hmma      products on tensor cores
 ldg, lds  loads of 16 bytes: of global and of shared memory
+copy      copies from global to shared memory that go on beside what follows
 ld        generic loads, which first find out what memory they read
 flight    the most loads of 16 bytes in a straight line of code before a result of one of them is
           used: so many are under way at once
@@ -32,11 +33,12 @@ from pathlib import Path
 from typing import Any
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
-COLUMNS = ("regs", "spill", "inst", "hmma", "ldg", "lds", "ld", "flight")
+COLUMNS = ("regs", "spill", "inst", "hmma", "ldg", "lds", "copy", "ld", "flight")
 COLUMNS += ("bar", "fence", "mufu", "call")
 COUNTED = {
     "hmma": r"HMMA",
-    "ldg": r"LDG\S*\.128",
+    "ldg": r"LDG\.\S*128",
+    "copy": r"LDGSTS",
     "lds": r"LDS\S*\.128",
     "ld": r"LD\.",
     "bar": r"BAR|UCGABAR",

@@ -337,7 +337,7 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
       }
     } else {
       auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
-      const Product<S, Tensor, 1> product(p.layout, block_weights(block), p.plan.resident, sums);
+      const Product<S, Tensor, 1> product(p.layout, block_weights(block), sums);
       const SliceSum<Compute<S>> sum(p.layout, sums);
       const auto total = [&](int row) { return sum(row, block.local_unit); };
       StateExchange exchange(block);
@@ -356,6 +356,7 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
         exchange.arrive();
         if (is_step) items.store();
       }
+      product.finish();
       exchange.finish();
     }
     items.save_carried(last == block.count + 1);

@@ -343,9 +343,9 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
            py::arg("reverse"), py::arg("tf32"));
 
   py::class_<Plan>(m, "Plan")
-      .def(py::init<Kind, int, int, int, int, bool, bool>(), py::arg("kind"), py::arg("units"),
+      .def(py::init<Kind, int, int, int, int, bool, bool, int>(), py::arg("kind"), py::arg("units"),
            py::arg("rows"), py::arg("slices"), py::arg("cluster"), py::arg("resident"),
-           py::arg("tensor"))
+           py::arg("tensor"), py::arg("kept") = 0)
       .def_readonly("kind", &Plan::kind)
       .def_readonly("units", &Plan::units)
       .def_readonly("rows", &Plan::rows)
@@ -353,6 +353,7 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
       .def_readonly("cluster", &Plan::cluster)
       .def_readonly("resident", &Plan::resident)
       .def_readonly("tensor", &Plan::tensor)
+      .def_readonly("kept", &Plan::kept)
       .def("workspace",
            [](const Plan& plan, const Problem& problem) { return Layout(problem, plan).workspace; })
       .def("shared",

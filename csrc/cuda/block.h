@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../cells/general.h"
-#include "element.h"
+#include "multiply.h"
 #include "scan.h"
 
 namespace fastrnn::cuda {
@@ -207,19 +207,36 @@ struct Carried {
   }
 };
 
-// The weights of the block, in its shared memory if they stay there.
+// The weights of the block, of which those that stay in its shared memory are copied there.
 template <class Args>
 FASTRNN_DEVICE const char* block_weights(const Block<Args>& block) {
   const Layout& l = block.p.layout;
   const int64_t bytes = l.depth_blocks * l.columns * kBlockBytes;
   const char* packed =
       block.p.workspace + l.packed + (block.direction * l.unit_tiles + block.unit_tile) * bytes;
-  if (!block.p.plan.resident) return packed;
-  char* shared = dynamic_shared();
-  for (int64_t i = 16 * thread_index(); i < bytes; i += 16 * kThreads) {
-    store(shared + i, load(packed + i));
+  char* const shared = dynamic_shared();
+  const auto keep = [&](char* to, const char* from, int64_t count) {
+    for (int64_t i = 16 * thread_index(); i < count; i += 16 * kThreads) {
+      store(to + i, load(from + i));
+    }
+  };
+  if (l.resident) keep(shared, packed, bytes);
+  if (l.kept == 0) return packed;
+  const int size = l.columns * kBlockBytes, depth = static_cast<int>(l.depth_blocks);
+  char* to = shared;
+  for (int slice = 0; slice < l.slices; ++slice) {
+    const int begin = depth * slice / l.slices, end = depth * (slice + 1) / l.slices;
+    Passing passing(end - begin, l.kept);
+    for (int i = 0; i < end - begin; ++i) {
+      if (passing.is_at(i)) {
+        passing.advance();
+      } else {
+        keep(to, packed + int64_t{begin + i} * size, size);
+        to += size;
+      }
+    }
   }
-  return shared;
+  return packed;
 }
 
 // The states that a step reads and those it leaves for the next, rows of `stride`. Step i reads

@@ -191,7 +191,7 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
       }
     } else {
       auto* const sums = reinterpret_cast<Compute<S>*>(dynamic_shared() + p.layout.shared_sums);
-      const Product<S, Tensor, 2> product(p.layout, block_weights(block), p.plan.resident, sums);
+      const Product<S, Tensor, 2> product(p.layout, block_weights(block), sums);
       const SliceSum<Compute<S>> sum(p.layout, sums);
       const auto total = [&](int row, int gate) {
         return sum(row, gate * p.layout.units + block.local_unit);
@@ -207,6 +207,7 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
         exchange.arrive();
         items.store(i);
       }
+      product.finish();
       exchange.finish();
     }
     items.save_carried(last == block.count);

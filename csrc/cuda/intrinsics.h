@@ -89,6 +89,25 @@ FASTRNN_LOAD_IF(load_shared_if, "ld.shared.v4.u32", "r",
                 static_cast<uint32_t>(__cvta_generic_to_shared(p)))
 #undef FASTRNN_LOAD_IF
 
+// A copy of 16 bytes from global to the block's shared memory, which goes on beside what follows;
+// the thread that began it may read them after wait_for_copies.
+FASTRNN_DEVICE void begin_copy(char* to, const char* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(__cvta_generic_to_global(from))
+               : "memory");
+#else
+  store(to, load(from));
+#endif
+}
+FASTRNN_DEVICE void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // A flag between blocks: what was written before its release is seen after a wait for it.
 FASTRNN_DEVICE void release(int64_t* flag, int64_t value) {
   asm volatile("st.release.gpu.global.s64 [%0], %1;"

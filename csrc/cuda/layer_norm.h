@@ -100,7 +100,7 @@ norm_product_kernel(FASTRNN_ARGUMENT Params<Args> p) {
     block.range(block.count + (problem.pass == Pass::kBackward ? 1 : 0), first, last);
     if (first == last) return;
     T* const sums = reinterpret_cast<T*>(dynamic_shared() + p.layout.shared_sums);
-    const Product<S, Tensor, 2> product(p.layout, block_weights(block), p.plan.resident, sums);
+    const Product<S, Tensor, 2> product(p.layout, block_weights(block), sums);
     GridExchange<S, Args> exchange(block);
     product.run(exchange.states(first), GridExchange<S, Args>::load_state);
     sync_block();

@@ -8,6 +8,10 @@
 // fragments for tensor cores. Without them, each lane multiplies its quarter of the depth and the
 // quarters are added up into the same places.
 //
+// Weights that do not fit into shared memory stay there in part. The others pass through a place of
+// one block for each warp: as soon as a lane has used its part of such a block, it begins to copy
+// that of the next, while it goes on with those that stay, and while its block waits for states.
+//
 // A step is a chain of latencies, so loads are issued well before their values are needed, under
 // conditions that are predicates and no branches: a branch between two loads makes one wait for the
 // other.
@@ -26,11 +30,26 @@ struct Lane {
   FASTRNN_DEVICE Lane() : column(thread_index() % 32 / 4), quarter(thread_index() % 4) {}
 };
 
+// Which blocks of a slice's depth do not stay in shared memory: evenly spread from the first on.
+class Passing {
+ public:
+  FASTRNN_DEVICE Passing() : apart_(0), end_(0) {}
+  FASTRNN_DEVICE Passing(int blocks, int kept)
+      : apart_(blocks / (blocks - kept)), end_(apart_ * (blocks - kept)) {}
+  FASTRNN_DEVICE bool is_at(int block) const { return block == next_ && next_ < end_; }
+  FASTRNN_DEVICE void advance() { next_ += apart_; }
+  // The next one, or the first of the next step.
+  FASTRNN_DEVICE int following() const { return next_ < end_ ? next_ : 0; }
+
+ private:
+  int apart_, end_, next_ = 0;
+};
+
 // How many blocks of states are loaded before the first is used: 8 loads or, where registers are
 // left, 16.
 template <class S, bool Tensor, int Tiles>
 constexpr int blocks_ahead(int octets) {
-  return Tensor ? 8 / octets : sizeof(S) < 8 && sizeof(S) * Tiles <= 8 ? 2 : 1;
+  return Tensor ? 8 / octets : sizeof(S) < 8 && Tiles <= 2 ? 2 : 1;
 }
 
 // The states of one block: of one lane, one of each octet's rows on tensor cores, else all rows.
@@ -169,16 +188,19 @@ class Product {
  public:
   using T = Compute<S>;
 
-  FASTRNN_DEVICE Product(const Layout& layout, const char* weights, bool in_shared, T* sums)
+  FASTRNN_DEVICE Product(const Layout& layout, const char* packed, T* sums)
       : layout_(layout),
-        weights_(weights),
-        in_shared_(in_shared),
+        packed_(packed),
         sums_(sums),
         row_bytes_(static_cast<int>(layout.stride) * static_cast<int>(sizeof(S))),
         block_bytes_(layout.columns * kBlockBytes),
         pitch_(layout.columns + kSkew),
-        parts_(layout.slices * layout.row_parts * layout.column_parts),
-        first_(layout, thread_index() / 32) {}
+        parts_(layout.parts()),
+        first_(layout, thread_index() / 32) {
+    if (layout.kept == 0 || thread_index() / 32 >= parts_) return;
+    passing_ = Passing(first_.end - first_.begin, layout.kept);
+    copy_passing(first_, 0);
+  }
 
   // load(p, condition) reads 16 bytes of states, or zeros.
   template <class Load>
@@ -187,15 +209,27 @@ class Product {
     if (index >= parts_) return;
     Part part = first_;
     while (true) {
-      in_shared_ ? run_part<true>(part, states, load) : run_part<false>(part, states, load);
+      if (layout_.resident) {
+        run_part<Where::kShared>(part, states, load);
+      } else if (layout_.kept > 0) {
+        run_part<Where::kPassing>(part, states, load);
+      } else {
+        run_part<Where::kGlobal>(part, states, load);
+      }
       index += kWarps;
       if (index >= parts_) return;
       part = Part(layout_, index);
     }
   }
 
+  // After the last step: no copy may outlive its block.
+  FASTRNN_DEVICE void finish() const {
+    if (layout_.kept > 0) wait_for_copies();
+  }
+
  private:
   static constexpr int kTiles = warp_tiles(sizeof(S));  // at most, of a part
+  enum class Where { kGlobal, kShared, kPassing };
 
   struct Part {
     int slice, row, column;
@@ -214,15 +248,15 @@ class Product {
   };
 
   // What the loops are unrolled by is one of a few numbers; the rest are conditions.
-  template <bool InShared, class Load>
+  template <Where From, class Load>
   FASTRNN_DEVICE void run_part(const Part& part, const char* states, Load load) const {
     const auto with_octets = [&](auto tiles) {
       if constexpr (Tensor) {
         if (part.octets > 1) {
-          return run_part<InShared, decltype(tiles)::value, 2>(part, states, load);
+          return run_part<From, decltype(tiles)::value, 2>(part, states, load);
         }
       }
-      run_part<InShared, decltype(tiles)::value, 1>(part, states, load);
+      run_part<From, decltype(tiles)::value, 1>(part, states, load);
     };
     if (kTiles == 1 || part.column_octets <= 2) {
       with_octets(std::integral_constant<int, 1>{});
@@ -233,12 +267,14 @@ class Product {
     }
   }
 
-  template <bool InShared, int Tiles, int Octets, class Load>
+  template <Where From, int Tiles, int Octets, class Load>
   FASTRNN_DEVICE void run_part(const Part& part, const char* states, Load load) const {
     constexpr int ahead = blocks_ahead<S, Tensor, Tiles>(Octets);
     const Lane lane;
-    const char* w = weights_ + part.begin * block_bytes_ +
-                    (part.column + lane.column) * kBlockBytes + lane.quarter * 16;
+    const int own = (part.column + lane.column) * kBlockBytes + lane.quarter * 16;
+    const int first = From == Where::kPassing ? part.slice * layout_.kept : part.begin;
+    const char* w = (From == Where::kGlobal ? packed_ : dynamic_shared()) + own;
+    w += first * block_bytes_;
     const char* s = states + (part.row + (Tensor ? lane.column : 0)) * row_bytes_ +
                     part.begin * kBlockBytes + lane.quarter * 16;
     const int count = part.end - part.begin;
@@ -249,22 +285,57 @@ class Product {
       read[j].read(s + j * kBlockBytes, row_bytes_, j < count, load);
     }
     // Weights are nearer than states: one block ahead is enough.
-    constexpr int sets = !Tensor ? 1 : Tiles == 4 ? WideSets : 2;
-    Weights<Tiles, InShared> weights[sets];
+    constexpr int sets = !Tensor || From == Where::kPassing ? 1 : Tiles == 4 ? WideSets : 2;
+    Weights<Tiles, From != Where::kGlobal> weights[sets];
+    Passing passing = passing_;
     if constexpr (sets == 2) weights[0].read(w, part.column_octets, true);
     for (int k = 0; k < count; k += ahead) {
 #pragma unroll
       for (int j = 0; j < ahead; ++j) {
         if (k + j >= count) break;
-        const int next = k + j + sets - 1;
-        weights[next % sets].read(w + next * block_bytes_, part.column_octets, next < count);
-        sums.add(weights[j % sets], read[j]);
+        if constexpr (From == Where::kPassing) {
+          const bool passes = passing.is_at(k + j);
+          if (passes) wait_for_copies();
+          weights[0].read(passes ? passing_place() : w, part.column_octets, true);
+          if (!passes) w += block_bytes_;
+          sums.add(weights[0], read[j]);
+          if (passes) {
+            passing.advance();
+            copy_passing(part, passing.following());
+          }
+        } else {
+          const int next = k + j + sets - 1;
+          weights[next % sets].read(w + next * block_bytes_, part.column_octets, next < count);
+          sums.add(weights[j % sets], read[j]);
+        }
         const int later = k + j + ahead;
         read[j].read(s + later * kBlockBytes, row_bytes_, later < count, load);
       }
     }
     sums.finish();
     store(part, lane, sums.sums);
+  }
+
+  // The lane's part of its warp's place for weights that pass.
+  FASTRNN_DEVICE char* passing_place() const {
+    const int warp = thread_index() / 32;
+    const int bytes = static_cast<int>(Layout::next_bytes(layout_.columns, sizeof(S)));
+    const Lane lane;
+    return dynamic_shared() + layout_.shared_next + warp * bytes + lane.column * kBlockBytes +
+           lane.quarter * 16;
+  }
+  // Begins to copy there what it will use of a block of the slice. Nobody else reads it, and what
+  // lies there has been used: nothing needs a barrier.
+  FASTRNN_DEVICE void copy_passing(const Part& part, int block) const {
+    const Lane lane;
+    const char* const from = packed_ + int64_t{part.begin + block} * block_bytes_ +
+                             (part.column + lane.column) * kBlockBytes + lane.quarter * 16;
+    char* const to = passing_place();
+#pragma unroll
+    for (int m = 0; m < 2 * kTiles; ++m) {
+      if (m >= part.column_octets) break;
+      begin_copy(to + m * kOctet * kBlockBytes, from + m * kOctet * kBlockBytes);
+    }
   }
 
   template <int Tiles, int Octets>
@@ -286,11 +357,11 @@ class Product {
   }
 
   const Layout& layout_;
-  const char* const weights_;
-  const bool in_shared_;
+  const char* const packed_;
   T* const sums_;
   const int row_bytes_, block_bytes_, pitch_, parts_;
   const Part first_;
+  Passing passing_;  // as a step begins
 };
 
 // The product for one row and one of the block's columns: its parts over the depth, added up in

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace fastrnn::cuda {
 namespace {
@@ -33,16 +34,21 @@ Terms terms(const Problem& p, const DeviceInfo& device, const Plan& plan, const 
     return std::max(latency * (1 + (loads - 1) / loads_ahead),
                     latency + all / (shared ? kFromShared : kFromCache));
   };
-  const int parts = l.slices * l.row_parts * l.column_parts;
-  const double turns = static_cast<double>(divide_up(parts, kWarps));
+  const double turns = static_cast<double>(divide_up(l.parts(), kWarps));
   const double blocks = turns * static_cast<double>(divide_up(l.depth_blocks, l.slices));
   const int own_rows = std::min(l.rows, Layout::rows_per_warp(plan.tensor));
   const double state_loads = blocks * (plan.tensor ? divide_up(own_rows, kOctet) : own_rows);
   const double states = reading(bytes * l.rows * l.column_parts, state_loads, in_cluster);
-  const int own_columns = std::min(l.columns, kTile * warp_tiles(p.element()));
-  const double weights =
-      reading(bytes * l.columns * l.row_parts,
-              blocks * static_cast<double>(divide_up(own_columns, kOctet)), plan.resident);
+  const int own_columns = warp_columns(l.columns, p.element());
+  const bool in_shared = plan.resident || plan.kept > 0;
+  double weights = reading(bytes * l.columns * l.row_parts,
+                           blocks * static_cast<double>(divide_up(own_columns, kOctet)), in_shared);
+  if (plan.kept > 0) {
+    // Each warp copies one block after another; the first has come before the states.
+    const double later = blocks - plan.kept - 1;
+    const double copied = later * l.parts() * own_columns * kBlockBytes;
+    weights = std::max({weights, later * kCacheLatency, kCacheLatency + copied / kFromCache});
+  }
 
   // Every sum of every slice goes through shared memory; the cells of a thread follow one another.
   const double sums = static_cast<double>(l.rows) * l.columns * l.slices * p.compute();
@@ -52,7 +58,7 @@ Terms terms(const Problem& p, const DeviceInfo& device, const Plan& plan, const 
                         (p.pass == Pass::kForward ? 1 : p.gates);
   Terms result{};
   result.states = states;
-  result.product = plan.resident ? std::max(product, weights) : product + weights;
+  result.product = in_shared ? std::max(product, weights) : product + weights;
   result.sums = 2 * sums / kFromShared;
   result.cells = kMathLatency * (1 + items / 4);
   result.hand_over = stores + (plan.kind == Kind::kStep   ? 4000
@@ -80,6 +86,12 @@ bool is_possible(const Problem& p, const DeviceInfo& device, const Plan& plan) {
   if (!plan.tensor && p.element() == 2 && device.capability >= 80) return false;  // not compiled
   const Layout layout(p, plan);
   if (layout.shared > device.shared) return false;
+  // A warp that keeps a part of its weights has one part of the product, and some blocks more.
+  if (plan.kept < 0 ||
+      (plan.kept > 0 && (plan.resident || plan.kind == Kind::kStep || layout.parts() > kWarps ||
+                         plan.kept >= layout.depth_blocks / plan.slices))) {
+    return false;
+  }
   switch (plan.kind) {
     case Kind::kStep:
       return plan.cluster == 1;
@@ -108,6 +120,13 @@ std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device,
     const Layout whole(p, plan);
     const int64_t idle = kWarps / (whole.row_parts * whole.column_parts);
     plan.slices = static_cast<int>(std::max<int64_t>(1, std::min(idle, whole.depth_blocks)));
+    if (plan.kept > 0) {  // as much as there is room for
+      const Layout one(p, plan);
+      const int64_t room = device.shared - one.shared, each = one.shared_next;
+      const int64_t most = one.depth_blocks / plan.slices - 1;
+      plan.kept = static_cast<int>(std::min(1 + room / each, most));
+      if (room < 0 || plan.kept < 1) return;
+    }
     if (!is_possible(p, device, plan)) return;
     const double time = terms(p, device, plan, Layout(p, plan)).cycles();
     if (best && time >= least) return;
@@ -119,15 +138,16 @@ std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device,
     return Plan{kind.value_or(Kind::kGrid), 32, kOctet, 1, 1, false, has_tensor_cores(p, device)};
   }
   const bool tensor = has_tensor_cores(p, device);
+  constexpr std::pair<bool, int> kWhere[] = {{true, 0}, {false, 1}, {false, 0}};
   for (int units = 8; units <= 128; units *= 2) {
     for (int rows = kOctet; rows * units <= kThreads * max_items(p.element()); rows *= 2) {
       if (rows > kOctet && rows / 2 >= p.batch) break;
       consider({Kind::kStep, units, rows, 1, 1, false, tensor});
-      for (const bool resident : {true, false}) {
-        consider({Kind::kGrid, units, rows, 1, 1, resident, tensor});
+      for (const auto& [resident, kept] : kWhere) {
+        consider({Kind::kGrid, units, rows, 1, 1, resident, tensor, kept});
         for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
           if (cluster > 1 && cluster / 2 * int64_t{units} >= p.hidden) break;
-          consider({Kind::kCluster, units, rows, 1, cluster, resident, tensor});
+          consider({Kind::kCluster, units, rows, 1, cluster, resident, tensor, kept});
         }
       }
     }

@@ -32,6 +32,10 @@ FASTRNN_HD constexpr int max_items(int64_t element) { return element == 8 ? 2 : 
 
 // Tiles of columns in one warp at once: those whose sums stay in registers.
 FASTRNN_HD constexpr int warp_tiles(int64_t element) { return element == 8 ? 1 : 4; }
+FASTRNN_HD constexpr int warp_columns(int columns, int64_t element) {
+  const int most = kTile * warp_tiles(element);
+  return columns < most ? columns : most;
+}
 
 enum class Pass : int { kForward, kBackward };
 
@@ -49,6 +53,7 @@ struct Plan {
   int cluster;      // blocks of a group, if they are a cluster, else 1
   bool resident;    // the weights of a block stay in its shared memory
   bool tensor;      // tensor cores multiply
+  int kept = 0;     // where not all weights stay: those of so many blocks of each slice do
 };
 
 constexpr int kMaxCluster = 16;  // more than 8 where the device grants it
@@ -112,10 +117,12 @@ FASTRNN_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1
 struct Layout {
   int units, rows, columns;  // of a block; columns are filled up to whole octets
   int slices, row_parts, column_parts;
+  bool resident;
+  int kept;
   int64_t unit_tiles, row_tiles;
   int64_t depth_blocks, stride;  // of a row of exchanged states
   int64_t packed, exchange, carry, flags, workspace;
-  int64_t shared_exchange, shared_sums, shared;
+  int64_t shared_next, shared_exchange, shared_sums, shared;
 
   FASTRNN_HD constexpr Layout(const Problem& p, const Plan& plan)
       : units(plan.units),
@@ -124,6 +131,8 @@ struct Layout {
         slices(plan.slices),
         row_parts(static_cast<int>(divide_up(plan.rows, rows_per_warp(plan.tensor)))),
         column_parts(static_cast<int>(divide_up(columns, kTile * warp_tiles(p.element())))),
+        resident(plan.resident),
+        kept(plan.kept),
         unit_tiles(plan.kind == Kind::kCluster ? plan.cluster : divide_up(p.hidden, plan.units)),
         row_tiles(divide_up(p.batch, plan.rows)),
         depth_blocks(divide_up(p.depth() * p.element(), kBlockBytes)),
@@ -134,7 +143,10 @@ struct Layout {
         carry(exchange + 2 * p.directions * row_tiles * rows * stride * p.element()),
         flags(carry + divide_up(p.carried() * p.compute(), 16) * 16),
         workspace(flags + p.directions * row_tiles * unit_tiles * int64_t{sizeof(int64_t)}),
-        shared_exchange(plan.resident ? depth_blocks * columns * kBlockBytes : 0),
+        shared_next((plan.resident ? depth_blocks : int64_t{slices} * plan.kept) * columns *
+                    kBlockBytes),
+        shared_exchange(shared_next +
+                        (plan.kept == 0 ? 0 : kWarps * next_bytes(columns, p.element()))),
         shared_sums(shared_exchange +
                     (plan.kind == Kind::kCluster ? 2 * rows * stride * p.element() : 0)),
         shared(shared_sums + int64_t{slices} * rows * (columns + kSkew) * p.compute()) {}
@@ -142,6 +154,11 @@ struct Layout {
   FASTRNN_HD static constexpr int rows_per_warp(bool tensor) {
     return tensor ? 2 * kOctet : kOctet;
   }
+  // What a warp has of the weights that do not stay: one block of its columns.
+  FASTRNN_HD static constexpr int64_t next_bytes(int columns, int64_t element) {
+    return int64_t{warp_columns(columns, element)} * kBlockBytes;
+  }
+  FASTRNN_HD constexpr int parts() const { return slices * row_parts * column_parts; }
   FASTRNN_HD constexpr int64_t blocks(int directions) const {
     return unit_tiles * row_tiles * directions;
   }

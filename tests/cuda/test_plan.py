@@ -79,6 +79,36 @@ def test_small_layers_stay_on_one_chip(harness, gpus):
         assert plan.kind != harness.Kind.STEP
 
 
+def test_weights_that_do_not_fit_stay_in_part(harness, gpus):
+    hopper = gpus[3]
+    for backward in (False, True):
+        given = problem(harness, "LSTM", "bf16", H=2048, backward=backward)
+        plan = harness.make_plan(given, hopper)
+        assert plan.kind == harness.Kind.GRID
+        assert not plan.resident
+        blocks = 2048 * (4 if backward else 1) * 2 // 64 // plan.slices
+        assert blocks / 2 < plan.kept < blocks
+        sizes = plan.kind, plan.units, plan.rows, plan.slices, plan.cluster
+        one_more = harness.Plan(*sizes, False, True, plan.kept + 1)
+        assert not harness.is_possible(given, hopper, one_more)
+
+
+def test_a_part_of_the_weights_is_no_more_than_all(harness):
+    device = harness.DeviceInfo(132, 227 * 1024, 90)
+    given = problem(harness, "LSTM", "bf16", H=256)  # 8 blocks of the depth
+    grid = harness.Kind.GRID
+
+    def is_possible(kind, slices, resident, kept):
+        plan = harness.Plan(kind, 16, 8, slices, 1, resident, True, kept)
+        return harness.is_possible(given, device, plan)
+
+    assert is_possible(grid, 2, False, 3)
+    assert not is_possible(grid, 2, False, 4)
+    assert not is_possible(grid, 2, True, 3)
+    assert not is_possible(grid, 2, False, -1)
+    assert not is_possible(harness.Kind.STEP, 2, False, 3)
+
+
 def test_tensor_cores(harness, gpus):
     turing, ampere = gpus[:2]
     for dtype, tf32, gpu, expected in [

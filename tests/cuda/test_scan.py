@@ -11,7 +11,7 @@ from fastrnn._backends import backend as backend_of
 from fastrnn._functions import reference_layer
 from fastrnn._layer import CELLS, Layer, Saved
 
-# kind, units, rows, slices, cluster, resident
+# kind, units, rows, slices, cluster, resident and, where only some weights stay, kept
 PLANS = {
     "step": ("STEP", 16, 16, 1, 1, False),
     "step-small": ("STEP", 8, 8, 3, 1, False),
@@ -26,6 +26,9 @@ LARGE = {
     "more-parts-than-warps": ("GRID", 32, 32, 5, 1, True),
     "more-parts-of-float64": ("GRID", 32, 16, 5, 1, True),
     "odd-tile": ("STEP", 8, 16, 2, 1, False),
+    "stay-one-of-each-slice": ("GRID", 8, 8, 2, 1, False, 1),
+    "stay-some": ("GRID", 16, 16, 1, 1, False, 3),
+    "stay-in-cluster": ("CLUSTER", 32, 8, 1, 8, False, 4),
     "cluster-of-8": ("CLUSTER", 32, 8, 8, 8, True),
     "cluster-of-16": ("CLUSTER", 16, 8, 8, 16, True),
 }
@@ -46,7 +49,7 @@ def chooser(name: str, kernels, engine):
     kind, *numbers = (PLANS | LARGE)[name]
 
     def choose(problem, device):
-        plan = kernels.Plan(kernels.Kind[kind], *numbers, engine.tensor)
+        plan = kernels.Plan(kernels.Kind[kind], *numbers[:5], engine.tensor, *numbers[5:])
         if not kernels.is_possible(problem, device, plan):
             pytest.skip("this device cannot")
         return plan
@@ -335,6 +338,27 @@ def test_cpu_kernels_agree(target, cell, engine, rows, option):
     for name, want in expected.items():
         error = (actual[name].cpu().double() - want).abs().max() / want.abs().max().clamp(min=1)
         assert error <= engine.tolerance, name
+
+
+@pytest.mark.parametrize("engine", ["f32", "f64", "bf16"], indirect=True)
+def test_weights_that_stay_in_part_give_the_same_bits(target, engine, monkeypatch):
+    """As if all did, in any order of threads."""
+    case = make_case("GRU", 4, 9, 3, 150, 1)
+    kind, *sizes = target.kernels.Kind.GRID, 16, 16, 1, 1
+
+    def found(resident: bool, kept: int) -> dict[str, Tensor]:
+        def choose(problem, device):
+            plan = target.kernels.Plan(kind, *sizes, resident, engine.tensor, kept)
+            assert target.kernels.is_possible(problem, device, plan)
+            return plan
+
+        return run_on(case, target, engine, choose)
+
+    whole = found(True, 0)
+    for seed, kept in enumerate((0, 1, 3, 4)):
+        monkeypatch.setenv("FASTRNN_HARNESS_SEED", str(seed))
+        for name, value in found(False, kept).items():
+            assert torch.equal(value, whole[name]), (name, kept)
 
 
 @pytest.mark.parametrize("plan", PLANS)

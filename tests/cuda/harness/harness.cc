@@ -11,6 +11,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "../../../csrc/cuda/device.h"
@@ -115,6 +116,7 @@ struct Thread {
   const Barrier* barrier = nullptr;  // that it waits at,
   int64_t generation = 0;            // as which it arrived there
   bool done = false;
+  std::vector<std::pair<char*, const char*>> copies;  // that have begun
 };
 
 Thread* self;
@@ -135,6 +137,10 @@ void main_of_fiber() {
   scheduler.stack_size = size;
 #endif
   (*body)();
+  if (!self->copies.empty()) {
+    std::fprintf(stderr, "harness: a thread ends before what it copies\n");
+    std::abort();
+  }
   self->done = true;
   // The memory of a block ends with it, whoever in its cluster still writes there.
   if (--self->block->running == 0) self->block->shared.reset();
@@ -276,6 +282,16 @@ void* shared_of(void* own, int rank) {
   return there + (static_cast<char*>(own) - dynamic_shared());
 }
 
+void begin_copy(char* to, const char* from) {
+  std::memset(to, 0xff, 16);
+  self->copies.emplace_back(to, from);
+}
+
+void wait_for_copies() {
+  for (const auto& [to, from] : self->copies) std::memcpy(to, from, 16);
+  self->copies.clear();
+}
+
 const char* exchange_in_warp(const void* own, int bytes) {
   const int index = self->index;
   Warp& warp = self->block->warps[index / 32];
@@ -306,7 +322,10 @@ void run(const Launch& how, const std::function<void()>& thread) {
 
 // The device that the harness stands for: any plan goes.
 namespace fastrnn::cuda {
-DeviceInfo device_info(int device) { return {1 << 20, int64_t{1} << 30, device}; }
+DeviceInfo device_info(int device) {
+  const int clusters = device < 90 ? 0 : 1 << 10;
+  return {1 << 20, int64_t{1} << 30, device, {clusters, clusters, clusters, clusters}};
+}
 void set_device(int) {}
 int built_for() { return 0; }
 }  // namespace fastrnn::cuda

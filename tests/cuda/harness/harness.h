@@ -87,6 +87,10 @@ inline Vector16 load_shared_cache_if(bool condition, const void* p) {
   return load_if(condition, p);
 }
 
+// The copy is made when it is waited for; until then the place has NaN.
+void begin_copy(char* to, const char* from);
+void wait_for_copies();
+
 template <class S>
 void store_in_cluster(S* own, int rank, S value) {
   *static_cast<S*>(shared_of(own, rank)) = value;
