@@ -1,7 +1,9 @@
 """Bad input: what torch.nn says, word for word, and ValueErrors that name both sides for masks."""
 
+import ast
 import re
 import warnings
+from pathlib import Path
 
 import numpy
 import pytest
@@ -230,3 +232,36 @@ def test_a_failed_call_leaves_the_model_usable(cell):
         model(x, hx, mask=mask[1:])
     after, _ = model(x, hx, mask=mask)
     assert torch.equal(before, after)
+
+
+# -- The texts of ValueErrors, in the sources ------------------------------------------------------
+
+PACKAGE = Path(__file__).parents[1] / "python" / "fastrnn"
+OTHERS = (
+    "Expected input to be 2D or 3D",  # torch's own
+    "Unknown nonlinearity",
+    "proj_size argument is only supported",
+    "A cell may use",  # of a line of the user's function
+)
+# An argument's name, or an expression that gives it; what was expected; what came.
+FORM = re.compile(r"[\w.{}\[\], ]+: expected .*\bgot\b.*", re.DOTALL)
+
+
+def texts_of_value_errors() -> dict[str, str]:
+    texts = {}
+    for path in sorted(PACKAGE.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "ValueError":
+                (text,) = node.args
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                texts[f"{path.name}:{node.lineno}"] = "".join(
+                    part.value if isinstance(part, ast.Constant) else "{}" for part in parts
+                )
+    return texts
+
+
+def test_value_errors_name_the_argument_and_both_sides():
+    texts = texts_of_value_errors()
+    assert len(texts) > 50
+    ours = {w: text for w, text in texts.items() if not any(other in text for other in OTHERS)}
+    assert not {where: text for where, text in ours.items() if not FORM.fullmatch(text)}

@@ -187,7 +187,7 @@ ERRORS = [
     (lambda: F.lstm(x, None, w, reset=x[0]), r"reset: expected a bool or integer tensor"),
     (
         lambda: F.lstm(x, None, w, lengths=[1] * B, mask=torch.ones(T, B).bool()),
-        "expected lengths or mask, got both",
+        "lengths, mask: expected one of them, got both",
     ),
     (lambda: F.lstm(x.double(), None, w), r"weight_ih: expected a torch.float64 tensor"),
 ]

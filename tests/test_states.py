@@ -624,7 +624,7 @@ def test_a_history_of_other_weights():
 def test_bidirectional():
     model = fastrnn.GRU(F, H, bidirectional=True)
     with pytest.raises(
-        ValueError, match=r"expected a unidirectional module: .* begins at the last"
+        ValueError, match=r"expected a unidirectional module, got a .* begins at the last"
     ):
         model.initial_state()
 
@@ -650,7 +650,7 @@ def test_bidirectional():
         (lambda m, s, x: s.select(torch.ones(2).bool()), r"rows: expected bool \[3\]"),
         (
             lambda m, s, x: m.initial_state().select([0]),
-            "rows: expected none for an unbatched state",
+            "rows: expected a state of a batch, got ",
         ),
         (lambda m, s, x: s.set_h(s.h() * 2), "h: expected 1 tensors, got 2"),
         (lambda m, s, x: s.set_h([s.output()[:2]]), r"h\[0\]: expected .* \[3, 19\]"),

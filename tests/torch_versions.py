@@ -3,8 +3,8 @@
     make wheel && python tests/torch_versions.py [VERSION ...] [-- ARGUMENTS OF PYTEST]
 
 Without versions: the oldest that pyproject.toml admits, and the newest that pip finds. Each gets an
-environment in build/, into which torch is installed without its CUDA libraries. A build that does
-not load without them is reported; to try it, point pip at torch's CPU builds.
+environment in build/. torch is installed without its CUDA libraries, and with them if it does not
+load otherwise: those are gigabytes, which an index of torch's CPU builds saves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ROOT / "python" / "fastrnn" / "_torch.py"
-# What torch and the tests import; asked to resolve torch's own needs, pip would add CUDA's.
+# What torch and the tests import; pip would add CUDA's libraries to torch's own needs.
 NEEDS = ["filelock", "fsspec", "jinja2", "networkx", "numpy", "setuptools", "sympy"]
 NEEDS += ["typing-extensions", "expecttest", "hypothesis", "pytest>=8"]
 TESTS = [f"tests/test_{name}.py" for name in ("cells", "errors", "function", "interface", "masked")]
@@ -97,7 +97,14 @@ def check(version: str, pytest: list[str]) -> bool:
         if done.returncode:
             print(f"cannot be installed: {done.stderr.strip().splitlines()[-1]}")
             return False
-    done = run(python, "-c", "import torch; print(torch.__version__)")
+    show_version = python, "-c", "import torch; print(torch.__version__)"
+    done = run(*show_version)
+    if done.returncode:  # what torch needs, its libraries for CUDA among it
+        installed = run(python, "-m", "pip", "install", "--quiet", f"torch=={version}")
+        if installed.returncode:
+            print(f"cannot be installed: {installed.stderr.strip().splitlines()[-1]}")
+            return False
+        done = run(*show_version)
     if done.returncode:
         print(f"cannot be imported: {done.stderr.strip().splitlines()[-1]}")
         return False

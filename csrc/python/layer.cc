@@ -213,7 +213,7 @@ void check_features(const LayerCall& layer) {
     fail("x", "expected at least one feature per step, got ", shape.text());
   }
   if (layer.reverse && layer.directions != 1) {
-    fail("reverse", "expected a single direction, got 2");
+    fail("reverse", "expected False for 2 directions, got True");
   }
 }
 

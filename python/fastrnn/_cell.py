@@ -85,7 +85,7 @@ class CellLayer(_RNNBase):
         if options.get("layer_norm") and (clash := _GAINS & set(self.definition.parameters)):
             raise ValueError(
                 f"layer_norm: expected False for {self._name}, which has a parameter {min(clash)} "
-                "of its own"
+                f"of its own, got {options['layer_norm']!r}"
             )
         # torch's own checks, on a cell that it knows; its parameters never get memory.
         super().__init__(
@@ -201,7 +201,10 @@ class CellLayer(_RNNBase):
         names = self.definition.inputs
         if not names:
             if inputs is not None:
-                raise ValueError(f"inputs: expected None for {self._name}, which has none")
+                got = type(inputs).__name__
+                raise ValueError(
+                    f"inputs: expected None for {self._name}, which has none, got {got}"
+                )
             return None
         given = [inputs] if isinstance(inputs, Mapping) else inputs
         if not isinstance(given, Sequence) or len(given) != self.num_layers:

@@ -110,13 +110,16 @@ def freeze(model: M, weights: torch.dtype | None = None) -> M:
 
 
 def _checked(path: str, module: Any, weights: torch.dtype | None) -> str:
-    name = f"{path or 'model'}: {type(module).__name__}"
+    name, kind = path or "model", type(module).__name__
     if module.training:
-        raise ValueError(f"{name} is in training mode; call eval() first")
+        raise ValueError(f"{name}: expected a layer after eval(), got {kind} in training mode")
     storage = _storage(module, weights)
     if not can_pack(module, is_frozen=True):
         w = weights_of(module)[0]
-        raise ValueError(f"{name}: no kernel for packed weights in {w.dtype} on {w.device}")
+        raise ValueError(
+            f"{name}: expected a layer whose weights can be packed, got {kind} in {w.dtype} on "
+            f"{w.device}"
+        )
     return storage
 
 

@@ -469,11 +469,14 @@ class _RNNBase(DropIn, RNNBase):
     ) -> tuple[Any, States, tuple[Any, ...]]:
         """forward of every module: output, final states, and the states of each layer's steps."""
         if lengths is not None and mask is not None:
-            raise ValueError("expected lengths or mask, got both")
+            raise ValueError("lengths, mask: expected one of them, got both")
         if isinstance(input, PackedSequence):
             if lengths is not None or mask is not None:
-                name = "mask" if lengths is None else "lengths"
-                raise ValueError(f"{name}: expected none with a PackedSequence, which has its own")
+                name, given = ("mask", mask) if lengths is None else ("lengths", lengths)
+                raise ValueError(
+                    f"{name}: expected None with a PackedSequence, which has lengths of its own, "
+                    f"got {type(given).__name__}"
+                )
             if is_exporting_to_onnx():
                 raise RuntimeError(
                     "input: expected a tensor for ONNX, got a PackedSequence; pass lengths="

@@ -295,7 +295,8 @@ class State:
         """
         if self._batch is None:
             raise ValueError(
-                "rows: expected none for an unbatched state, which has no rows to select"
+                f"rows: expected a state of a batch, got {rows!r} for an unbatched one, which has "
+                "no rows to select"
             )
         index = torch.as_tensor(rows, device=self._tensors()[0][0].device)
         if index.dtype == torch.bool:
@@ -440,7 +441,8 @@ class State:
         if mask is not None:
             valid = torch.as_tensor(mask, device=x.device)
             if not self.is_batched:
-                raise ValueError("mask: expected None for an unbatched state")
+                got = f"{valid.dtype} {_shown(valid)}"
+                raise ValueError(f"mask: expected None for an unbatched state, got {got}")
             if valid.dtype != torch.bool or valid.shape != (self._batch,):
                 got = f"{valid.dtype} {_shown(valid)}"
                 raise ValueError(f"mask: expected torch.bool [{self._batch}], got {got}")
@@ -509,8 +511,9 @@ def start(rnn: Any, hx: Any, batch: int | None) -> State:
     """initial_state() of a module."""
     if rnn.bidirectional:
         raise ValueError(
-            "initial_state: expected a unidirectional module: the second direction of a "
-            "bidirectional one begins at the last step, before which no step can be taken"
+            "initial_state: expected a unidirectional module, got a bidirectional "
+            f"{type(rnn).__name__}, whose second direction begins at the last step, before which "
+            "no step can be taken"
         )
     if batch is not None and (
         isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 0

@@ -360,7 +360,7 @@ def _run(
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout: expected a number in [0, 1], got {dropout!r}")
     if lengths is not None and mask is not None:
-        raise ValueError("expected lengths or mask, got both")
+        raise ValueError("lengths, mask: expected one of them, got both")
     steps, batch = x.shape[:2] if not batch_first else (x.shape[1], x.shape[0])
     if steps == 0:
         raise ValueError(f"x: expected at least one step, got {_shown(x)}")

@@ -1,12 +1,15 @@
 """Scans of every cell and dtype by the extension alone, for processors that torch does not run on.
 
-    python scan.py EXTENSION OPENMP
+    python scan.py EXTENSION OPENMP [--values]
 
-Needs nothing but Python. Prints the CPU variants and a digest of the results of each scan as JSON.
+Needs nothing but Python. Prints the CPU variants and a digest of the results of each scan as JSON;
+with --values, the results of each scan on one thread as well: the dtype and, in base64, the bytes
+of each tensor.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib.util
 import json
@@ -83,8 +86,8 @@ def load(extension: str, openmp: str, threads: list[int]):
     return module
 
 
-def scan(cpu, mode: str, dtype: DType, sizes: tuple[int, int, int, int, bool]) -> str:
-    """A digest of forward and backward of one layer of both directions."""
+def scan(cpu, mode: str, dtype: DType, sizes: tuple[int, int, int, int, bool]) -> list[Tensor]:
+    """What forward and backward of one layer of both directions return."""
     T, B, I, H, layer_norm = sizes  # noqa: E741
     D, cell, source = DIRECTIONS, cpu.cells[mode], random.Random(0)
 
@@ -105,16 +108,22 @@ def scan(cpu, mode: str, dtype: DType, sizes: tuple[int, int, int, int, bool]) -
     wanted = [True, True, has_cell_state, False, *[True] * len(weights)]
     given = output, extra, saved, new(T, B, D * H), new(D, B, H), d_c_n, None, wanted
     results = [output, h_n, c_n, extra, saved, *cpu.backward(layer, given)]
-    return hashlib.sha256(b"".join(t.memory.raw for t in results if t is not None)).hexdigest()
+    return [tensor for tensor in results if tensor is not None]
 
 
-def main(extension: str, openmp: str) -> None:
+def main(extension: str, openmp: str, *options: str) -> None:
     threads = [1]
     cpu = load(extension, openmp, threads)
-    scans = {}
+    scans, values = {}, {}
     for mode, dtype, sizes, threads[0] in product(cpu.cells, DTYPES, SIZES, (1, 2)):
-        scans[f"{mode} {dtype} {sizes} {threads[0]} threads"] = scan(cpu, mode, dtype, sizes)
-    print(json.dumps({"variants": cpu.cpu_variants(), "scans": scans}))
+        results, name = scan(cpu, mode, dtype, sizes), f"{mode} {dtype} {sizes}"
+        digest = hashlib.sha256(b"".join(tensor.memory.raw for tensor in results))
+        scans[f"{name} {threads[0]} threads"] = digest.hexdigest()
+        if "--values" in options and threads[0] == 1:
+            values[name] = [
+                (t.dtype.name, base64.b64encode(t.memory.raw).decode()) for t in results
+            ]
+    print(json.dumps({"variants": cpu.cpu_variants(), "scans": scans, "values": values}))
 
 
 if __name__ == "__main__":

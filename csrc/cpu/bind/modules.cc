@@ -28,8 +28,8 @@ bool has_module(int cell, DType dtype) { return loaded().count({cell, dtype}) > 
 Kernels module_kernels(int cell, DType dtype) {
   const auto found = loaded().find({cell, dtype});
   if (found != loaded().end()) return found->second;
-  throw py::value_error(std::string("mode: ") + cell_traits(cell).mode +
-                        " has no kernel for this dtype");
+  throw py::value_error(std::string("mode: expected a cell that is compiled for ") +
+                        describe(static_cast<Element>(dtype)) + ", got " + cell_traits(cell).mode);
 }
 
 }  // namespace fastrnn

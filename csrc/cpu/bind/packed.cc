@@ -97,7 +97,10 @@ int64_t version_of(py::handle tensor) {
 
 py::handle item_of(const py::dict& dict, const char* name) {
   PyObject* const item = PyDict_GetItemString(dict.ptr(), name);
-  if (item == nullptr) throw py::value_error(std::string("module: expected ") + name);
+  if (item == nullptr) {
+    throw py::value_error(std::string("module: expected a module's __dict__, got one without ") +
+                          name);
+  }
   return item;
 }
 
@@ -169,7 +172,9 @@ PackedModel::PackedModel(std::vector<std::shared_ptr<PackedLayer>> layers, const
                          const py::list& parameters)
     : layers_(std::move(layers)) {
   if (layers_.empty() || parameters.empty()) {
-    throw py::value_error("layers, parameters: expected at least one");
+    throw py::value_error("layers, parameters: expected at least one of each, got " +
+                          std::to_string(layers_.size()) + " and " +
+                          std::to_string(parameters.size()));
   }
   for (const py::handle tensor : parameters) {
     watched_.push_back(
@@ -364,7 +369,10 @@ PackedState::PackedState(std::shared_ptr<const PackedModel> model, py::dict modu
     const Tensor given = view(tensor);
     if (given.shape.count() * size_of(shape().dtype) != bytes ||
         given.element != element_of(shape().dtype) || !given.is_on_cpu()) {
-      throw py::value_error("hx: expected states of the module's sizes, got " + describe(tensor));
+      throw py::value_error("hx: expected states of " + std::to_string(layers()) + " layers, " +
+                            std::to_string(batch_) + " rows and " + std::to_string(bytes) +
+                            " bytes of " + describe(element_of(shape().dtype)) + ", got " +
+                            describe(tensor));
     }
     std::memcpy(to, contiguous(given), bytes);
   };
