@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--cell", default="LSTM")
     args = parser.parse_args()
 
+    from fastrnn._layer import CELLS
+
     kernels = load_kernels()
     clusters = [int(n) for n in args.clusters.split(",")]
     device = kernels.DeviceInfo(args.processors, 227 * 1024, 90, clusters)
