@@ -100,7 +100,7 @@ norm_product_kernel(FASTRNN_ARGUMENT Params<Args> p) {
     block.range(block.count + (problem.pass == Pass::kBackward ? 1 : 0), first, last);
     if (first == last) return;
     T* const sums = reinterpret_cast<T*>(dynamic_shared() + p.layout.shared_sums);
-    const Product<S, Tensor, 2> product(p.layout, block_weights(block), sums);
+    const Product<S, Tensor, 2, true> product(p.layout, block_weights(block), sums);
     GridExchange<S, Args> exchange(block);
     product.run(exchange.states(first), GridExchange<S, Args>::load_state);
     sync_block();
@@ -284,7 +284,8 @@ norm_backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
   }
 }
 
-// All launches of a pass of `steps` steps, by a plan of kind kStep.
+// All launches of a pass of `steps` steps, by a plan of kind kStep. It knows no cell: layer_norm.cu
+// has it for all.
 template <class S, bool Tensor, class Args>
 void launch_norm_pass(const Cuda& device, const Args& args, int64_t steps,
                       void (*row_kernel)(Params<Args>)) {
@@ -303,6 +304,18 @@ void launch_norm_pass(const Cuda& device, const Args& args, int64_t steps,
     launch(row_kernel, rows, params);
   }
 }
+
+#define FASTRNN_NORM_PASS(declare, Args, S, tensor)                                 \
+  declare void launch_norm_pass<S, tensor, Args>(const Cuda&, const Args&, int64_t, \
+                                                 void (*)(Params<Args>));
+#define FASTRNN_NORM_PASSES(declare, Args)          \
+  FASTRNN_NORM_PASS(declare, Args, float, false)    \
+  FASTRNN_NORM_PASS(declare, Args, float, true)     \
+  FASTRNN_NORM_PASS(declare, Args, double, false)   \
+  FASTRNN_NORM_PASS(declare, Args, BFloat16, false) \
+  FASTRNN_NORM_PASS(declare, Args, BFloat16, true)  \
+  FASTRNN_NORM_PASS(declare, Args, Float16, false)  \
+  FASTRNN_NORM_PASS(declare, Args, Float16, true)
 
 template <class Cell, class S>
 void run_normalised(const Cuda& device, const RecurrenceForward& args) {

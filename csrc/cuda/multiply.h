@@ -182,8 +182,8 @@ struct Accumulator<S, false, Tiles, 1> {
 // some divisions, so it is found out once, before the first step.
 // sums: [slices][rows][columns + kSkew].
 // WideSets: blocks of weights that lie in registers beside four tiles of sums; 1 leaves room for
-// items that need many.
-template <class S, bool Tensor, int WideSets>
+// items that need many. FromGlobal: no weights stay on the chip.
+template <class S, bool Tensor, int WideSets, bool FromGlobal = false>
 class Product {
  public:
   using T = Compute<S>;
@@ -209,7 +209,9 @@ class Product {
     if (index >= parts_) return;
     Part part = first_;
     while (true) {
-      if (layout_.resident) {
+      if constexpr (FromGlobal) {
+        run_part<Where::kGlobal>(part, states, load);
+      } else if (layout_.resident) {
         run_part<Where::kShared>(part, states, load);
       } else if (layout_.kept > 0) {
         run_part<Where::kPassing>(part, states, load);

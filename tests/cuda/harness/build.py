@@ -77,7 +77,8 @@ def load(sanitize: bool = False) -> ModuleType:
         folder.mkdir(parents=True, exist_ok=True)
         jobs = [(CUDA / "bind.cc", [f"-DFASTRNN_MODULE={NAME}"])]
         shared = [ROOT / "csrc" / "python" / name for name in ("layer.cc", "tensor.cc")]
-        plain = [*shared, CUDA / "plan.cc", CUDA / "upload.cu", HERE / "harness.cc"]
+        plain = [*shared, CUDA / "plan.cc", CUDA / "upload.cu", CUDA / "layer_norm.cu"]
+        plain.append(HERE / "harness.cc")
         jobs += [(source, []) for source in plain]
         for cell in cells():
             for extra in ([], ["-DFASTRNN_BACKWARD"]):
