@@ -192,11 +192,11 @@ def show(report: Report) -> str:
 
 
 def capabilities(text: str) -> list[int]:
-    """Compute capabilities of an argument; ValueError for what is none."""
-    found = [int(number) for number in text.split(",")]
-    if min(found) < 75:
-        raise ValueError(text)
-    return found
+    """The compute capabilities, 10 * major + minor, that an argument lists."""
+    numbers = text.split(",")
+    if not all(number.isdecimal() and int(number) >= 75 for number in numbers):
+        raise argparse.ArgumentTypeError(f"expected numbers from 75 on, such as 80,90, got {text}")
+    return [int(number) for number in numbers]
 
 
 def compile_ahead(argv: list[str]) -> int:
