@@ -57,7 +57,7 @@ def kernels(harness):
 
 @contextlib.contextmanager
 def runs_on(target, engine, kind=None):
-    """CPU tensors run on the harness, with plans of one kind."""
+    """The target's tensors run on its kernels, with plans of one kind."""
 
     def choose(problem, device):
         own = target.kernels.Kind[kind] if kind else None
@@ -65,12 +65,11 @@ def runs_on(target, engine, kind=None):
         return plan or target.kernels.make_plan(problem, device)
 
     backend = target.backend(engine, choose)
-    before = register("cpu", backend) if target.name == "harness" else None
+    before = register(target.device, backend)
     try:
         yield backend
     finally:
-        if target.name == "harness":
-            register("cpu", before)
+        register(target.device, before)
 
 
 def assert_kernel(backend, cls, dtype):
