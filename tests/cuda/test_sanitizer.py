@@ -19,8 +19,8 @@ backend = h100(build.load(sanitize=True))
 layer = make_case("GRU", 2, 3, 4, 5, ragged=True).layer
 rows = Rows(layer, backend.upload)
 rows.place[0] += {beyond} * rows.count
-results = layer.make_results()
-backend._run(False, layer, results, rows)
+results = layer._replace(keep=True).make_results()
+backend._run(False, layer, rows, results.saved, results)
 """
 
 
