@@ -1,6 +1,6 @@
 // The general form of a cell, in which the scans call it: any number of states, learned vectors,
-// inputs that no weight multiplies, and gates without rows in W_hh. Its functions are constexpr, for
-// CUDA. It defines
+// inputs that no weight multiplies, and gates without rows in W_hh. Its functions are constexpr,
+// for CUDA. It defines
 //   mode, gates, recurrent, states, saves, inputs, parameters, splits_gradient, has_direct_path
 //       see traits.h and registry.h; the recurrent gates come in the order of the rows of W_hh
 //   reads_output
@@ -19,8 +19,10 @@
 #include "traits.h"
 
 // Before the loops over gates, which must not stay loops: they index registers.
-#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__)
 #define FASTRNN_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // for the host, where nothing calls them
+#define FASTRNN_UNROLL
 #else
 #define FASTRNN_UNROLL _Pragma("GCC unroll 4")
 #endif
