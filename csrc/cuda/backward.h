@@ -45,7 +45,7 @@ class BackwardItems {
   // Step i, for which total(row) is W_hh^T times the gradients of the gates at t+1: what others
   // wait for.
   template <class Total, class Exchange>
-  FASTRNN_DEVICE void finish(int64_t i, Total&& total, Exchange& exchange) {
+  FASTRNN_DEVICE void finish(int64_t i, Total&& total, Exchange&& exchange) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
@@ -60,20 +60,6 @@ class BackwardItems {
         carried_.h[k] = dh;
 #pragma unroll
         for (int g = 0; g < R; ++g) put(g, narrowed<S>(T(0)));
-      }
-    }
-  }
-
-  // The same of a cell without recurrent gates.
-  FASTRNN_DEVICE void finish(int64_t i) {
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      if (!block_.owns(k)) continue;
-      const V dh = dh_after(i, k, T(0));
-      if (place_[k] >= 0) {
-        run_cell(i, k, dh, [](int, S) {});
-      } else {
-        carried_.h[k] = dh;
       }
     }
   }
@@ -109,12 +95,6 @@ class BackwardItems {
         const int row = block_.local_row + k * block_.row_step;
         store_states(i, k, total(row));
       }
-    }
-  }
-  FASTRNN_DEVICE void finish_states(int64_t i) {
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      if (block_.owns(k)) store_states(i, k, T(0));
     }
   }
 
@@ -325,14 +305,15 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
     if (first == last) return;  // as do all blocks of the group
 
     BackwardItems<Cell, S> items(block);
-    if constexpr (General<Cell>::recurrent == 0) {  // nothing to multiply, nobody to wait for
+    if constexpr (General<Cell>::recurrent == 0) {
+      const auto total = [](int) { return Compute<S>(0); };
       for (int64_t i = first; i < last; ++i) {
         if (i == block.count) {
-          items.finish_states(i);
+          items.finish_states(i, total);
           break;
         }
         items.read(block.time(i));
-        items.finish(i);
+        items.finish(i, total, NoExchange{});
         items.store();
       }
     } else {

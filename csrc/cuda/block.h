@@ -350,6 +350,12 @@ class ClusterExchange {
   const char* initial_;
 };
 
+// What a cell without recurrent gates has in their place: nothing to multiply, nobody to wait for.
+struct NoExchange {
+  template <class S>
+  FASTRNN_DEVICE void put(int64_t, int, int64_t, S) const {}
+};
+
 // Whether kernels like this one are compiled for the architecture at hand.
 template <class S, bool Tensor>
 constexpr bool is_compiled() {

@@ -59,7 +59,7 @@ class ForwardItems {
   // Step i, for which total(row, gate) is W_hh h_{t-1}: what others wait for. output(h, saved,
   // extra) is the h that the cell's forward is taken to have returned.
   template <class Total, class Exchange, class Output>
-  FASTRNN_DEVICE void finish(int64_t i, Total&& total, Exchange& exchange, Output&& output) {
+  FASTRNN_DEVICE void finish(int64_t i, Total&& total, Exchange&& exchange, Output&& output) {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (!block_.owns(k)) continue;
@@ -68,14 +68,6 @@ class ForwardItems {
         run_cell(k, [&](int gate) { return total(row, gate); }, output);
       }
       exchange.put(i, row, block_.unit, narrowed<S>(factor(k)));
-    }
-  }
-
-  // The same of a cell without recurrent gates.
-  FASTRNN_DEVICE void finish() {
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      if (place_[k] >= 0) run_cell(k, [](int) { return T(0); }, AsReturned{});
     }
   }
 
@@ -183,10 +175,11 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
     if (first == last) return;  // as do all blocks of the group
 
     ForwardItems<Cell, S> items(block);
-    if constexpr (General<Cell>::recurrent == 0) {  // nothing to multiply, nobody to wait for
+    if constexpr (General<Cell>::recurrent == 0) {
+      const auto total = [](int, int) { return Compute<S>(0); };
       for (int64_t i = first; i < last; ++i) {
         items.read(block.time(i));
-        items.finish();
+        items.finish(i, total, NoExchange{}, AsReturned{});
         items.store(i);
       }
     } else {
