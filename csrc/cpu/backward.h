@@ -7,45 +7,38 @@
 
 #include <optional>
 
-#include "backward_cell.h"
+#include "cell_loops.h"
 #include "input_gradient.h"
 #include "layer_gradients.h"
-#include "layer_norm_cell.h"
 #include "layer_norm_gradient.h"
 #include "recomputation.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-template <class Cell, class S>
+template <class S>
 class BackwardScan {
   using T = Compute<S>;
   using F = Factor<S>;
   using V = Vec<T>;
   using SavedSteps = Saved<const S, const T>;
-  using C = General<Cell>;
-  static constexpr bool kHasProducts = C::recurrent > 0;  // of states, see ForwardScan
   // Rows of gate gradients in a chunk: a panel of as many rows, one register tile wide, fits into
   // L1.
   static constexpr int64_t kChunkRows = 128;
   static constexpr int64_t kNoStep = -1;
-  struct NoNorm {  // of cells without layer normalisation
-    template <class... Args>
-    explicit NoNorm(Args&&...) {}
-    void pack(int, const Part&) const {}
-    void start(int, const Part&) const {}
-    void write(int, const Part&) const {}
-  };
-  using Norm = std::conditional_t<(C::norms > 0), LayerNormGradient<Cell, S>, NoNorm>;
 
  public:
-  BackwardScan(const BackwardArgs& args, const Steps& steps, int threads, Workspace& workspace)
+  BackwardScan(const BackwardArgs& args, const CellLoops<S>& loops, const Steps& steps, int threads,
+               Workspace& workspace)
       : args_(args),
+        cell_(*args.traits),
+        loops_(loops),
         steps_(steps),
+        has_products_(cell_.recurrent > 0),
         projects_(args.weight_hr[0] != nullptr),
-        gate_columns_(C::recurrent * args.hidden),
+        gate_columns_(cell_.recurrent * args.hidden),
         chunk_steps_(max_of(1, min_of(args.steps, kChunkRows / max_of(1, args.batch)))),
         // One step alone has none after it.
-        hh_(args.weight_hh, kHasProducts && (args.steps > 1 || args.d_h_0 != nullptr),
+        hh_(args.weight_hh, has_products_ && (args.steps > 1 || args.d_h_0 != nullptr),
             gate_columns_, args.proj, args.directions, steps.total(), workspace),
         hr_(args.weight_hr, projects_, args.proj, args.hidden, args.directions, steps.total(),
             workspace),
@@ -54,11 +47,9 @@ class BackwardScan {
         input_gradient_(args, steps, chunk_gradients_, workspace),
         layer_gradients_(args, steps, chunk_gradients_, is_one_chunk(), kSharedParts * threads,
                          workspace),
-        cell_(args, steps, chunk_gradients_, workspace) {
-    if (recomputes()) recomputation_.emplace(args, steps, workspace);
-    if constexpr (C::norms > 0) {
-      if (args.layer_norm) norm_.emplace(args, steps, chunk_gradients_, workspace);
-    }
+        context_(args, steps, chunk_gradients_, workspace) {
+    if (recomputes()) recomputation_.emplace(args, loops, steps, workspace);
+    if (args.layer_norm) norm_.emplace(args, steps, chunk_gradients_, workspace);
     carry_d_gates_ = workspace.take<F>(args.directions * args.batch * stride_);
     zeros_ = workspace.take<F>(stride_);
     std::memset(zeros_, 0, stride_ * sizeof(F));
@@ -67,7 +58,7 @@ class BackwardScan {
   Work work() const {
     return {args_.steps,
             steps_.mean_rows(),
-            C::gates * args_.hidden * 4,  // every weight is used twice
+            cell_.gates * args_.hidden * 4,  // every weight is used twice
             hh_.columns.blocks,
             hh_.columns.units,
             max_rows(hh_.columns.units),
@@ -96,25 +87,28 @@ class BackwardScan {
 
  private:
   const BackwardArgs& args_;
+  const CellTraits& cell_;
+  const CellLoops<S>& loops_;
   const Steps& steps_;
+  const bool has_products_;  // of states, see ForwardScan
   const bool projects_;
   const int64_t gate_columns_;  // of W_hh
   const int64_t chunk_steps_;
   const BackwardWeight<S> hh_, hr_;
-  const ChunkGradients<Cell, S> chunk_gradients_;
+  const ChunkGradients<S> chunk_gradients_;
   const int64_t stride_;  // between rows of gate gradients
-  const InputGradient<Cell, S> input_gradient_;
-  const LayerGradients<Cell, S> layer_gradients_;
-  const BackwardCell<Cell, S> cell_;
+  const InputGradient<S> input_gradient_;
+  const LayerGradients<S> layer_gradients_;
+  const BackwardContext<S> context_;
   // The gate gradients of the step of a chunk that is first in the order of the direction, for the
   // next chunk: [D, B, stride].
   F* carry_d_gates_;
   F* zeros_;  // the gate gradients of a step beyond a reset
-  std::optional<Recomputation<Cell, S>> recomputation_;
-  std::optional<Norm> norm_;
+  std::optional<Recomputation<S>> recomputation_;
+  std::optional<LayerNormGradient<S>> norm_;
 
   bool recomputes() const {
-    return args_.checkpoint_every > 0 && Recomputation<Cell, S>::is_needed(args_);
+    return args_.checkpoint_every > 0 && Recomputation<S>::is_needed(args_);
   }
   bool is_one_chunk() const {
     const bool is_one_segment = !recomputes() || args_.steps <= args_.checkpoint_every;
@@ -124,9 +118,8 @@ class BackwardScan {
   // What forward saved of all steps.
   SavedSteps saved(int direction) const {
     return {static_cast<const S*>(args_.gates[direction]),
-            at<T>(args_.extra, direction * C::extras * args_.hidden),
-            saved_values<Cell>(args_) * args_.hidden, args_.directions * C::extras * args_.hidden,
-            0};
+            at<T>(args_.extra, direction * cell_.extras * args_.hidden),
+            saved_values(args_) * args_.hidden, args_.directions * cell_.extras * args_.hidden, 0};
   }
 
   Range hh_blocks(const Part& part) const { return part.blocks(hh_.columns.blocks); }
@@ -165,25 +158,20 @@ class BackwardScan {
       const int64_t last = from - (min_of(chunk_steps_, left) - 1) * stride;
       const Chunk chunk = steps_.chunk(min_of(from, last), max_of(from, last));
       const auto run_chunk = [&](const auto& phase) {
-        if constexpr (C::norms > 0) {
-          if (norm_) norm_->project(direction, chunk, last, phase);
-        }
+        if (norm_) norm_->project(direction, chunk, last, phase);
         for (int64_t t = from; t != last - stride; t -= stride) {
           run_step(direction, chunk, t, saved, phase);
         }
       };
-      runner.step_phases(run_chunk, false, kHasProducts);
+      runner.step_phases(run_chunk, false, has_products_);
       from = last - stride;
       // The gate gradients of the chunk are complete.
-      if constexpr (C::norms > 0) {
-        if (norm_) {
-          runner.shared_phase([&](const Part& part) {
-            layer_gradients_.add_sums(direction, part, chunk);
-            norm_->add(direction, part, chunk, saved);
-          });
-          runner.shared_phase(
-              [&](const Part& part) { norm_->finish_input(direction, part, chunk); });
-        }
+      if (norm_) {
+        runner.shared_phase([&](const Part& part) {
+          layer_gradients_.add_sums(direction, part, chunk);
+          norm_->add(direction, part, chunk, saved);
+        });
+        runner.shared_phase([&](const Part& part) { norm_->finish_input(direction, part, chunk); });
       }
       if constexpr (ChunkRows<S>::kZips) {
         runner.shared_phase([&](const Part& part) {
@@ -208,7 +196,7 @@ class BackwardScan {
     const int64_t rows_after = min_of(rows, steps_.rows(next));
     const int64_t rows_before = min_of(rows, steps_.rows(before));
     const F* d_gates_after = nullptr;
-    if (kHasProducts && rows_after > 0) {
+    if (has_products_ && rows_after > 0) {
       const bool is_in_chunk = chunk.first <= next && next <= chunk.last;
       d_gates_after = is_in_chunk ? d_gates_of(direction, chunk, next)
                                   : carry_d_gates_ + direction * args_.batch * stride_;
@@ -224,7 +212,7 @@ class BackwardScan {
     using Kept = Zoneout<S>;
     const auto draw = [&](typename Kept::State state, const Part& part, Range columns) {
       const Range own{part.rows.begin, min_of(part.rows.end, rows)};
-      cell_.zoneout().draw(state, direction, t, own, columns);
+      context_.zoneout.draw(state, direction, t, own, columns);
     };
     phase([&](const Part& part) {
       if (projects_ || !norm_) draw(Kept::kH, part, hh_.columns.range(hh_blocks(part)));
@@ -239,16 +227,14 @@ class BackwardScan {
         run_projected_rows(direction, part, other_rows, middle, rows);
       });
     }
-    if constexpr (C::norms > 0) {
-      if (norm_) {
-        phase([&](const Part& part) {
-          const Part own = row_part(part, rows);
-          if (!projects_) draw(Kept::kH, own, {0, args_.hidden});
-          draw(Kept::kC, own, {0, args_.hidden});
-          run_whole_rows(direction, own, first_rows, 0, middle);
-          run_whole_rows(direction, own, other_rows, middle, rows);
-        });
-      }
+    if (norm_) {
+      phase([&](const Part& part) {
+        const Part own = row_part(part, rows);
+        if (!projects_) draw(Kept::kH, own, {0, args_.hidden});
+        draw(Kept::kC, own, {0, args_.hidden});
+        run_whole_rows(direction, own, first_rows, 0, middle);
+        run_whole_rows(direction, own, other_rows, middle, rows);
+      });
     }
     if (rows_before == rows) return;
     // For the other rows, t is the first step.
@@ -279,7 +265,7 @@ class BackwardScan {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       for_each_tile(begin, end, max_rows(columns.units), [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
-        if (kHasProducts && has_d_gates) {
+        if (has_products_ && has_d_gates) {
           fetch(row, count, columns.column(block, 0));
           const TileRows<F> left(count, [&](int r) { return d_gates(row + r); });
           hh_.multiply(direction, block, left.rows, count, i, sums);
@@ -319,9 +305,9 @@ class BackwardScan {
     const auto fetch = [&](int64_t row, int count, int64_t unit) {
       const int64_t bytes = hh_.columns.width * sizeof(T);
       for (int r = 0; r < count; ++r) {
-        if constexpr (C::saves > 0) {
+        if (cell_.saves > 0) {
           const S* gates = step.saved.gate_row(steps_.offset(step.t) + row + r) + unit;
-          for (int k = 0; k < C::saves; ++k) prefetch(gates + k * args_.hidden, bytes);
+          for (int k = 0; k < cell_.saves; ++k) prefetch(gates + k * args_.hidden, bytes);
         }
         if (args_.d_output != nullptr) {
           const int64_t feature = steps_.feature_offset(direction, step.t, row + r, args_.proj);
@@ -342,25 +328,23 @@ class BackwardScan {
 
   // The cell on a tile; or, where it needs whole rows, the tile is kept for run_whole_rows.
   void run_units(const BackwardStep<S>& step, const BackwardTile<S>& tile) const {
-    if constexpr (C::norms > 0) {
-      if (norm_) {
-        const V* sums = tile.sums;
-        for (int r = 0; r < tile.count; ++r) {
-          T* const to = norm_->d_hidden(tile.direction, tile.row + r) + tile.column;
-          for (int v = 0; v < tile.vectors; ++v, ++sums) sums->store(to + v * V::lanes);
-        }
-        return;
-      }
+    if (!norm_) return loops_.backward(context_, step, tile);
+    const V* sums = tile.sums;
+    for (int r = 0; r < tile.count; ++r) {
+      T* const to = norm_->d_hidden(tile.direction, tile.row + r) + tile.column;
+      for (int v = 0; v < tile.vectors; ++v, ++sums) sums->store(to + v * V::lanes);
     }
-    cell_.run(step, tile);
   }
 
   void run_whole_rows(int direction, const Part& part, const BackwardStep<S>& step, int64_t begin,
                       int64_t end) const {
-    const Gains<Cell, S> gains(args_, direction);
+    const Gains<S> gains(args_, direction);
     const int64_t last = min_of(end, part.rows.end);
     for (int64_t row = max_of(begin, part.rows.begin); row < last; ++row) {
-      cell_.run_whole_row(step, direction, row, gains, *norm_);
+      const S* const r = step.saved.gate_row(steps_.offset(step.t) + row);
+      const BackwardRow<S> whole = norm_->start_row(direction, step.chunk, step.t, row, gains, r);
+      loops_.backward_row(context_, step, whole);
+      norm_->finish_row(whole, step.chunk, step.t, r);
     }
   }
 
@@ -371,10 +355,10 @@ class BackwardScan {
       const int64_t row = tile.row + r, local = step.chunk_row(steps_, row);
       V dh = tile.sums[r * tile.vectors + u];
       const int64_t own_state = steps_.state_offset(tile.direction, row, args_.proj) + column;
-      T* carried = at(cell_.carry_h(), own_state);
+      T* carried = at(context_.carry_h, own_state);
       if (step.has_after) {
         if (carried != nullptr) dh = dh + V::load(carried, left);
-        const Edge<S>& edge = cell_.edge();
+        const Edge<S>& edge = context_.edge;
         if (!edge.is_plain()) dh = edge(dh, steps_.offset(step.after) + row);
       }
       if (args_.d_output != nullptr) {
@@ -387,7 +371,7 @@ class BackwardScan {
       }
       if (left < V::lanes) dh = first_lanes(dh, left);
       if (carried != nullptr) {
-        const T* weights = cell_.zoneout().weights(Zoneout<S>::kH, tile.direction, row);
+        const T* weights = context_.zoneout.weights(Zoneout<S>::kH, tile.direction, row);
         const V kept = V::load(weights + column) * dh;
         dh = dh - kept;
         const bool reset = steps_.resets_before(tile.direction, step.t, row);
@@ -435,8 +419,8 @@ class BackwardScan {
           if (!had_steps) {
             dh = args_.d_h_n == nullptr ? V(T(0)) : V::load(at<S>(args_.d_h_n, state), left);
           } else {
-            if (cell_.carry_h() != nullptr) dh = dh + V::load(cell_.carry_h() + state, left);
-            const Edge<S>& edge = cell_.edge();
+            if (context_.carry_h != nullptr) dh = dh + V::load(context_.carry_h + state, left);
+            const Edge<S>& edge = context_.edge;
             if (!edge.is_plain()) dh = edge(dh, steps_.offset(t) + row + r);
           }
           dh.store(static_cast<S*>(args_.d_h_0) + state, left);
@@ -444,7 +428,7 @@ class BackwardScan {
       };
       for_each_column(direction, part, had_steps, d_gates, begin, end, fetch, finish);
     }
-    if (C::states > 0 && args_.d_c_0 != nullptr) {
+    if (cell_.states > 0 && args_.d_c_0 != nullptr) {
       write_initial_cell(direction, part, had_steps, begin, end);
     }
   }
@@ -453,11 +437,12 @@ class BackwardScan {
                           int64_t end) const {
     const Range units = unit_range(part);
     const int64_t count = units.end - units.begin, last = min_of(end, part.rows.end);
-    for (int64_t i = max_of(begin, part.rows.begin) * C::states; i < last * C::states; ++i) {
-      const int64_t state = (direction * args_.batch * C::states + i) * args_.hidden + units.begin;
+    for (int64_t i = max_of(begin, part.rows.begin) * cell_.states; i < last * cell_.states; ++i) {
+      const int64_t state =
+          (direction * args_.batch * cell_.states + i) * args_.hidden + units.begin;
       S* d_c_0 = static_cast<S*>(args_.d_c_0) + state;
       if (had_steps) {
-        convert(cell_.carry_c() + state, d_c_0, count);
+        convert(context_.carry_c + state, d_c_0, count);
       } else if (args_.d_c_n != nullptr) {
         convert(at<S>(args_.d_c_n, state), d_c_0, count);
       } else {
@@ -468,7 +453,7 @@ class BackwardScan {
 
   // The next chunk overwrites the gate gradients of step `last`, which it needs.
   void keep_d_gates(int direction, const Part& part, const Chunk& chunk, int64_t last) const {
-    if (!kHasProducts) return;
+    if (!has_products_) return;
     const Range rows = share(steps_.rows(last), part.rank, part.size);
     F* target = carry_d_gates_ + direction * args_.batch * stride_;
     std::memcpy(target + rows.begin * stride_,
@@ -477,11 +462,11 @@ class BackwardScan {
   }
 };
 
-template <class Device, class Cell, class S>
-void backward_dev_impl(const Device& device, const BackwardArgs& args) {
+template <class Device, class S>
+void backward_dev_impl(const Device& device, const BackwardArgs& args, const CellLoops<S>& loops) {
   Workspace workspace;
   const Steps steps(args, workspace);
-  const BackwardScan<Cell, S> scan(args, steps, device.threads, workspace);
+  const BackwardScan<S> scan(args, loops, steps, device.threads, workspace);
   run_scan(args, scan.work(), device.threads, workspace, scan);
 }
 

@@ -2,62 +2,11 @@
 // and to what a step hands to the one before it.
 #pragma once
 
-#include "chunk_gradients.h"
-#include "layer_norm_gradient.h"
+#include "../cells/general.h"
+#include "backward_context.h"
 #include "math.h"
-#include "saved.h"
-#include "zoneout.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
-
-// What a step hands to the one before it, through any of the states: scaled by the step's own
-// scale, and held to a magnitude.
-template <class S>
-class Edge {
-  using T = Compute<S>;
-  using V = Vec<T>;
-
- public:
-  explicit Edge(const BackwardArgs& args)
-      : scale_(static_cast<const T*>(args.grad_scale)), clip_(static_cast<T>(args.grad_clip)) {}
-
-  bool is_plain() const { return scale_ == nullptr && clip_ == 0; }
-
-  // n: the row of the step in the layer.
-  V operator()(V gradient, int64_t n) const {
-    if (scale_ != nullptr) gradient = scale_[n] == 0 ? V(T(0)) : gradient * V(scale_[n]);
-    return clip_ > 0 ? clamp(gradient, -clip_, clip_) : gradient;
-  }
-
- private:
-  const T* scale_;  // [N] or null
-  T clip_;          // 0: none
-};
-
-// Step t among its neighbours in the order of the direction, as some of its rows have them.
-template <class S>
-struct BackwardStep {
-  int64_t t, before, after;
-  bool has_after, has_before;
-  const Factor<S>* d_gates_after;  // the gate gradients of the step after t
-  const Chunk& chunk;
-  const Saved<const S, const Compute<S>>& saved;
-
-  int64_t chunk_row(const Steps& steps, int64_t row) const {
-    return steps.offset(t) + row - chunk.begin;
-  }
-};
-
-// A block of columns of some rows, and what reaches them by a product: sums[r * vectors + v].
-template <class S>
-struct BackwardTile {
-  int direction;
-  int64_t row;
-  int count;
-  int64_t column;
-  const Vec<Compute<S>>* sums;
-  int vectors;
-};
 
 template <class Cell, class S>
 class BackwardCell {
@@ -68,28 +17,16 @@ class BackwardCell {
   static constexpr int G = C::gates, R = C::recurrent, Z = C::inputs, Q = C::parameters;
 
  public:
-  BackwardCell(const BackwardArgs& args, const Steps& steps,
-               const ChunkGradients<Cell, S>& chunk_gradients, Workspace& workspace)
-      : args_(args),
-        steps_(steps),
-        chunk_gradients_(chunk_gradients),
-        projects_(args.weight_hr[0] != nullptr),
-        zoneout_(args, odd_lines<T>(max_of(args.hidden, args.proj)), workspace),
-        zoneout_stride_(odd_lines<T>(max_of(args.hidden, args.proj))),
-        edge_(args) {
-    const int64_t rows = args.directions * args.batch;
-    if (C::has_direct_path || args.zoneout_h > 0) carry_h_ = workspace.take<T>(rows * args.proj);
-    carry_c_ = workspace.take<T>(C::states * rows * args.hidden);
-  }
-
-  // What a step hands to the one before it: the direct part of the gradient of h, [D, B, P], null
-  // where there is no direct path, and the gradients of the other states, [D, B, C*H]. The edge is
-  // still before the first, and behind the others.
-  T* carry_h() const { return carry_h_; }
-  const T* carry_c() const { return carry_c_; }
-
-  const Edge<S>& edge() const { return edge_; }
-  const Zoneout<S>& zoneout() const { return zoneout_; }
+  explicit BackwardCell(const BackwardContext<S>& context)
+      : args_(context.args),
+        steps_(context.steps),
+        chunk_gradients_(context.chunk_gradients),
+        zoneout_(context.zoneout),
+        edge_(context.edge),
+        projects_(context.projects),
+        zoneout_stride_(context.zoneout_stride),
+        carry_h_(context.carry_h),
+        carry_c_(context.carry_c) {}
 
   void run(const BackwardStep<S>& step, const BackwardTile<S>& tile) const {
     const int64_t left = args_.hidden - tile.column;
@@ -98,21 +35,19 @@ class BackwardCell {
     if (full < tile.vectors && left > full * V::lanes) run_rows<false>(step, tile, full, full + 1);
   }
 
-  // The cell on a row of a layer with layer normalisation, when norm.d_hidden() has what products
-  // bring. It computes again what forward has not saved. See layer_norm_cell.h.
-  void run_whole_row(const BackwardStep<S>& step, int direction, int64_t row,
-                     const Gains<Cell, S>& gains, const LayerNormGradient<Cell, S>& norm) const;
+  // The cell on a row of a layer with layer normalisation. It computes again what forward has not
+  // saved. See layer_norm_cell.h.
+  void run_whole_row(const BackwardStep<S>& step, const BackwardRow<S>& whole) const;
 
  private:
   const BackwardArgs& args_;
   const Steps& steps_;
-  const ChunkGradients<Cell, S>& chunk_gradients_;
+  const ChunkGradients<S>& chunk_gradients_;
+  const Zoneout<S>& zoneout_;
+  const Edge<S>& edge_;
   const bool projects_;
-  const Zoneout<S> zoneout_;
   const int64_t zoneout_stride_;
-  const Edge<S> edge_;
-  T* carry_h_ = nullptr;
-  T* carry_c_;
+  T *const carry_h_, *const carry_c_;
 
   // Where the first row of a tile lies, and how far the rows are from each other. Null: nothing
   // there. Copies of what members say: these would be read again after every store.
@@ -172,8 +107,7 @@ class BackwardCell {
       rows.d_inputs = at(static_cast<S*>(args_.d_inputs), inputs);
     }
     for (int q = 0; q < Q; ++q) {
-      rows.parameters[q] =
-          static_cast<const S*>(own_parameters<Cell>(args_, direction)[q]) + column;
+      rows.parameters[q] = static_cast<const S*>(own_parameters(args_, direction)[q]) + column;
     }
     rows.d_input = chunk_gradients_.input.values(direction, local) + column;
     rows.d_input_factors = chunk_gradients_.input.factors(direction, local) + column;

@@ -7,24 +7,11 @@
 
 #include FASTRNN_CELL_HEADER
 
-#include "backward.h"
-#include "forward.h"
+#include "compiled_cell.h"
 
 namespace fastrnn {
 namespace FASTRNN_VARIANT {
 namespace {
-
-void forward(const ForwardArgs& args, int threads) {
-  forward_dev_impl<Cpu, FASTRNN_CELL, FASTRNN_ELEMENT>({threads}, args);
-}
-
-int64_t pack(const ForwardArgs& args, void* to) {
-  return pack_layer<FASTRNN_CELL, FASTRNN_ELEMENT>(args, to);
-}
-
-void backward(const BackwardArgs& args, int threads) {
-  backward_dev_impl<Cpu, FASTRNN_CELL, FASTRNN_ELEMENT>({threads}, args);
-}
 
 constexpr CellTraits traits() {
   CellTraits traits = traits_of<FASTRNN_CELL>(-1);
@@ -32,13 +19,13 @@ constexpr CellTraits traits() {
   return traits;
 }
 
+constexpr CellLoops<FASTRNN_ELEMENT> loops = compiled_cell<FASTRNN_CELL, FASTRNN_ELEMENT>();
+
 }  // namespace
 }  // namespace FASTRNN_VARIANT
 }  // namespace fastrnn
 
-extern "C" FASTRNN_SHARED const fastrnn::CellModule fastrnn_cell;
-extern "C" const fastrnn::CellModule fastrnn_cell{
-    fastrnn::FASTRNN_VARIANT::traits(), fastrnn::DType::FASTRNN_DTYPE,
-    fastrnn::FASTRNN_VARIANT::forward,  fastrnn::FASTRNN_VARIANT::pack,
-    fastrnn::FASTRNN_VARIANT::backward,
-};
+extern "C" __attribute__((visibility("default"))) const fastrnn::CellModule fastrnn_cell;
+extern "C" const fastrnn::CellModule fastrnn_cell{fastrnn::FASTRNN_VARIANT::traits(),
+                                                  fastrnn::DType::FASTRNN_DTYPE,
+                                                  &fastrnn::FASTRNN_VARIANT::loops};

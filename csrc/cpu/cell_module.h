@@ -1,5 +1,5 @@
-// A cell's kernels for one dtype in a shared object of their own, built after the library and
-// loaded at run time. Its functions call those that are FASTRNN_SHARED in the library.
+// A cell's loops for one dtype in a shared object of their own, compiled after the library, with
+// the flags of its variant, and loaded at run time.
 #pragma once
 
 #include "../cells/traits.h"
@@ -10,9 +10,7 @@ namespace fastrnn {
 struct CellModule {
   CellTraits traits;
   DType dtype;
-  void (*forward)(const ForwardArgs& args, int threads);
-  int64_t (*pack)(const ForwardArgs& args, void* to);  // as CpuVariant's
-  void (*backward)(const BackwardArgs& args, int threads);
+  const void* loops;  // CellLoops of the dtype
 };
 
 }  // namespace fastrnn

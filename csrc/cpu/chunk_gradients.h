@@ -3,7 +3,6 @@
 
 #include <cstring>
 
-#include "../cells/general.h"
 #include "columns.h"
 #include "pack.h"
 
@@ -62,24 +61,24 @@ class ChunkRows {
   int64_t zipped_rows() const { return packed_depth<F>(rows_); }
 };
 
-template <class Cell, class S>
+template <class S>
 class ChunkGradients {
   using T = Compute<S>;
   using F = Factor<S>;
-  using C = General<Cell>;
 
  public:
   // `rows`: of a chunk, at most.
   ChunkGradients(const LayerArgs& args, int64_t rows, Workspace& workspace)
-      : stride(odd_lines<T>((C::gates + vectors(args)) * args.hidden)),
+      : stride(odd_lines<T>((args.traits->gates + vectors(args)) * args.hidden)),
         rows(rows),
         input(args.directions, rows, stride, workspace),
         recurrent(splits(args) ? ChunkRows<S>(args.directions, rows, stride, workspace) : input),
         projected(args.directions, args.weight_hr[0] == nullptr ? 0 : rows, stride, workspace),
+        splits_gradient_(args.traits->splits_gradient),
         splits_(splits(args)),
         projects_(args.weight_hr[0] != nullptr),
         hidden_(workspace.take<F>(projects_ ? args.directions * rows * stride : 0)) {
-    if (C::splits_gradient && args.layer_norm) {
+    if (splits_gradient_ && args.layer_norm) {
       biased_ = workspace.take<T>(args.directions * rows * stride);
     }
   }
@@ -94,7 +93,7 @@ class ChunkGradients {
   // W_hh h as they are multiplied, and this is that of the latter as the cell takes it.
   T* biased(int direction, int64_t row) const {
     if (biased_ != nullptr) return biased_ + (direction * rows + row) * stride;
-    return (C::splits_gradient ? recurrent : input).values(direction, row);
+    return (splits_gradient_ ? recurrent : input).values(direction, row);
   }
 
   // h before its projection.
@@ -104,7 +103,7 @@ class ChunkGradients {
 
   // Those learned vectors whose gradients are sums over rows, as those of biases are.
   static int vectors(const LayerArgs& args) {
-    return C::parameters + (args.layer_norm ? C::norms - 2 : 0);
+    return args.traits->parameters + (args.layer_norm ? args.traits->norms - 2 : 0);
   }
 
   void zip(int direction, int64_t count, int rank, int size) const {
@@ -114,11 +113,13 @@ class ChunkGradients {
   }
 
  private:
-  const bool splits_, projects_;
+  const bool splits_gradient_, splits_, projects_;
   F* const hidden_;
   T* biased_ = nullptr;
 
-  static bool splits(const LayerArgs& args) { return C::splits_gradient || args.layer_norm; }
+  static bool splits(const LayerArgs& args) {
+    return args.traits->splits_gradient || args.layer_norm;
+  }
 };
 
 }  // namespace fastrnn::FASTRNN_VARIANT

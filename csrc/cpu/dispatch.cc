@@ -134,4 +134,9 @@ const CpuVariant& active_variant() {
   return active;
 }
 
+const CpuVariant& active_variant(DType dtype) {
+  const CpuVariant& active = active_variant();
+  return dtype == DType::kBFloat16 || active.others == nullptr ? active : *active.others;
+}
+
 }  // namespace fastrnn

@@ -2,48 +2,48 @@
 // computes W_hh h_{t-1} for all gates of some rows, and the cell finishes these rows from
 // registers. With layer normalisation the sums are stored, and the cell takes whole rows.
 //
-// W_ih x comes from input_projection.h. A projection of h (LSTM only) is a second product per step,
-// after the first is complete.
+// A scan is compiled for each dtype, not for each cell: it calls the cell's own loops, see
+// cell_loops.h. W_ih x comes from input_projection.h. A projection of h (LSTM only) is a second
+// product per step, after the first is complete.
 #pragma once
 
-#include "forward_cell.h"
+#include "cell_loops.h"
 #include "input_projection.h"
-#include "layer_norm_cell.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
 // Weights are packed in elements of type W.
-template <class Cell, class S, class W = Factor<S>>
+template <class S, class W = Factor<S>>
 class ForwardScan {
   using T = Compute<S>;
   using F = Factor<S>;
   using V = Vec<T>;
-  using C = General<Cell>;
-  static constexpr int G = C::gates, R = C::recurrent;
-  static constexpr bool kHasProducts =
-      R > 0;                            // of states, so that a step needs all units of another
   static constexpr int kCellRows = 16;  // at least two blocks of few rows, see blocks_at_once
 
  public:
-  ForwardScan(const ForwardArgs& args, const Steps& steps, Workspace& workspace)
+  ForwardScan(const ForwardArgs& args, const CellLoops<S>& loops, const Steps& steps,
+              Workspace& workspace)
       : args_(args),
+        cell_(*args.traits),
+        loops_(loops),
         steps_(steps),
+        has_products_(cell_.recurrent > 0),
         projects_(args.weight_hr[0] != nullptr),
-        input_(args, steps, G, workspace, given(args, 0)),
-        hh_(args.weight_hh, Columns<T>(args.hidden, R, G), args.proj, args.directions,
-            steps.total(), workspace, given(args, input_size())),
+        input_(args, steps, cell_.gates, workspace, given(args, 0)),
+        hh_(args.weight_hh, Columns<T>(args.hidden, cell_.recurrent, cell_.gates), args.proj,
+            args.directions, steps.total(), workspace, given(args, input_size())),
         hr_(args.weight_hr, Columns<T>(args.proj), args.hidden, args.directions, steps.total(),
             workspace, given(args, input_size() + hidden_size())),
         states_(args, workspace),
         zoneout_(args, states_.stride, workspace),
-        cell_(args, steps, states_, zoneout_, hh_.columns) {
+        context_{args, steps, states_, zoneout_, projects_, hh_.columns.units} {
     if (!args.layer_norm) return;
     products_ = workspace.take<T>(args.directions * args.batch * product_stride());
   }
 
   Work work() const {
     const Columns<T>& columns = input_.columns();
-    return {args_.steps,     steps_.mean_rows(), args_.input + (R > 0 ? args_.proj : 0),
+    return {args_.steps,     steps_.mean_rows(), args_.input + (has_products_ ? args_.proj : 0),
             columns.blocks,  columns.vectors,    max_rows(columns.vectors),
             args_.directions};
   }
@@ -67,7 +67,7 @@ class ForwardScan {
         }
       };
       pack_to(input_.weight(), to);
-      if (R > 0) pack_to(hh_, to + input_size());
+      if (has_products_) pack_to(hh_, to + input_size());
       if (projects_) pack_to(hr_, to + input_size() + hidden_size());
     }
     return input_size() + hidden_size() + (projects_ ? size_of(hr_) : 0);
@@ -95,9 +95,10 @@ class ForwardScan {
         continue;
       }
       const bool reset = steps_.resets_before(direction, t, row);
-      states_.set(direction, row, features,
-                  reset ? nullptr : state_row(args_.h_0, direction, row, args_.proj), units,
-                  reset ? nullptr : state_row(args_.c_0, direction, row, C::states * args_.hidden));
+      states_.set(
+          direction, row, features,
+          reset ? nullptr : state_row(args_.h_0, direction, row, args_.proj), units,
+          reset ? nullptr : state_row(args_.c_0, direction, row, cell_.states * args_.hidden));
       // Rows without any step keep their initial states.
       if (row >= steps_.rows(0) && args_.h_n != nullptr) {
         const int64_t own = states_.offset(direction, row) + features.begin;
@@ -116,7 +117,7 @@ class ForwardScan {
     const Range units = unit_range(part);
     for (int64_t row = part.rows.begin; row < end; ++row) {
       const int64_t n_before = steps_.offset(t - steps_.stride(direction)) + row;
-      for (int k = 0; k < C::states; ++k) {
+      for (int k = 0; k < cell_.states; ++k) {
         std::memcpy(saved.extra_row(n_before) + k * args_.hidden + units.begin,
                     states_.cell(direction, row) + k * states_.stride + units.begin,
                     (units.end - units.begin) * sizeof(T));
@@ -148,15 +149,13 @@ class ForwardScan {
           run_rows(direction, part, step, rows);
           if (!args_.layer_norm && !projects_) finish(part);
         });
-        if constexpr (C::norms > 0) {
-          if (args_.layer_norm) {
-            phase([&](const Part& part) {
-              const Part own = row_part(part, rows);
-              draw(own);
-              run_whole_rows(direction, own, step, rows);
-              if (!projects_) finish(own);
-            });
-          }
+        if (args_.layer_norm) {
+          phase([&](const Part& part) {
+            const Part own = row_part(part, rows);
+            draw(own);
+            run_whole_rows(direction, own, step, rows);
+            if (!projects_) finish(own);
+          });
         }
         if (!projects_) continue;
         phase([&](const Part& part) {
@@ -165,18 +164,21 @@ class ForwardScan {
         });
       }
     };
-    runner.step_phases(run_all, is_last, kHasProducts || InputProjection<S, W>::kCopies);
+    runner.step_phases(run_all, is_last, has_products_ || InputProjection<S, W>::kCopies);
   }
 
  private:
   const ForwardArgs& args_;
+  const CellTraits& cell_;
+  const CellLoops<S>& loops_;
   const Steps& steps_;
+  const bool has_products_;  // of states, so that a step needs all units of another
   const bool projects_;
   const InputProjection<S, W> input_;
   const ForwardWeight<S, W> hh_, hr_;
-  const States<Cell, S> states_;
+  const States<S> states_;
   const Zoneout<S> zoneout_;
-  const ForwardCell<Cell, S> cell_;
+  const ForwardContext<S> context_;
   T* products_ = nullptr;  // [D, B, product_stride]: W_hh h of the current step, see layer_norm.h
 
   int64_t product_stride() const { return hh_.columns.blocks * hh_.columns.width; }
@@ -192,7 +194,7 @@ class ForwardScan {
     return args_.directions * weight.packed_size();
   }
   int64_t input_size() const { return size_of(input_.weight()); }
-  int64_t hidden_size() const { return R > 0 ? size_of(hh_) : 0; }
+  int64_t hidden_size() const { return has_products_ ? size_of(hh_) : 0; }
 
   // Row `row` of [D, B, columns]
   template <class Pointer>
@@ -209,7 +211,7 @@ class ForwardScan {
   template <class Element>
   Element* boundary_row(Element* base, int direction, int64_t t, int64_t row) const {
     const int64_t k = (steps_.runs_back(direction) ? t + 1 : t) / args_.checkpoint_every - 1;
-    const int64_t width = args_.proj + C::states * args_.hidden;
+    const int64_t width = args_.proj + cell_.states * args_.hidden;
     return base + ((k * args_.directions + direction) * args_.batch + row) * width;
   }
 
@@ -221,9 +223,8 @@ class ForwardScan {
   // What all steps leave for backward.
   Saved<S, T> saved(int direction) const {
     return {static_cast<S*>(args_.gates[direction]),
-            at(static_cast<T*>(args_.extra), direction * C::extras * args_.hidden),
-            saved_values<Cell>(args_) * args_.hidden, args_.directions * C::extras * args_.hidden,
-            0};
+            at(static_cast<T*>(args_.extra), direction * cell_.extras * args_.hidden),
+            saved_values(args_) * args_.hidden, args_.directions * cell_.extras * args_.hidden, 0};
   }
 
   // The part's own hidden units, blocks of features of a projected h, and features of h.
@@ -241,9 +242,9 @@ class ForwardScan {
     const Range features = feature_range(part), units = unit_range(part);
     convert(h, state_row(args_.h_n, direction, row, args_.proj) + features.begin,
             features.end - features.begin);
-    for (int k = 0; k < C::states; ++k) {
+    for (int k = 0; k < cell_.states; ++k) {
       convert(states_.cell(direction, row) + k * states_.stride + units.begin,
-              state_row(args_.c_n, direction, row, C::states * args_.hidden) + k * args_.hidden +
+              state_row(args_.c_n, direction, row, cell_.states * args_.hidden) + k * args_.hidden +
                   units.begin,
               units.end - units.begin);
     }
@@ -274,7 +275,8 @@ class ForwardScan {
   void run_rows(int direction, const Part& part, const ForwardStep<S>& step, int64_t end) const {
     const int vectors = hh_.columns.vectors, height = max_rows(input_.columns().vectors);
     const F* h = states_.h(step.i);
-    const bool is_zero = R == 0 || (step.t == steps_.first(direction) && args_.h_0 == nullptr);
+    const bool is_zero =
+        !has_products_ || (step.t == steps_.first(direction) && args_.h_0 == nullptr);
     end = min_of(end, part.rows.end);
     const int64_t group = hh_.blocks_at_once(end - part.rows.begin);
     const Range blocks = part.blocks(hh_.columns.blocks);
@@ -296,9 +298,10 @@ class ForwardScan {
             keep_products(direction, begin, gathered, b, sums + i * gathered * vectors);
             continue;
           }
-          cell_.run(step, {direction, begin, gathered, hh_.columns.column(b, 0),
-                           sums + i * gathered * vectors, biases + i * vectors,
-                           input_.at(direction, part, b, step.i % input_.steps_ahead, begin)});
+          loops_.forward(context_, step,
+                         {direction, begin, gathered, hh_.columns.column(b, 0),
+                          sums + i * gathered * vectors, biases + i * vectors,
+                          input_.at(direction, part, b, step.i % input_.steps_ahead, begin)});
         }
         begin += gathered;
         gathered = 0;
@@ -311,7 +314,7 @@ class ForwardScan {
           const TileRows<F> h_prev(count,
                                    [&](int r) { return h + states_.offset(direction, row + r); });
           for (int64_t b = first; b < last && !args_.layer_norm; ++b) {
-            cell_.prefetch_results(step, direction, row, count, hh_.columns.column(b, 0));
+            context_.prefetch_results(step, direction, row, count, hh_.columns.column(b, 0));
           }
           hh_.multiply_blocks(direction, first, last, h_prev.rows, count, index, tile_sums);
         }
@@ -334,10 +337,52 @@ class ForwardScan {
   // The cell on rows of which run_rows left all products.
   void run_whole_rows(int direction, const Part& part, const ForwardStep<S>& step,
                       int64_t end) const {
-    const Gains<Cell, S> gains(args_, direction);
+    const Gains<S> gains(args_, direction);
+    const auto* const bias_ih = static_cast<const S*>(args_.bias_ih[direction]);
+    const auto* const bias_hh = static_cast<const S*>(args_.bias_hh[direction]);
+    const int64_t slot = step.i % input_.steps_ahead;
+    // What the cell would save is computed again by backward, from W_hh h.
+    Saved<S, T> saved = step.saved;
+    saved.gates = nullptr;
+    const ForwardStep<S> own{step.t, step.i, saved};
     for (int64_t row = part.rows.begin; row < min_of(end, part.rows.end); ++row) {
-      T* const x = input_.whole_row(direction, step.i % input_.steps_ahead, row);
-      cell_.run_whole_row(step, direction, row, gains, {x}, {product_row(direction, row)});
+      const TileRow<T> x{input_.whole_row(direction, slot, row), cell_.gates};
+      const TileRow<T> recurrent{product_row(direction, row), cell_.recurrent};
+      if (step.saved.gates != nullptr) {
+        store_row(recurrent, step.saved.gate_row(steps_.offset(step.t) + row));
+      }
+      normalise_row(x, args_.hidden, gains.ih, bias_ih);
+      normalise_row(recurrent, args_.hidden, gains.hh, bias_hh);
+      if (loops_.forward_row != nullptr) {
+        loops_.forward_row(context_, own, {direction, row, gains, x, recurrent});
+      } else {
+        run_normalised(direction, row, own, x, recurrent);
+      }
+    }
+  }
+
+  void store_row(const TileRow<T>& row, S* to) const {
+    for (int64_t unit = 0, v = 0; unit < args_.hidden; unit += V::lanes, ++v) {
+      for (int g = 0; g < row.parts; ++g) {
+        store_lanes(V::load(row.at(v, g)), to + g * args_.hidden + unit,
+                    min_of(args_.hidden - unit, V::lanes));
+      }
+    }
+  }
+
+  // A tile of one row for each block.
+  void run_normalised(int direction, int64_t row, const ForwardStep<S>& step, const TileRow<T>& x,
+                      const TileRow<T>& recurrent) const {
+    const Columns<T>& columns = hh_.columns;
+    const V no_bias[kMaxVectors] = {};
+    V sums[kMaxVectors];
+    for (int64_t block = 0; block < columns.blocks; ++block) {
+      const int64_t first = block * columns.units;
+      for (int i = 0; i < columns.vectors; ++i) {
+        sums[i] = V::load(recurrent.at(first, 0) + i * V::lanes);
+      }
+      loops_.forward(context_, step,
+                     {direction, row, 1, columns.column(block, 0), sums, no_bias, x.at(first, 0)});
     }
   }
 
@@ -355,8 +400,8 @@ class ForwardScan {
         });
         hr_.multiply(direction, block, unprojected.rows, count, index, sums);
         for (int r = 0; r < count; ++r) {
-          cell_.store_projected({t, i, direction, row + r}, columns, block,
-                                sums + r * columns.units);
+          context_.store_projected({t, i, direction, row + r}, columns, block,
+                                   sums + r * columns.units);
         }
       };
       for_each_tile(part.rows.begin, min_of(end, part.rows.end), max_rows(columns.units), run_tile);
@@ -364,29 +409,29 @@ class ForwardScan {
   }
 };
 
-template <class Device, class Cell, class S, class W = Factor<S>>
-void forward_dev_impl(const Device& device, const ForwardArgs& args) {
+template <class Device, class S, class W = Factor<S>>
+void forward_dev_impl(const Device& device, const ForwardArgs& args, const CellLoops<S>& loops) {
   if constexpr (std::is_same_v<S, float> && std::is_same_v<W, Factor<S>>) {
     if (args.storage == Storage::kBFloat16) {
-      return forward_dev_impl<Device, Cell, S, BFloat16>(device, args);
+      return forward_dev_impl<Device, S, BFloat16>(device, args, loops);
     }
   }
   Workspace workspace;
   const Steps steps(args, workspace);
-  const ForwardScan<Cell, S, W> scan(args, steps, workspace);
+  const ForwardScan<S, W> scan(args, loops, steps, workspace);
   run_scan(args, scan.work(), device.threads, workspace, scan);
 }
 
 // Packs the weights of `args`, a scan of no steps, for all later scans with args.storage, unless
 // `to` is null. Returns the number of bytes.
-template <class Cell, class S, class W = Factor<S>>
-int64_t pack_layer(const ForwardArgs& args, void* to) {
+template <class S, class W = Factor<S>>
+int64_t pack_layer(const ForwardArgs& args, const CellLoops<S>& loops, void* to) {
   if constexpr (std::is_same_v<S, float> && std::is_same_v<W, Factor<S>>) {
-    if (args.storage == Storage::kBFloat16) return pack_layer<Cell, S, BFloat16>(args, to);
+    if (args.storage == Storage::kBFloat16) return pack_layer<S, BFloat16>(args, loops, to);
   }
   Workspace workspace;
   const Steps steps(args, workspace);
-  const ForwardScan<Cell, S, W> scan(args, steps, workspace);
+  const ForwardScan<S, W> scan(args, loops, steps, workspace);
   return scan.pack_all(static_cast<W*>(to)) * sizeof(W);
 }
 

@@ -3,32 +3,10 @@
 #pragma once
 
 #include "../cells/general.h"
-#include "layer_norm.h"
+#include "forward_context.h"
 #include "math.h"
-#include "saved.h"
-#include "states.h"
-#include "zoneout.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
-
-// Step t, the i-th of those that run.
-template <class S>
-struct ForwardStep {
-  int64_t t, i;
-  const Saved<S, Compute<S>>& saved;
-};
-
-// A block of units of some rows.
-template <class S>
-struct ForwardTile {
-  int direction;
-  int64_t row;
-  int count;
-  int64_t unit;
-  const Vec<Compute<S>>* sums;  // W_hh h_{t-1}: [count][units][R]
-  const Vec<Compute<S>>* bias;  // b_hh: [units][R]
-  const Compute<S>* projected;  // W_ih x_t + b_ih: [count][units][G][lanes]
-};
 
 template <class Cell, class S>
 class ForwardCell {
@@ -39,15 +17,13 @@ class ForwardCell {
   static constexpr int G = C::gates, R = C::recurrent, Z = C::inputs, Q = C::parameters;
 
  public:
-  // `columns`: of the products from which tiles are made.
-  ForwardCell(const ForwardArgs& args, const Steps& steps, const States<Cell, S>& states,
-              const Zoneout<S>& zoneout, const Columns<T>& columns)
-      : args_(args),
-        steps_(steps),
-        states_(states),
-        zoneout_(zoneout),
-        projects_(args.weight_hr[0] != nullptr),
-        units_(columns.units) {}
+  explicit ForwardCell(const ForwardContext<S>& context)
+      : args_(context.args),
+        steps_(context.steps),
+        states_(context.states),
+        zoneout_(context.zoneout),
+        projects_(context.projects),
+        units_(context.units) {}
 
   void run(const ForwardStep<S>& step, const ForwardTile<S>& tile) const {
     const int64_t left = args_.hidden - tile.unit;
@@ -56,70 +32,14 @@ class ForwardCell {
     if (full < units_ && left > full * V::lanes) run_rows<false>(step, tile, full, full + 1);
   }
 
-  // The cell on a row whose products are complete; it overwrites them. See layer_norm_cell.h.
-  void run_whole_row(const ForwardStep<S>& step, int direction, int64_t row,
-                     const Gains<Cell, S>& gains, const TileRow<G, T>& x,
-                     const TileRow<R, T>& recurrent) const;
-
-  // Results go to memory that nobody has touched for long. Asked for before the product, their
-  // cache lines are there when the cell stores to them.
-  void prefetch_results(const ForwardStep<S>& step, int direction, int64_t row, int count,
-                        int64_t unit) const {
-    const int64_t bytes = min_of(units_ * V::lanes, args_.hidden - unit) * sizeof(S);
-    for (int r = 0; r < count; ++r) {
-      const int64_t n = steps_.offset(step.t) + row + r;
-      if (!projects_ && args_.output != nullptr) {
-        const int64_t feature = steps_.feature_offset(direction, step.t, row + r, args_.hidden);
-        prefetch(at<S>(args_.output, feature + unit), bytes);
-      }
-      if (C::saves > 0 && step.saved.gates != nullptr) {
-        S* gates = step.saved.gate_row(n) + unit;
-        for (int k = 0; k < C::saves; ++k) prefetch(gates + k * args_.hidden, bytes);
-      }
-      if (C::extras > 0 && step.saved.extra != nullptr) {
-        T* extra = step.saved.extra_row(n) + unit;
-        for (int k = 0; k < C::extras; ++k) prefetch(extra + k * args_.hidden, bytes);
-      }
-    }
-  }
-
-  // A row of step t, the i-th of those that run.
-  struct Row {
-    int64_t t, i;
-    int direction;
-    int64_t row;
-  };
-
-  // h_t of a row as it comes out of the projection, for a block of its features.
-  void store_projected(const Row& at_row, const Columns<T>& columns, int64_t block,
-                       const V* projected) const {
-    const auto [t, i, direction, row] = at_row;
-    const int64_t state = states_.offset(direction, row);
-    S* const output =
-        at(static_cast<S*>(args_.output), steps_.feature_offset(direction, t, row, args_.proj));
-    F* const h_next = states_.h(i + 1) + state;
-    T* const direct = at(states_.direct(), state);
-    const S* const mask = states_.h_mask(direction, row);
-    const T* const keep = zoneout_.weights(Zoneout<S>::kH, direction, row);
-    const bool reset = steps_.resets_after(direction, t, row);
-    for (int u = 0; u < columns.units; ++u) {
-      const int64_t column = columns.column(block, u);
-      const int64_t left = min_of(args_.proj - column, V::lanes);
-      if (left <= 0) break;
-      V h = projected[u];
-      if (left < V::lanes) h = first_lanes(h, left);
-      if (keep != nullptr) h = mix(V::load(keep + column), V::load(direct + column), h);
-      if (output != nullptr) h.store(output + column, left);
-      const V next = reset ? V(T(0)) : h;
-      if (direct != nullptr) next.store(direct + column);
-      (mask == nullptr ? next : next * V::load(mask + column, left)).store(h_next + column);
-    }
-  }
+  // The cell on a row of a layer with layer normalisation, where it normalises c. See
+  // layer_norm_cell.h.
+  void run_whole_row(const ForwardStep<S>& step, const ForwardRow<S>& whole) const;
 
  private:
   const ForwardArgs& args_;
   const Steps& steps_;
-  const States<Cell, S>& states_;
+  const States<S>& states_;
   const Zoneout<S>& zoneout_;
   const bool projects_;
   const int units_;  // vectors of units in a block
@@ -186,7 +106,7 @@ class ForwardCell {
     }
     for (int q = 0; q < Q; ++q) {
       rows.parameters[q] =
-          static_cast<const S*>(own_parameters<Cell>(args_, tile.direction)[q]) + tile.unit;
+          static_cast<const S*>(own_parameters(args_, tile.direction)[q]) + tile.unit;
     }
     return rows;
   }
@@ -265,19 +185,6 @@ class ForwardCell {
     value.store(p, left);
   }
 
-  // The N parts of the v-th vector of units, normalised, times their gains and with their biases.
-  template <bool Full, int N>
-  [[gnu::always_inline]] void load_normalised(const TileRow<N, T>& row, const Moments<T>& moments,
-                                              const S* gains, const S* bias, int64_t v,
-                                              int64_t left, V* values) const {
-#pragma GCC unroll 4
-    for (int g = 0; g < N; ++g) {
-      const int64_t column = g * args_.hidden + v * V::lanes;
-      values[g] = moments.normalise(V::load(row.at(v, g))) * load_lanes<Full>(gains + column, left);
-      if (bias != nullptr) values[g] = values[g] + load_lanes<Full>(bias + column, left);
-    }
-  }
-
   // The u-th vector of units of a row: its states after the step, from what the cell left.
   template <bool Full>
   [[gnu::always_inline]] void finish_units(const Rows& rows, int u, int64_t left, bool reset,
@@ -285,10 +192,6 @@ class ForwardCell {
     if (zoneout_.is_on()) keep_states(rows, 0, u, cell);
     if constexpr (!Full) cell.h = first_lanes(cell.h, left);
     store<Full>(rows, 0, u, left, reset, cell);
-  }
-
-  [[gnu::always_inline]] static V mix(V weight, V before, V after) {
-    return weight * before + (V(T(1)) - weight) * after;
   }
 
   // Zoneout: mixes the new states with those before the step.
@@ -348,5 +251,11 @@ class ForwardCell {
     }
   }
 };
+
+template <class Cell, class S>
+void forward_loop(const ForwardContext<S>& context, const ForwardStep<S>& step,
+                  const ForwardTile<S>& tile) {
+  ForwardCell<Cell, S>(context).run(step, tile);
+}
 
 }  // namespace fastrnn::FASTRNN_VARIANT

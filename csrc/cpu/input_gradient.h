@@ -8,7 +8,7 @@
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-template <class Cell, class S>
+template <class S>
 class InputGradient {
   using T = Compute<S>;
   using F = Factor<S>;
@@ -16,11 +16,11 @@ class InputGradient {
 
  public:
   InputGradient(const BackwardArgs& args, const Steps& steps,
-                const ChunkGradients<Cell, S>& chunk_gradients, Workspace& workspace)
+                const ChunkGradients<S>& chunk_gradients, Workspace& workspace)
       : args_(args),
         steps_(steps),
         chunk_gradients_(chunk_gradients),
-        weight_(args.weight_ih, args.d_x != nullptr, General<Cell>::gates * args.hidden, args.input,
+        weight_(args.weight_ih, args.d_x != nullptr, args.traits->gates * args.hidden, args.input,
                 args.directions, steps.total(), workspace) {}
 
   void pack(int direction, const Part& part) const {
@@ -47,7 +47,7 @@ class InputGradient {
  private:
   const BackwardArgs& args_;
   const Steps& steps_;
-  const ChunkGradients<Cell, S>& chunk_gradients_;
+  const ChunkGradients<S>& chunk_gradients_;
   const BackwardWeight<S> weight_;
 
   void write_tile(int direction, const Chunk& chunk, int64_t block, int64_t row, int count,

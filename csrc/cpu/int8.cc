@@ -2,7 +2,10 @@
 // the flags.
 #include "int8.h"
 
+#include <array>
+
 #include "../cells/registry.h"
+#include "forward_cell.h"
 #include "int8_scan.h"
 
 #define FASTRNN_STRING_(x) #x
@@ -11,6 +14,11 @@
 namespace fastrnn {
 namespace FASTRNN_VARIANT {
 namespace {
+
+template <class... Cell>
+constexpr std::array<ForwardLoop<float>, sizeof...(Cell)> forward_loops(CellList<Cell...>) {
+  return {forward_loop<Cell, float>...};
+}
 
 int64_t packed_bytes(const Int8Shape& shape) { return Int8Weight(shape).bytes(); }
 
@@ -23,7 +31,8 @@ void unpack(const Int8Shape& shape, const void* packed, int8_t* weight, float* s
 }
 
 void forward(const ForwardArgs& args, int threads) {
-  Cells::visit(args.cell, [&](auto cell) { int8_forward<decltype(cell)>(args, threads); });
+  static constexpr auto loops = forward_loops(Cells{});
+  int8_forward(args, loops[args.cell], threads);
 }
 
 }  // namespace

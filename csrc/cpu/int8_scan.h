@@ -3,7 +3,7 @@
 // of every other scan.
 #pragma once
 
-#include "forward_cell.h"
+#include "forward_context.h"
 #include "int8_weight.h"
 #include "scan_common.h"
 
@@ -40,30 +40,29 @@ class Int8Copies {
   uint8_t* memory_;
 };
 
-template <class Cell>
 class Int8Scan {
   using V = Vec<float>;
-  using C = General<Cell>;
   using Tile = ForwardTile<float>;
   using Step = ForwardStep<float>;
-  static constexpr int G = C::gates;
   static constexpr int kCellRows = 16;  // the cell takes the rows of several tiles at once
   static constexpr int64_t kProjectedRows = 256;
   // Blocks that few rows run before their cells, one chain of dependent operations each.
   static constexpr int64_t kFewRows = 2, kBlocks = 4;
 
  public:
-  Int8Scan(const ForwardArgs& args, const Steps& steps, int threads, Workspace& workspace)
+  Int8Scan(const ForwardArgs& args, ForwardLoop<float> loop, const Steps& steps, int threads,
+           Workspace& workspace)
       : args_(args),
+        loop_(loop),
         steps_(steps),
         projects_(args.weight_hr[0] != nullptr),
         steps_ahead_(max_of(1, min_of(args.steps, kProjectedRows / max_of(1, args.batch)))),
-        ih_({args.hidden, G, args.input}, args.weight_ih),
-        hh_({args.hidden, G, args.proj}, args.weight_hh),
+        ih_({args.hidden, args.traits->gates, args.input}, args.weight_ih),
+        hh_({args.hidden, args.traits->gates, args.proj}, args.weight_hh),
         hr_({args.proj, 1, args.hidden}, args.weight_hr),
         states_(args, workspace),
         zoneout_(args, states_.stride, workspace),
-        cell_(args, steps, states_, zoneout_, hh_.columns),
+        context_{args, steps, states_, zoneout_, projects_, hh_.columns.units},
         x_(ih_.rows, steps_ahead_ * args.batch, args.directions, threads, workspace),
         h_(hh_.rows, args.batch, args.directions, threads, workspace),
         hidden_(hr_.rows, projects_ ? args.batch : 0, args.directions, threads, workspace),
@@ -92,13 +91,14 @@ class Int8Scan {
 
  private:
   const ForwardArgs& args_;
+  const ForwardLoop<float> loop_;
   const Steps& steps_;
   const bool projects_;
   const int64_t steps_ahead_;
   const Int8Weight ih_, hh_, hr_;
-  const States<Cell, float> states_;
+  const States<float> states_;
   const Zoneout<float> zoneout_;
-  const ForwardCell<Cell, float> cell_;
+  const ForwardContext<float> context_;
   const Int8Copies x_, h_, hidden_;
   float* const projected_;  // W_ih x + b_ih of some steps
 
@@ -150,7 +150,9 @@ class Int8Scan {
       const bool reset = steps_.resets_before(direction, t, row);
       states_.set(direction, row, features,
                   reset ? nullptr : state_row(args_.h_0, direction, row, args_.proj), units,
-                  reset ? nullptr : state_row(args_.c_0, direction, row, C::states * args_.hidden));
+                  reset
+                      ? nullptr
+                      : state_row(args_.c_0, direction, row, args_.traits->states * args_.hidden));
       if (row >= steps_.rows(0)) write_final(direction, part, row);  // has no step
     }
   }
@@ -248,10 +250,10 @@ class Int8Scan {
   void run_rows(int direction, const Part& part, int64_t t, int64_t i, int64_t end) const {
     const int vectors = hh_.columns.vectors, height = Int8Tile::tallest(vectors);
     const bool is_zero = i == 0 && args_.h_0 == nullptr;
-    const int64_t extra = direction * C::states * args_.hidden;
+    const int64_t extra = direction * args_.traits->states * args_.hidden;
     const Saved<float, float> saved{
-        nullptr, C::states > 0 ? at(static_cast<float*>(args_.extra), extra) : nullptr, 0,
-        args_.directions * C::states * args_.hidden, 0};
+        nullptr, args_.traits->states > 0 ? at(static_cast<float*>(args_.extra), extra) : nullptr,
+        0, args_.directions * args_.traits->states * args_.hidden, 0};
     const Step step{t, i, saved};
     end = min_of(end, part.rows.end);
     const int64_t group = end - part.rows.begin <= kFewRows ? kBlocks : 1;
@@ -267,9 +269,10 @@ class Int8Scan {
       const auto run_gathered = [&] {
         for (int64_t b = first; b < last; ++b) {
           const int64_t k = b - first;
-          cell_.run(step, Tile{direction, begin, gathered, hh_.columns.column(b, 0),
-                               sums + k * kCellRows * vectors, biases + k * vectors,
-                               projected(direction, part, b, i % steps_ahead_, begin)});
+          loop_(context_, step,
+                Tile{direction, begin, gathered, hh_.columns.column(b, 0),
+                     sums + k * kCellRows * vectors, biases + k * vectors,
+                     projected(direction, part, b, i % steps_ahead_, begin)});
         }
         begin += gathered;
         gathered = 0;
@@ -304,8 +307,8 @@ class Int8Scan {
             count, [&](int r) { return hidden_.row(direction, part, row + r); });
         hr_.multiply(direction, block, hidden.rows, count, tile, sums);
         for (int r = 0; r < count; ++r) {
-          cell_.store_projected({t, i, direction, row + r}, columns, block,
-                                sums + r * columns.units);
+          context_.store_projected({t, i, direction, row + r}, columns, block,
+                                   sums + r * columns.units);
         }
       };
       for_each_tile(part.rows.begin, min_of(end, part.rows.end), height, run_tile);
@@ -341,7 +344,7 @@ class Int8Scan {
               own.end - own.begin);
     };
     copy(h, args_.h_n, steps_.state_offset(direction, row, args_.proj), features);
-    if constexpr (C::states > 0) {
+    if (args_.traits->states > 0) {
       copy(states_.cell(direction, row), args_.c_n,
            steps_.state_offset(direction, row, args_.hidden), units);
     }
@@ -357,11 +360,10 @@ class Int8Scan {
   }
 };
 
-template <class Cell>
-void int8_forward(const ForwardArgs& args, int threads) {
+inline void int8_forward(const ForwardArgs& args, ForwardLoop<float> loop, int threads) {
   Workspace workspace;
   const Steps steps(args, workspace);
-  const Int8Scan<Cell> scan(args, steps, threads, workspace);
+  const Int8Scan scan(args, loop, steps, threads, workspace);
   run_scan(args, scan.work(), threads, workspace, scan);
 }
 

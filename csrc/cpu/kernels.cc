@@ -1,6 +1,9 @@
 // Compiled once per instruction set; see CMakeLists.txt for the flags.
+#include <array>
+
 #include "../cells/registry.h"
 #include "backward.h"
+#include "compiled_cell.h"
 #include "forward.h"
 #include "multiply_add.h"
 #include "tile_rate.h"
@@ -13,76 +16,74 @@
 
 namespace fastrnn {
 
-// A variant that differs from another one in the products of bfloat16 alone has no other kernels;
-// it calls that one's.
-#if defined(FASTRNN_BFLOAT16_OF)
-extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_BFLOAT16_OF);
-#endif
-
 namespace FASTRNN_VARIANT {
 namespace {
 
-#if defined(FASTRNN_BFLOAT16_OF)
-const CpuVariant* other(DType dtype) {
-  return dtype == DType::kBFloat16 ? nullptr : &FASTRNN_JOIN(variant_, FASTRNN_BFLOAT16_OF);
+// Those of the registry.
+template <class S, class... Cell>
+constexpr std::array<CellLoops<S>, sizeof...(Cell)> compiled_cells(CellList<Cell...>) {
+  return {compiled_cell<Cell, S>()...};
 }
-#else
-const CpuVariant* other(DType) { return nullptr; }
-#endif
 
-// Calls f(cell, element) with objects of the cell's and of the element's type.
+template <class S>
+const CellLoops<S>& loops_of(const LayerArgs& args) {
+  static constexpr auto built_in = compiled_cells<S>(Cells{});
+  if (args.loops != nullptr) return *static_cast<const CellLoops<S>*>(args.loops);
+  return built_in[args.cell];
+}
+
+// Calls f with an object of the element's type.
 template <class F>
-void visit(int cell, DType dtype, F&& f) {
-  Cells::visit(cell, [&](auto c) {
-    switch (dtype) {
-      case DType::kBFloat16:
-        return f(c, BFloat16{});
+void visit(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return f(BFloat16{});
 #if defined(FASTRNN_BFLOAT16_OF)
-      default:
-        return;
+    default:  // another variant's: see the end
+      return;
 #else
-      case DType::kFloat32:
-        return f(c, float{});
-      case DType::kFloat64:
-        return f(c, double{});
-      case DType::kFloat16:
-        return f(c, Float16{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kFloat16:
+      return f(Float16{});
 #endif
-    }
-  });
+  }
 }
 
 void forward(const ForwardArgs& args, int threads) {
-  if (const CpuVariant* variant = other(args.dtype)) return variant->forward(args, threads);
-  visit(args.cell, args.dtype, [&](auto cell, auto element) {
-    forward_dev_impl<Cpu, decltype(cell), decltype(element)>({threads}, args);
-  });
+  visit(args.dtype,
+        [&]<class S>(S) { forward_dev_impl<Cpu, S>({threads}, args, loops_of<S>(args)); });
 }
 
 int64_t pack(const ForwardArgs& args, void* to) {
-  if (const CpuVariant* variant = other(args.dtype)) return variant->pack(args, to);
   int64_t bytes = 0;
-  visit(args.cell, args.dtype, [&](auto cell, auto element) {
-    bytes = pack_layer<decltype(cell), decltype(element)>(args, to);
-  });
+  visit(args.dtype, [&]<class S>(S) { bytes = pack_layer<S>(args, loops_of<S>(args), to); });
   return bytes;
 }
 
 void backward(const BackwardArgs& args, int threads) {
-  if (const CpuVariant* variant = other(args.dtype)) return variant->backward(args, threads);
-  visit(args.cell, args.dtype, [&](auto cell, auto element) {
-    backward_dev_impl<Cpu, decltype(cell), decltype(element)>({threads}, args);
-  });
+  visit(args.dtype,
+        [&]<class S>(S) { backward_dev_impl<Cpu, S>({threads}, args, loops_of<S>(args)); });
 }
 
 }  // namespace
 }  // namespace FASTRNN_VARIANT
+
+// A variant that differs from another one in the products of bfloat16 alone has no other kernels.
+#if defined(FASTRNN_BFLOAT16_OF)
+extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_BFLOAT16_OF);
+#define FASTRNN_OTHERS &FASTRNN_JOIN(variant_, FASTRNN_BFLOAT16_OF)
+#else
+#define FASTRNN_OTHERS nullptr
+#endif
 
 extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT);
 const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT){
     FASTRNN_STRING(FASTRNN_VARIANT), FASTRNN_FLAGS,
     FASTRNN_VARIANT::forward,        FASTRNN_VARIANT::pack,
     FASTRNN_VARIANT::backward,       FASTRNN_VARIANT::multiply_add,
-    FASTRNN_VARIANT::run_tile};
+    FASTRNN_VARIANT::run_tile,       FASTRNN_OTHERS};
 
 }  // namespace fastrnn

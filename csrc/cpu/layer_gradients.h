@@ -9,23 +9,22 @@
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-template <class Cell, class S>
+template <class S>
 class LayerGradients {
   using T = Compute<S>;
   using F = Factor<S>;
   using V = Vec<T>;
-  using C = General<Cell>;
   static constexpr int64_t kShortSum = 8;
 
  public:
   LayerGradients(const BackwardArgs& args, const Steps& steps,
-                 const ChunkGradients<Cell, S>& chunk_gradients, bool is_one_chunk, int max_parts,
+                 const ChunkGradients<S>& chunk_gradients, bool is_one_chunk, int max_parts,
                  Workspace& workspace)
       : args_(args),
         steps_(steps),
         chunk_gradients_(chunk_gradients),
-        gate_columns_(C::gates * args.hidden),
-        recurrent_columns_(C::recurrent * args.hidden),
+        gate_columns_(args.traits->gates * args.hidden),
+        recurrent_columns_(args.traits->recurrent * args.hidden),
         sum_columns_(gate_columns_ + chunk_gradients.vectors(args) * args.hidden),
         is_one_chunk_(is_one_chunk),
         max_parts_(max_parts),
@@ -35,7 +34,7 @@ class LayerGradients {
             !is_one_chunk, workspace) {
     const int64_t biases = args.directions * chunk_gradients.stride;
     bias_ih_ = workspace.take<T>(biases);
-    bias_hh_ = C::splits_gradient ? workspace.take<T>(biases) : bias_ih_;
+    bias_hh_ = args.traits->splits_gradient ? workspace.take<T>(biases) : bias_ih_;
     panels_ = workspace.take<F>(args.directions * max_parts * panel_size());
     sources_ = workspace.take<const S*>(args.directions * max_parts * chunk_gradients.rows);
     if (args.h_mask != nullptr) {
@@ -83,7 +82,7 @@ class LayerGradients {
     const Range columns = bias_columns(part);
     add_bias(chunk_gradients_.input.values(direction, 0), chunk.rows, columns,
              bias_of(bias_ih_, direction));
-    if constexpr (C::splits_gradient) {
+    if (args_.traits->splits_gradient) {
       add_bias(chunk_gradients_.biased(direction, 0), chunk.rows, columns,
                bias_of(bias_hh_, direction));
     }
@@ -122,7 +121,7 @@ class LayerGradients {
 
   const BackwardArgs& args_;
   const Steps& steps_;
-  const ChunkGradients<Cell, S>& chunk_gradients_;
+  const ChunkGradients<S>& chunk_gradients_;
   const int64_t gate_columns_, recurrent_columns_;
   const int64_t sum_columns_;  // the gates', and those of the learned vectors
   const bool is_one_chunk_;

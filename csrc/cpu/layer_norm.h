@@ -9,7 +9,6 @@
 
 #include <cmath>
 
-#include "../cells/general.h"
 #include "columns.h"
 #include "scan_common.h"
 
@@ -43,67 +42,126 @@ inline T sum_of(Vec<T> value) {
   return sum;
 }
 
-// The sum of N * hidden values; load(v, g, left) reads the `left` first lanes of a vector.
-template <int N, class T, class Load>
-[[gnu::always_inline]] inline T sum_units(int64_t hidden, const Load& load) {
-  using V = Vec<T>;
-  const int64_t full = hidden / V::lanes, left = hidden % V::lanes;
-  V sums[N];
-  for (V& sum : sums) sum = V(T(0));
-  for (int64_t v = 0; v < full; ++v) {
+// Values of a row: whole vectors, `stride` elements apart, and after them `tails` of which only the
+// first `left` lanes count.
+template <class S>
+struct Values {
+  const S* first;
+  int64_t vectors, stride;
+  int tails;
+  int64_t left;
+
+  int64_t count() const { return vectors * Vec<Compute<S>>::lanes + tails * left; }
+
+  // The sum of f(vector).
+  template <class F>
+  Compute<S> sum(const F& f) const {
+    using V = Vec<Compute<S>>;
+    constexpr int kSums = 4;  // chains of additions side by side
+    V sums[kSums] = {V(0), V(0), V(0), V(0)};
+    const S* p = first;
+    int64_t v = 0;
+    for (; v + kSums <= vectors; v += kSums) {
 #pragma GCC unroll 4
-    for (int g = 0; g < N; ++g) sums[g] = sums[g] + load(v, g, V::lanes);
-  }
-  if (left > 0) {
-    for (int g = 0; g < N; ++g) sums[g] = sums[g] + first_lanes(load(full, g, left), left);
-  }
-  V all = sums[0];
-  for (int g = 1; g < N; ++g) all = all + sums[g];
-  return sum_of(all);
-}
-
-template <int N, class T, class Load>
-Moments<T> moments_of(int64_t hidden, const Load& load) {
-  using V = Vec<T>;
-  const T count = static_cast<T>(N * hidden);
-  const T mean = sum_units<N, T>(hidden, load) / count;
-  const T variance = sum_units<N, T>(hidden,
-                                     [&](int64_t v, int g, int64_t left) {
-                                       const V away = load(v, g, left) - V(mean);
-                                       return away * away;
-                                     }) /
-                     count;
-  return {mean, 1 / std::sqrt(variance + T(kLayerNormEpsilon))};
-}
-
-// A row of products as tiles hold them.
-template <int N, class T>
-struct TileRow {
-  T* values;
-
-  T* at(int64_t v, int g) const { return values + (v * N + g) * Vec<T>::lanes; }
-  Moments<T> moments(int64_t hidden) const {
-    return moments_of<N, T>(hidden,
-                            [&](int64_t v, int g, int64_t) { return Vec<T>::load(at(v, g)); });
+      for (int i = 0; i < kSums; ++i, p += stride) sums[i] = sums[i] + f(V::load(p));
+    }
+    for (; v < vectors; ++v, p += stride) sums[0] = sums[0] + f(V::load(p));
+    for (int i = 0; i < tails; ++i, p += stride) {
+      sums[0] = sums[0] + first_lanes(f(V::load(p, left)), left);
+    }
+    return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 };
 
-// The learned vectors of a direction.
-template <class Cell, class S>
-struct Gains {
-  using V = Vec<Compute<S>>;
-  using C = General<Cell>;
+// Of `count` values that follow each other.
+template <class S>
+Values<S> values_of(const S* first, int64_t count) {
+  constexpr int64_t lanes = Vec<Compute<S>>::lanes;
+  return {first, count / lanes, lanes, count % lanes > 0, count % lanes};
+}
 
+template <class S>
+[[gnu::noinline]] Moments<Compute<S>> moments_of(const Values<S>& values) {
+  using T = Compute<S>;
+  using V = Vec<T>;
+  const T count = static_cast<T>(values.count());
+  const T mean = values.sum([](V value) { return value; }) / count;
+  const T variance = values.sum([mean](V value) {
+    const V away = value - V(mean);
+    return away * away;
+  }) / count;
+  return {mean, 1 / std::sqrt(variance + T(kLayerNormEpsilon))};
+}
+
+// A row of products as tiles hold them, of `parts` gates.
+template <class T>
+struct TileRow {
+  T* values;
+  int parts;
+
+  T* at(int64_t v, int g) const { return values + (v * parts + g) * Vec<T>::lanes; }
+
+  Values<T> all(int64_t hidden) const {
+    constexpr int64_t lanes = Vec<T>::lanes;
+    const int64_t left = hidden % lanes;
+    return {values, hidden / lanes * parts, lanes, left > 0 ? parts : 0, left};
+  }
+  // Of the first gate alone.
+  Values<T> first_part(int64_t hidden) const {
+    constexpr int64_t lanes = Vec<T>::lanes;
+    return {values, hidden / lanes, parts * lanes, hidden % lanes > 0, hidden % lanes};
+  }
+};
+
+// Normalises a row, multiplies it by its gains and adds its biases, which may be null.
+template <class S>
+[[gnu::noinline]] void normalise_row(const TileRow<Compute<S>>& row, int64_t hidden, const S* gains,
+                                     const S* bias) {
+  using V = Vec<Compute<S>>;
+  const Moments<Compute<S>> moments = moments_of(row.all(hidden));
+  for (int64_t unit = 0, v = 0; unit < hidden; unit += V::lanes, ++v) {
+    const int64_t left = min_of(hidden - unit, V::lanes);
+    for (int g = 0; g < row.parts; ++g) {
+      const int64_t column = g * hidden + unit;
+      V value = moments.normalise(V::load(row.at(v, g))) * load_lanes(gains + column, left);
+      if (bias != nullptr) value = value + load_lanes(bias + column, left);
+      value.store(row.at(v, g));
+    }
+  }
+}
+
+// The learned vectors of a direction.
+template <class S>
+struct Gains {
   const S *ih, *hh;                         // [G*H], [R*H]
   const S *c = nullptr, *bias_c = nullptr;  // [H], of cells that normalise c
 
   Gains(const LayerArgs& args, int direction)
       : ih(static_cast<const S*>(args.parameters[direction][0])),
         hh(static_cast<const S*>(args.parameters[direction][1])) {
-    if constexpr (C::normalises_state) {
+    if (args.traits->norms > 2) {
       c = static_cast<const S*>(args.parameters[direction][2]);
       bias_c = static_cast<const S*>(args.parameters[direction][3]);
     }
+  }
+};
+
+// The sums of a row: mean(gain * d) and mean(gain * d * n).
+template <class T>
+struct NormSums {
+  Vec<T> plain{T(0)}, weighted{T(0)};
+
+  void add(Vec<T> d, Vec<T> gain, Vec<T> n) {
+    const Vec<T> scaled = gain * d;
+    plain = plain + scaled;
+    weighted = weighted + scaled * n;
+  }
+  // count: of all the values.
+  void complete(int64_t count) {
+    for (Vec<T>* sum : {&plain, &weighted}) *sum = Vec<T>(sum_of(*sum) / static_cast<T>(count));
+  }
+  Vec<T> gradient(Vec<T> d, Vec<T> gain, Vec<T> n, T inverse) const {
+    return Vec<T>(inverse) * (gain * d - plain - n * weighted);
   }
 };
 

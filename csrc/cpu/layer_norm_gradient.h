@@ -5,56 +5,38 @@
 // W_ih x when a chunk is complete. Sums over rows, of biases and gains, come from the d of a chunk.
 #pragma once
 
-#include "chunk_gradients.h"
+#include "backward_context.h"
 #include "input_projection.h"
-#include "layer_norm.h"
-#include "saved.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-// The sums of a row: mean(gain * d) and mean(gain * d * n).
-template <class T>
-struct NormSums {
-  Vec<T> plain{T(0)}, weighted{T(0)};
-
-  void add(Vec<T> d, Vec<T> gain, Vec<T> n) {
-    const Vec<T> scaled = gain * d;
-    plain = plain + scaled;
-    weighted = weighted + scaled * n;
-  }
-  // count: of all the values.
-  void complete(int64_t count) {
-    for (Vec<T>* sum : {&plain, &weighted}) *sum = Vec<T>(sum_of(*sum) / static_cast<T>(count));
-  }
-  Vec<T> gradient(Vec<T> d, Vec<T> gain, Vec<T> n, T inverse) const {
-    return Vec<T>(inverse) * (gain * d - plain - n * weighted);
-  }
-};
-
-template <class Cell, class S>
+template <class S>
 class LayerNormGradient {
   using T = Compute<S>;
   using F = Factor<S>;
   using V = Vec<T>;
-  using C = General<Cell>;
   using SavedSteps = Saved<const S, const T>;
-  static constexpr int G = C::gates, R = C::recurrent;
 
  public:
   LayerNormGradient(const BackwardArgs& args, const Steps& steps,
-                    const ChunkGradients<Cell, S>& chunk_gradients, Workspace& workspace)
+                    const ChunkGradients<S>& chunk_gradients, Workspace& workspace)
       : args_(args),
         steps_(steps),
         chunk_gradients_(chunk_gradients),
-        input_(args, steps, G, workspace, nullptr),
-        sum_stride_(odd_lines<T>(G * args.hidden)),
-        d_hidden_stride_(odd_lines<T>(width_of(Columns<T>(args.hidden)))) {
+        gates_(args.traits->gates),
+        recurrent_(args.traits->recurrent),
+        input_(args, steps, gates_, workspace, nullptr),
+        sum_stride_(odd_lines<T>(gates_ * args.hidden)),
+        d_hidden_stride_(odd_lines<T>(width_of(Columns<T>(args.hidden)))),
+        taken_stride_(odd_lines<T>(width_of(input_.columns()))) {
     const int64_t rows = args.directions * chunk_gradients.rows;
     x_inverse_ = workspace.take<T>(rows);
     r_moments_ = workspace.take<Moments<T>>(rows);
     d_gain_ih_ = workspace.take<T>(args.directions * sum_stride_);
     d_gain_hh_ = workspace.take<T>(args.directions * sum_stride_);
-    d_hidden_ = workspace.take<T>(args.directions * args.batch * d_hidden_stride_);
+    const int64_t batch_rows = args.directions * args.batch;
+    d_hidden_ = workspace.take<T>(batch_rows * d_hidden_stride_);
+    taken_ = workspace.take<T>(batch_rows * 2 * taken_stride_);
   }
 
   void pack(int direction, const Part& part) const {
@@ -75,81 +57,55 @@ class LayerNormGradient {
     input_.run(direction, first, chunk.last - chunk.first + 1, phase);
   }
 
-  // W_ih x of a row, which the cell normalises in place.
-  TileRow<G, T> x(int direction, const Chunk& chunk, int64_t t, int64_t row) const {
-    const int64_t slot = steps_.runs_back(direction) ? chunk.last - t : t - chunk.first;
-    return {input_.whole_row(direction, slot, row)};
-  }
-  // Row k of the chunk: one over the standard deviation of W_ih x, and the moments of W_hh h.
-  T& x_inverse(int direction, int64_t k) const {
-    return x_inverse_[direction * chunk_gradients_.rows + k];
-  }
-  Moments<T>& r_moments(int direction, int64_t k) const {
-    return r_moments_[direction * chunk_gradients_.rows + k];
-  }
   // What reaches h of a row by products.
   T* d_hidden(int direction, int64_t row) const {
     return d_hidden_ + (direction * args_.batch + row) * d_hidden_stride_;
   }
 
-  // Adds a chunk to the gradients of the gains.
-  void add(int direction, const Part& part, const Chunk& chunk, const SavedSteps& saved) const {
-    const int64_t hidden = args_.hidden;
-    const Range vectors = share((hidden + V::lanes - 1) / V::lanes, part.rank, part.size);
-    for (int64_t v = vectors.begin; v < vectors.end; ++v) {
-      const int64_t unit = v * V::lanes, left = min_of(hidden - unit, V::lanes);
-      V ih[G], hh[R];
-      for (V& sum : ih) sum = V(T(0));
-      for (V& sum : hh) sum = V(T(0));
-      for_each_row(chunk, [&](int64_t t, int64_t row, int64_t k) {
-        const TileRow<G, T> x = this->x(direction, chunk, t, row);
-        const T* d_x = chunk_gradients_.input.values(direction, k) + unit;
-        for (int g = 0; g < G; ++g) {
-          ih[g] = ih[g] + load_lanes(d_x + g * hidden, left) * V::load(x.at(v, g));
-        }
-        const T* d_r = chunk_gradients_.biased(direction, k) + unit;
-        const S* r = saved.gate_row(chunk.begin + k) + unit;
-        const Moments<T>& moments = r_moments(direction, k);
-        for (int g = 0; g < R; ++g) {
-          const V n = moments.normalise(load_lanes(r + g * hidden, left));
-          hh[g] = hh[g] + load_lanes(d_r + g * hidden, left) * n;
-        }
-      });
-      const auto add_to = [&](T* sums, int g, V value) {
-        T* const to = sums + direction * sum_stride_ + g * hidden + unit;
-        (load_lanes(to, left) + value).store(to, left);
-      };
-      for (int g = 0; g < G; ++g) add_to(d_gain_ih_, g, ih[g]);
-      for (int g = 0; g < R; ++g) add_to(d_gain_hh_, g, hh[g]);
-    }
-  }
-
-  // From the gradients that the cell left of a chunk to those of W_ih x.
-  void finish_input(int direction, const Part& part, const Chunk& chunk) const {
-    const Range own = share(chunk.rows, part.rank, part.size);
-    const Gains<Cell, S> gains(args_, direction);
-    for_each_row(chunk, [&](int64_t t, int64_t row, int64_t k) {
-      if (k < own.begin || k >= own.end) return;
-      const TileRow<G, T> x = this->x(direction, chunk, t, row);
-      T* const d = chunk_gradients_.input.values(direction, k);
-      finish_row<G>(d, gains.ih, x_inverse(direction, k), chunk_gradients_.input, direction, k,
-                    [&](int64_t v, int g, int64_t) { return V::load(x.at(v, g)); });
+  // What the cell takes of a row, when d_hidden() is there. r: W_hh h, as forward saved it. Leaves
+  // W_ih x normalised, for add() and finish_input().
+  BackwardRow<S> start_row(int direction, const Chunk& chunk, int64_t t, int64_t row,
+                           const Gains<S>& gains, const S* r) const {
+    const int64_t k = steps_.offset(t) + row - chunk.begin, hidden = args_.hidden;
+    const TileRow<T> normalised = x(direction, chunk, t, row);
+    T* const own = taken_ + (direction * args_.batch + row) * 2 * taken_stride_;
+    const TileRow<T> x{own, gates_}, recurrent{own + taken_stride_, recurrent_};
+    const Moments<T> of_x = moments_of(normalised.all(hidden));
+    const Moments<T> of_r = moments_of(values_of(r, recurrent_ * hidden));
+    x_inverse(direction, k) = of_x.inverse;
+    r_moments(direction, k) = of_r;
+    const auto scale = [&](V n, const S* gains, const void* bias, int64_t place, int64_t left) {
+      const V scaled = n * load_lanes(gains + place, left);
+      return bias == nullptr ? scaled
+                             : scaled + load_lanes(static_cast<const S*>(bias) + place, left);
+    };
+    for_each(gates_, [&](int64_t v, int g, int64_t place, int64_t left) {
+      const V n = of_x.normalise(V::load(normalised.at(v, g)));
+      n.store(normalised.at(v, g));
+      scale(n, gains.ih, args_.bias_ih[direction], place, left).store(x.at(v, g));
     });
+    for_each(recurrent_, [&](int64_t v, int g, int64_t place, int64_t left) {
+      const V n = of_r.normalise(load_lanes(r + place, left));
+      scale(n, gains.hh, args_.bias_hh[direction], place, left).store(recurrent.at(v, g));
+    });
+    return {direction, row, gains, d_hidden(direction, row), x, recurrent};
   }
 
-  // The same of W_hh h of row k, whose values are r.
-  void finish_recurrent(int direction, int64_t k, const S* r, const Gains<Cell, S>& gains) const {
-    const Moments<T> moments = r_moments(direction, k);
-    finish_row<R>(chunk_gradients_.biased(direction, k), gains.hh, moments.inverse,
-                  chunk_gradients_.recurrent, direction, k, [&](int64_t v, int g, int64_t left) {
-                    return moments.normalise(load_lanes(r + g * args_.hidden + v * V::lanes, left));
-                  });
+  // From the gradients that the cell left of a row to that of W_hh h, which is r.
+  void finish_row(const BackwardRow<S>& row, const Chunk& chunk, int64_t t, const S* r) const {
+    const int64_t k = steps_.offset(t) + row.row - chunk.begin;
+    const Moments<T> moments = r_moments(row.direction, k);
+    write_gradient(chunk_gradients_.biased(row.direction, k), recurrent_, row.gains.hh,
+                   moments.inverse, chunk_gradients_.recurrent, row.direction, k,
+                   [&](int64_t, int, int64_t place, int64_t left) {
+                     return moments.normalise(load_lanes(r + place, left));
+                   });
   }
 
   void write(int direction, const Part& part) const {
     const Range columns = columns_of(part);
     const T* const sums[] = {d_gain_ih_, d_gain_hh_};
-    const int64_t counts[] = {G * args_.hidden, R * args_.hidden};
+    const int64_t counts[] = {gates_ * args_.hidden, recurrent_ * args_.hidden};
     for (int q = 0; q < 2; ++q) {
       S* const target = static_cast<S*>(args_.d_parameters[direction][q]);
       const int64_t end = min_of(columns.end, counts[q]);
@@ -159,16 +115,75 @@ class LayerNormGradient {
     }
   }
 
+  // Adds a chunk to the gradients of the gains.
+  void add(int direction, const Part& part, const Chunk& chunk, const SavedSteps& saved) const {
+    const int64_t hidden = args_.hidden;
+    const Range vectors = share((hidden + V::lanes - 1) / V::lanes, part.rank, part.size);
+    for (int64_t v = vectors.begin; v < vectors.end; ++v) {
+      const int64_t unit = v * V::lanes, left = min_of(hidden - unit, V::lanes);
+      const auto add_to = [&](T* sums, int g, V value) {
+        T* const to = sums + direction * sum_stride_ + g * hidden + unit;
+        (load_lanes(to, left) + value).store(to, left);
+      };
+      for (int g = 0; g < gates_; ++g) {
+        V sum(T(0));
+        for_each_row(chunk, [&](int64_t t, int64_t row, int64_t k) {
+          const T* d = chunk_gradients_.input.values(direction, k) + g * hidden + unit;
+          sum = sum + load_lanes(d, left) * V::load(x(direction, chunk, t, row).at(v, g));
+        });
+        add_to(d_gain_ih_, g, sum);
+      }
+      for (int g = 0; g < recurrent_; ++g) {
+        V sum(T(0));
+        for_each_row(chunk, [&](int64_t, int64_t, int64_t k) {
+          const T* d = chunk_gradients_.biased(direction, k) + g * hidden + unit;
+          const S* r = saved.gate_row(chunk.begin + k) + g * hidden + unit;
+          sum = sum + load_lanes(d, left) * r_moments(direction, k).normalise(load_lanes(r, left));
+        });
+        add_to(d_gain_hh_, g, sum);
+      }
+    }
+  }
+
+  // From the gradients that the cell left of a chunk to those of W_ih x.
+  void finish_input(int direction, const Part& part, const Chunk& chunk) const {
+    const Range own = share(chunk.rows, part.rank, part.size);
+    const Gains<S> gains(args_, direction);
+    for_each_row(chunk, [&](int64_t t, int64_t row, int64_t k) {
+      if (k < own.begin || k >= own.end) return;
+      const TileRow<T> x = this->x(direction, chunk, t, row);
+      T* const d = chunk_gradients_.input.values(direction, k);
+      write_gradient(d, gates_, gains.ih, x_inverse(direction, k), chunk_gradients_.input,
+                     direction, k,
+                     [&](int64_t v, int g, int64_t, int64_t) { return V::load(x.at(v, g)); });
+    });
+  }
+
  private:
   const BackwardArgs& args_;
   const Steps& steps_;
-  const ChunkGradients<Cell, S>& chunk_gradients_;
+  const ChunkGradients<S>& chunk_gradients_;
+  const int gates_, recurrent_;  // G and R
   const InputProjection<S> input_;
-  const int64_t sum_stride_, d_hidden_stride_;
+  const int64_t sum_stride_, d_hidden_stride_, taken_stride_;
   T* x_inverse_;               // [D, rows of a chunk]
   Moments<T>* r_moments_;      // the same
   T *d_gain_ih_, *d_gain_hh_;  // [D, sum_stride]
   T* d_hidden_;                // [D, B, d_hidden_stride]
+  T* taken_;                   // [D, B, 2, taken_stride]: what the cell takes of x and of h
+
+  // W_ih x of a row.
+  TileRow<T> x(int direction, const Chunk& chunk, int64_t t, int64_t row) const {
+    const int64_t slot = steps_.runs_back(direction) ? chunk.last - t : t - chunk.first;
+    return {input_.whole_row(direction, slot, row), gates_};
+  }
+  // Row k of the chunk: one over the standard deviation of W_ih x, and the moments of W_hh h.
+  T& x_inverse(int direction, int64_t k) const {
+    return x_inverse_[direction * chunk_gradients_.rows + k];
+  }
+  Moments<T>& r_moments(int direction, int64_t k) const {
+    return r_moments_[direction * chunk_gradients_.rows + k];
+  }
 
   // Whole blocks, as tiles store them.
   static int64_t width_of(const Columns<T>& columns) { return columns.blocks * columns.width; }
@@ -184,35 +199,35 @@ class LayerNormGradient {
     }
   }
 
-  // Writes row k of `target`, from d of its N parts and what `normalised` has.
-  template <int N, class Normalised>
-  void finish_row(const T* d, const S* gains, T inverse, const ChunkRows<S>& target, int direction,
-                  int64_t k, const Normalised& normalised) const {
-    const int64_t hidden = args_.hidden, full = hidden / V::lanes, rest = hidden % V::lanes;
-    const auto for_each = [&](const auto& body) {
-      for (int64_t v = 0; v < full; ++v) {
-#pragma GCC unroll 4
-        for (int g = 0; g < N; ++g) body(v, g, V::lanes);
-      }
-      if (rest == 0) return;
-      for (int g = 0; g < N; ++g) body(full, g, rest);
-    };
+  // body(v, g, place, left): the first `left` lanes of v of each gate, which lie at `place` of a
+  // row [parts * H].
+  template <class Body>
+  [[gnu::always_inline]] void for_each(int parts, const Body& body) const {
+    const int64_t hidden = args_.hidden;
+    for (int64_t v = 0, unit = 0; unit < hidden; ++v, unit += V::lanes) {
+      const int64_t left = min_of(hidden - unit, V::lanes);
+      for (int g = 0; g < parts; ++g) body(v, g, g * hidden + unit, left);
+    }
+  }
+
+  // Writes row k of `target`, from d of its `parts` and what `normalised` has.
+  template <class Normalised>
+  void write_gradient(const T* d, int parts, const S* gains, T inverse, const ChunkRows<S>& target,
+                      int direction, int64_t k, const Normalised& normalised) const {
     NormSums<T> sums;
-    for_each([&](int64_t v, int g, int64_t left) {
-      const int64_t column = g * hidden + v * V::lanes;
-      V n = normalised(v, g, left);
+    for_each(parts, [&](int64_t v, int g, int64_t place, int64_t left) {
+      V n = normalised(v, g, place, left);
       if (left < V::lanes) n = first_lanes(n, left);
-      sums.add(load_lanes(d + column, left), load_lanes(gains + column, left), n);
+      sums.add(load_lanes(d + place, left), load_lanes(gains + place, left), n);
     });
-    sums.complete(N * hidden);
+    sums.complete(parts * args_.hidden);
     T* const values = target.values(direction, k);
     F* const factors = target.factors(direction, k);
-    for_each([&](int64_t v, int g, int64_t left) {
-      const int64_t column = g * hidden + v * V::lanes;
-      const V dv = sums.gradient(load_lanes(d + column, left), load_lanes(gains + column, left),
-                                 normalised(v, g, left), inverse);
-      store_lanes(dv, values + column, left);
-      if constexpr (ChunkRows<S>::kNarrows) store_lanes(dv, factors + column, left);
+    for_each(parts, [&](int64_t v, int g, int64_t place, int64_t left) {
+      const V dv = sums.gradient(load_lanes(d + place, left), load_lanes(gains + place, left),
+                                 normalised(v, g, place, left), inverse);
+      store_lanes(dv, values + place, left);
+      if constexpr (ChunkRows<S>::kNarrows) store_lanes(dv, factors + place, left);
     });
   }
 };

@@ -210,23 +210,17 @@ struct Accumulate {
   }
 };
 
-// Writes its first `count` columns into rows of a matrix of `width`.
-template <class F, class S>
+// Writes it into rows of a matrix of `width`.
+template <class F>
 struct Assign {
+  using T = Compute<F>;
   template <int NV, int MR>
-  static void run(const F* columns, int64_t stride, const F* packed, int64_t depth, S* target,
-                  int64_t width, int64_t count) {
-    using V = Vec<Compute<F>>;
-    multiply_transposed<F, NV, MR>(columns, stride, packed, target, depth,
-                                   [=](int r, int v, V sum) {
-                                     S* p = target + r * width + v * V::lanes;
-                                     const int64_t left = count - v * V::lanes;
-                                     if (left >= V::lanes) {
-                                       sum.store(p);
-                                     } else if (left > 0) {
-                                       sum.store(p, left);
-                                     }
-                                   });
+  static void run(const F* columns, int64_t stride, const F* packed, int64_t depth, T* target,
+                  int64_t width) {
+    using V = Vec<T>;
+    multiply_transposed<F, NV, MR>(
+        columns, stride, packed, target, depth,
+        [=](int r, int v, V sum) { sum.store(target + r * width + v * V::lanes); });
   }
 };
 

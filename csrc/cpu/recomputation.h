@@ -6,26 +6,26 @@
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-template <class Cell, class S>
+template <class S>
 class Recomputation {
   using T = Compute<S>;
-  using C = General<Cell>;
 
  public:
   // Whether backward needs more of a step than its output.
   static bool is_needed(const LayerArgs& args) {
-    return saved_values<Cell>(args) > 0 || C::extras > 0;
+    return saved_values(args) > 0 || args.traits->extras > 0;
   }
 
-  Recomputation(const BackwardArgs& args, const Steps& steps, Workspace& workspace)
+  Recomputation(const BackwardArgs& args, const CellLoops<S>& loops, const Steps& steps,
+                Workspace& workspace)
       : args_(args),
         steps_(steps),
         forward_args_(make_forward_args(args)),
-        forward_(forward_args_, steps, workspace),
+        forward_(forward_args_, loops, steps, workspace),
         rows_(args.steps == 0 ? 0 : segment(0).rows) {
     const int64_t rows = args.directions * rows_;
-    gates_ = workspace.take<S>(rows * saved_values<Cell>(args) * args.hidden);
-    extra_ = workspace.take<T>(args.directions * extra_rows() * C::extras * args.hidden);
+    gates_ = workspace.take<S>(rows * saved_values(args) * args.hidden);
+    extra_ = workspace.take<T>(args.directions * extra_rows() * args.traits->extras * args.hidden);
   }
 
   int64_t segments() const {
@@ -45,7 +45,7 @@ class Recomputation {
     const Saved<S, T> saved = buffers(direction, segment);
     runner.phase([&](const Part& part) {
       forward_.start_states(direction, part, t, args_.boundaries);
-      if constexpr (C::states > 0) forward_.copy_cell(direction, part, t, saved);
+      if (args_.traits->states > 0) forward_.copy_cell(direction, part, t, saved);
     });
     forward_.run_steps(direction, runner, t, segment.last - segment.first + 1, saved, false);
     return {saved.gates, saved.extra, saved.gate_stride, saved.extra_stride, saved.begin};
@@ -55,7 +55,7 @@ class Recomputation {
   const BackwardArgs& args_;
   const Steps& steps_;
   const ForwardArgs forward_args_;
-  const ForwardScan<Cell, S> forward_;
+  const ForwardScan<S> forward_;
   const int64_t rows_;  // of the largest segment: no step has more rows than one before it
   S* gates_;            // [D, rows, K*H], see saved_values
   T* extra_;            // [D, rows + B, E*H]
@@ -68,10 +68,10 @@ class Recomputation {
 
   // The step before the first one, in the order of the direction, has room too: backward reads its
   // c_t there.
-  int64_t extra_rows() const { return rows_ + (C::states > 0 ? args_.batch : 0); }
+  int64_t extra_rows() const { return rows_ + (args_.traits->states > 0 ? args_.batch : 0); }
   Saved<S, T> buffers(int direction, const Chunk& segment) const {
-    const int64_t gate_stride = saved_values<Cell>(args_) * args_.hidden;
-    const int64_t extra_stride = C::extras * args_.hidden;
+    const int64_t gate_stride = saved_values(args_) * args_.hidden;
+    const int64_t extra_stride = args_.traits->extras * args_.hidden;
     T* extra = extra_ + direction * extra_rows() * extra_stride;
     if (!steps_.runs_back(direction)) extra += (extra_rows() - rows_) * extra_stride;
     return {gates_ + direction * rows_ * gate_stride, extra, gate_stride, extra_stride,

@@ -1,21 +1,18 @@
 // What the forward scan saves of some steps of one direction for the backward scan.
 #pragma once
 
-#include "../cells/general.h"
 #include "scan.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
 // K: the values of a unit and step in `gates`.
-template <class Cell>
-int saved_values(const LayerArgs& args) {
-  return args.layer_norm ? General<Cell>::recurrent : General<Cell>::saves;
+inline int saved_values(const LayerArgs& args) {
+  return args.layer_norm ? args.traits->recurrent : args.traits->saves;
 }
 
 // The cell's own learned vectors of a direction, Q of [H].
-template <class Cell>
-const void* const* own_parameters(const LayerArgs& args, int direction) {
-  return args.parameters[direction] + (args.layer_norm ? General<Cell>::norms : 0);
+inline const void* const* own_parameters(const LayerArgs& args, int direction) {
+  return args.parameters[direction] + (args.layer_norm ? args.traits->norms : 0);
 }
 
 // Row n of the layer is row n - begin of these buffers.

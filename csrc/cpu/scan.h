@@ -6,6 +6,7 @@
 // carried from step to step.
 #pragma once
 
+#include "../cells/traits.h"
 #include "../scan.h"
 
 namespace fastrnn {
@@ -16,6 +17,10 @@ enum class Storage : int { kOwn, kBFloat16 };
 
 // What both passes are told.
 struct LayerArgs : ScanShape {
+  const CellTraits* traits;
+  // CellLoops of the dtype, of a cell that is loaded at run time; null: of the registry's.
+  const void* loops;
+
   const int64_t* batch_sizes;  // [T], not increasing, each <= B; null: all rows live for all steps
   const bool* resets;          // [N] or null: this step begins a new segment of its row
 

@@ -4,8 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "shared.h"
-
 namespace fastrnn {
 
 // Rows: each thread runs its own batch rows through all steps and needs no other thread. Units:
@@ -33,16 +31,15 @@ struct ThreadPlan {
 };
 
 // The division that should take the least time.
-FASTRNN_SHARED ThreadPlan plan_threads(const Work& work, int threads);
+ThreadPlan plan_threads(const Work& work, int threads);
 
 // The half-open range of `rank`'s share of `count` items.
 struct Range {
   int64_t begin, end;
 };
-FASTRNN_SHARED Range share(int64_t count, int rank, int size);
+Range share(int64_t count, int rank, int size);
 
 // The same for batch rows of different lengths: shares of about equally many steps.
-FASTRNN_SHARED Range share_rows(const int64_t* batch_sizes, int64_t steps, int64_t batch, int rank,
-                                int size);
+Range share_rows(const int64_t* batch_sizes, int64_t steps, int64_t batch, int rank, int size);
 
 }  // namespace fastrnn

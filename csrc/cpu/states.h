@@ -3,35 +3,34 @@
 
 #include <cstring>
 
-#include "../cells/general.h"
 #include "columns.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
 // [D, B, stride], zeros beyond the columns; zero where a reset stands between the two steps.
-template <class Cell, class S>
+template <class S>
 class States {
   using T = Compute<S>;
   using F = Factor<S>;
-  static constexpr int C = General<Cell>::states;
 
  public:
-  // Where h is rounded to be a factor, the direct path has an h of its own, unrounded. So have
-  // cells of which units keep their states, or whose factor is a masked h.
-  static constexpr bool kKeepsDirect = General<Cell>::has_direct_path && !std::is_same_v<F, T>;
-
   States(const LayerArgs& args, Workspace& workspace)
       : stride(odd_lines<T>(max_of(args.hidden, args.proj))),
         batch_(args.batch),
         hidden_(args.hidden),
         proj_(args.proj),
+        count_(args.traits->states),
         h_mask_(static_cast<const S*>(args.h_mask)) {
     const int64_t size = args.directions * args.batch * stride;
     for (F*& h : h_) h = workspace.take<F>(size);
-    if (kKeepsDirect || args.zoneout_h > 0 || args.h_mask != nullptr) {
+    // Where h is rounded to be a factor, the direct path has an h of its own, unrounded. So have
+    // cells of which units keep their states, or whose factor is a masked h.
+    const bool is_rounded = !std::is_same_v<F, T>;
+    if ((is_rounded && args.traits->has_direct_path) || args.zoneout_h > 0 ||
+        args.h_mask != nullptr) {
       direct_ = workspace.take<T>(size);
     }
-    cell_ = workspace.take<T>(C * size);
+    cell_ = workspace.take<T>(count_ * size);
     unprojected_ = workspace.take<F>(args.weight_hr[0] != nullptr ? size : 0);
   }
 
@@ -46,7 +45,7 @@ class States {
     return at(h_mask_, (direction * batch_ + row) * proj_);
   }
   // The C states of a row beside h, `stride` apart.
-  T* cell(int direction, int64_t row) const { return cell_ + C * offset(direction, row); }
+  T* cell(int direction, int64_t row) const { return cell_ + count_ * offset(direction, row); }
   F* unprojected() const { return unprojected_; }  // of the current step: h before its projection
 
   // Copies some columns of a row, as the i-th step reads them, to those of h [P] and c [C*H].
@@ -60,7 +59,7 @@ class States {
     } else {
       copy(this->h(i), features, h);
     }
-    for (int k = 0; k < C; ++k) {
+    for (int k = 0; k < count_; ++k) {
       convert(cell(direction, row) + k * stride + units.begin, c + k * hidden_ + units.begin,
               units.end - units.begin);
     }
@@ -77,7 +76,7 @@ class States {
       if (h_mask_ != nullptr) multiply(buffer + begin, features, h_mask(direction, row));
     }
     if (direct_ != nullptr) fill(direct_ + begin, features, proj_, h);
-    for (int k = 0; k < C; ++k) {
+    for (int k = 0; k < count_; ++k) {
       fill(cell(direction, row) + k * stride, units, hidden_,
            c == nullptr ? nullptr : c + k * hidden_);
     }
@@ -85,6 +84,7 @@ class States {
 
  private:
   const int64_t batch_, hidden_, proj_;
+  const int count_;  // C
   const S* const h_mask_;
   F* h_[2];
   T* direct_ = nullptr;

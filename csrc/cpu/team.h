@@ -5,8 +5,6 @@
 #include <atomic>
 #include <cstdint>
 
-#include "shared.h"
-
 namespace fastrnn {
 
 // A thread on its way through the phases of a scan.
@@ -25,7 +23,7 @@ struct Member {
 //
 // Patient members split work for good reason (a thread's weights stay in its cache), and take over
 // parts of others only after some microseconds; from then on at once, until the others are back.
-class FASTRNN_SHARED Phases {
+class Phases {
  public:
   struct PartState {
     // The phase after the latest one in which somebody began this part.
@@ -62,6 +60,6 @@ class FASTRNN_SHARED Phases {
 // Runs work(context, rank) for rank 0 on the caller and for others below `threads` on other
 // threads, as many as come: `work` has to do without any of them, and returns on the caller when
 // all is done. No other thread is inside when this returns.
-FASTRNN_SHARED void run_team(int threads, void (*work)(void* context, int rank), void* context);
+void run_team(int threads, void (*work)(void* context, int rank), void* context);
 
 }  // namespace fastrnn

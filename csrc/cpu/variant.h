@@ -14,6 +14,7 @@ struct CpuVariant {
   void (*backward)(const BackwardArgs& args, int threads);
   int64_t (*multiply_add)(int64_t rounds);  // see multiply_add.h
   int64_t (*run_tile)(int vectors, int64_t depth, bool transposed, int64_t rounds);  // tile_rate.h
+  const CpuVariant* others;  // runs all dtypes but bfloat16; null: this one does
 };
 
 // Best first; those that this CPU cannot run are left out.
@@ -22,5 +23,8 @@ const CpuVariant* const* runnable_variants(int* count);
 // The variant in use: the best, or the one that FASTRNN_CPU names. Throws std::runtime_error if
 // that one is unknown or cannot run here.
 const CpuVariant& active_variant();
+
+// The one that runs scans of a dtype.
+const CpuVariant& active_variant(DType dtype);
 
 }  // namespace fastrnn

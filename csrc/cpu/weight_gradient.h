@@ -65,12 +65,23 @@ class WeightGradient {
   void assign(int64_t block, Range rows, const F* d_gates, int64_t stride, const F* panel,
               int64_t depth, S* weight) const {
     const int64_t first = block * columns_.width;
-    for_each_tile(
-        rows.begin, rows.end, max_rows(columns_.units), [&](int64_t row, int count, int64_t) {
-          tile_for<Assign<F, S>>(columns_.units, count)(
-              d_gates + row * FactorGroup<F>::size, stride, panel, depth,
-              weight + row * columns_.count + first, columns_.count, columns_.count - first);
-        });
+    const int64_t left = min_of(columns_.width, columns_.count - first);
+    const auto run_tile = [&](int64_t row, int count, int64_t) {
+      const auto multiply = tile_for<Assign<F>>(columns_.units, count);
+      const F* const own = d_gates + row * FactorGroup<F>::size;
+      S* const target = weight + row * columns_.count + first;
+      if constexpr (std::is_same_v<S, T>) {
+        if (left == columns_.width) {
+          return multiply(own, stride, panel, depth, target, columns_.count);
+        }
+      }
+      alignas(64) T products[kMaxRows * kMaxVectors * Vec<T>::lanes];
+      multiply(own, stride, panel, depth, products, columns_.width);
+      for (int r = 0; r < count; ++r) {
+        convert(products + r * columns_.width, target + r * columns_.count, left);
+      }
+    };
+    for_each_tile(rows.begin, rows.end, max_rows(columns_.units), run_tile);
   }
 
   // The finished sums, into the weight's own layout.

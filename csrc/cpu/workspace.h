@@ -5,14 +5,12 @@
 
 #include <cstddef>
 
-#include "shared.h"
-
 namespace fastrnn {
 
 // Hands out uninitialised arrays and frees them all at the end. The calling thread keeps one block
 // for its next call, so that its pages stay mapped; a call that needs more than kKeptBytes keeps
 // nothing more.
-class FASTRNN_SHARED Workspace {
+class Workspace {
  public:
   static constexpr size_t kKeptBytes = size_t{64} << 20;
 

@@ -30,6 +30,11 @@ inline void draw_words(uint64_t seed, uint32_t group, uint32_t row, uint32_t ste
   std::memcpy(words, c, sizeof(words));
 }
 
+template <class T>
+[[gnu::always_inline]] inline Vec<T> mix(Vec<T> weight, Vec<T> before, Vec<T> after) {
+  return weight * before + (Vec<T>(T(1)) - weight) * after;
+}
+
 template <class S>
 class Zoneout {
   using T = Compute<S>;

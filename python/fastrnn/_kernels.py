@@ -83,8 +83,6 @@ class _Cpu(Toolchain):
         command = find_compiler("C++ compiler", "CXX", "c++", "g++", "clang++")
         flags = ["-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-w"]
         flags += _cpu.cpu_variant_flags().split()
-        if sys.platform == "darwin":
-            flags += ["-undefined", "dynamic_lookup"]
         return [*command, *flags, str(csrc / "cpu" / "cell_module.cc")]
 
     def add(self, mode: str, address: int) -> None:
@@ -259,15 +257,7 @@ def _load(definition: Definition, dtype: torch.dtype, toolchain: Toolchain) -> N
         _open(definition, compiled(cache_directory()), toolchain)
 
 
-@functools.cache
-def _show_extension() -> None:
-    """Lets what is loaded from now on see the functions that the extension shares."""
-    ctypes.CDLL(_cpu.__file__, mode=ctypes.RTLD_GLOBAL)
-
-
 def _open(definition: Definition, path: Path, toolchain: Toolchain) -> None:
-    if toolchain is CPU:
-        _show_extension()
     try:
         found = ctypes.c_char.in_dll(ctypes.CDLL(str(path)), "fastrnn_cell")
     except (OSError, ValueError) as error:

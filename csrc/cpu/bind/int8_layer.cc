@@ -131,6 +131,7 @@ Int8Layer::Int8Layer(py::handle mode, int directions, py::handle weights, py::ha
 }
 
 void Int8Layer::run(ForwardArgs args, int threads) const {
+  args.traits = &cell_traits(args.cell);
   for (int d = 0; d < shape_.directions; ++d) {
     const Direction& own = direction_[d];
     args.weight_ih[d] = own.ih.packed.get();

@@ -3,13 +3,15 @@
 #include <map>
 #include <utility>
 
+#include "../../cells/registry.h"
+
 namespace fastrnn {
 
 namespace {
 
-std::map<std::pair<int, DType>, Kernels>& loaded() {
-  static std::map<std::pair<int, DType>, Kernels> kernels;
-  return kernels;
+std::map<std::pair<int, DType>, const void*>& loaded() {
+  static std::map<std::pair<int, DType>, const void*> loops;
+  return loops;
 }
 
 }  // namespace
@@ -20,12 +22,13 @@ void load_cell(const std::string& mode, uintptr_t address) {
     throw py::import_error("expected the cell " + mode + ", got " + module.traits.mode);
   }
   const int cell = define_cell(module.traits).index;
-  loaded()[{cell, module.dtype}] = {module.forward, module.pack, module.backward};
+  loaded()[{cell, module.dtype}] = module.loops;
 }
 
 bool has_module(int cell, DType dtype) { return loaded().count({cell, dtype}) > 0; }
 
-Kernels module_kernels(int cell, DType dtype) {
+const void* loops_of(int cell, DType dtype) {
+  if (cell < Cells::size) return nullptr;
   const auto found = loaded().find({cell, dtype});
   if (found != loaded().end()) return found->second;
   throw py::value_error(std::string("mode: expected a cell that is compiled for ") +

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../../cells/registry.h"
+#include "../variant.h"
 #include "../workspace.h"
 #include "inspector.h"
 #include "modules.h"
@@ -22,7 +23,8 @@ class PackedTiles : public PackedLayer {
  public:
   PackedTiles(const LayerCall& layer, Storage storage)
       : PackedLayer(layer.shape),
-        kernels_(kernels_of(layer)),
+        variant_(active_variant(layer.shape.dtype)),
+        loops_(loops_of(layer.cell, layer.shape.dtype)),
         storage_(storage),
         layer_norm_(layer.layer_norm) {
     Contiguous contiguous;
@@ -31,9 +33,9 @@ class PackedTiles : public PackedLayer {
     args.steps = args.batch = 0;
     args.batch_sizes = nullptr;
     args.storage = storage;
-    bytes_ = kernels_.pack(args, nullptr);
+    bytes_ = variant_.pack(args, nullptr);
     memory_ = allocate(bytes_);
-    kernels_.pack(args, memory_.get());
+    variant_.pack(args, memory_.get());
     const CellTraits& traits = layer.traits();
     const int64_t gates = traits.gates * args.hidden, recurrent = traits.recurrent * args.hidden;
     for (int d = 0; d < args.directions; ++d) {
@@ -49,6 +51,8 @@ class PackedTiles : public PackedLayer {
   }
 
   void run(ForwardArgs args, int threads) const override {
+    args.traits = &cell_traits(args.cell);
+    args.loops = loops_;
     args.packed = memory_.get();
     args.storage = storage_;
     args.layer_norm = layer_norm_;
@@ -62,13 +66,14 @@ class PackedTiles : public PackedLayer {
       args.bias_hh[d] = data(vectors_[2 * d + 1]);
       args.parameters[d] = pointers_[d].data();
     }
-    kernels_.forward(args, threads);
+    variant_.forward(args, threads);
   }
 
   int64_t bytes() const override { return bytes_; }
 
  private:
-  const Kernels kernels_;
+  const CpuVariant& variant_;
+  const void* const loops_;
   const Storage storage_;
   const bool layer_norm_;
   int64_t bytes_;

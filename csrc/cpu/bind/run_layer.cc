@@ -2,7 +2,6 @@
 
 #include <utility>
 
-#include "../../cells/registry.h"
 #include "../variant.h"
 #include "../workspace.h"
 #include "modules.h"
@@ -48,6 +47,8 @@ Made make_if(bool is_wanted, const LayerCall& layer, const Shape& shape) {
 
 void set_layer(LayerArgs& args, const LayerCall& layer, Contiguous& contiguous) {
   static_cast<ScanShape&>(args) = layer.shape;
+  args.traits = &layer.traits();
+  args.loops = loops_of(layer.cell, layer.shape.dtype);
   if (layer.batch == 0) args.steps = 0;  // any number of them takes no memory, but time
   if (layer.batch_sizes) args.batch_sizes = static_cast<const int64_t*>(layer.batch_sizes.data);
   args.resets = static_cast<const bool*>(contiguous(layer.resets));
@@ -71,16 +72,8 @@ void set_layer(LayerArgs& args, const LayerCall& layer, Contiguous& contiguous) 
   args.layer_norm = layer.layer_norm;
 }
 
-Kernels kernels_of(const LayerCall& layer) {
-  if (layer.cell < Cells::size) {
-    const CpuVariant& variant = active_variant();
-    return {variant.forward, variant.pack, variant.backward};
-  }
-  return module_kernels(layer.cell, layer.shape.dtype);
-}
-
 void run_forward(const ForwardArgs& args, const LayerCall& layer) {
-  run_forward(args, layer, kernels_of(layer).forward);
+  run_forward(args, layer, active_variant(layer.shape.dtype).forward);
 }
 
 void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& scan) {
@@ -95,7 +88,9 @@ void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& sc
   scan(args, threads);
 }
 
-Results forward(const LayerCall& layer) { return forward(layer, kernels_of(layer).forward); }
+Results forward(const LayerCall& layer) {
+  return forward(layer, active_variant(layer.shape.dtype).forward);
+}
 
 Results forward(const LayerCall& layer, const Scan& scan) {
   expect_cpu(layer);
@@ -181,7 +176,6 @@ class Gradients {
 
 void run_backward(const BackwardArgs& args, const LayerCall& layer) {
   const int threads = torch_threads();
-  const Kernels kernels = kernels_of(layer);
   py::gil_scoped_release release;
   const int64_t size = size_of(args.dtype);
   prefer_large_pages(args.d_x, args.directions * layer.rows * args.input * size);
@@ -193,7 +187,7 @@ void run_backward(const BackwardArgs& args, const LayerCall& layer) {
       prefer_large_pages(args.d_weight_ih[d], column * args.input);
     if (column * args.proj >= kMapped) prefer_large_pages(args.d_weight_hh[d], column * args.proj);
   }
-  kernels.backward(args, threads);
+  active_variant(args.dtype).backward(args, threads);
 }
 
 }  // namespace

@@ -63,8 +63,6 @@ struct Results {
 // What runs a forward scan of so many threads.
 using Scan = std::function<void(const ForwardArgs& args, int threads)>;
 
-Kernels kernels_of(const LayerCall& layer);
-
 Results forward(const LayerCall& layer);
 Results forward(const LayerCall& layer, const Scan& scan);
 
