@@ -225,7 +225,8 @@ def test_docstring(name):
     test = doctest.DocTestParser().get_doctest(text, names, name, str(path), line)
     torch.manual_seed(0)
     output: list[str] = []
-    doctest.DocTestRunner().run(test, out=output.append)
+    runner = doctest.DocTestRunner(verbose=False)  # by default it looks for pytest's own -v
+    runner.run(test, out=output.append)
     assert not output, "".join(output)
 
 

@@ -10,8 +10,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
@@ -40,8 +40,8 @@ from ._states import State, start
 from ._torch import Gru, Lstm, Rnn, is_exporting_to_onnx, is_tracing, is_transforming
 
 States = tuple[Tensor, ...]  # (h,) or (h, c), each [L * D, B, H]
-Lengths: TypeAlias = "Tensor | np.ndarray | Sequence[int]"
-Steps: TypeAlias = "Tensor | np.ndarray"  # marks, laid out as the input without its features
+Lengths: TypeAlias = "Tensor | NDArray[Any] | Sequence[int]"
+Steps: TypeAlias = "Tensor | NDArray[Any]"  # marks, laid out as the input without its features
 
 
 def _autocast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -460,11 +460,11 @@ class _RNNBase(DropIn, RNNBase):
         self,
         input: Tensor | PackedSequence,
         states: States | None,
-        lengths: Tensor | np.ndarray | Sequence[int] | None,
-        mask: Tensor | np.ndarray | None,
-        reset: Tensor | np.ndarray | PackedSequence | None,
+        lengths: Tensor | NDArray[Any] | Sequence[int] | None,
+        mask: Tensor | NDArray[Any] | None,
+        reset: Tensor | NDArray[Any] | PackedSequence | None,
         all_states: bool,
-        grad_scale: Tensor | np.ndarray | PackedSequence | None,
+        grad_scale: Tensor | NDArray[Any] | PackedSequence | None,
         inputs: tuple[Tensor, ...] | None = None,
     ) -> tuple[Any, States, tuple[Any, ...]]:
         """forward of every module: output, final states, and the states of each layer's steps."""
@@ -613,9 +613,9 @@ class _RNNBase(DropIn, RNNBase):
         self,
         input: PackedSequence,
         states: States | None,
-        reset: Tensor | np.ndarray | PackedSequence | None,
+        reset: Tensor | NDArray[Any] | PackedSequence | None,
         all_states: bool,
-        grad_scale: Tensor | np.ndarray | PackedSequence | None,
+        grad_scale: Tensor | NDArray[Any] | PackedSequence | None,
         inputs: tuple[Tensor, ...] | None,
     ) -> tuple[PackedSequence, States, tuple[PackedSequence, ...]]:
         x, batch_sizes, sorted_indices, unsorted_indices = input
@@ -815,9 +815,9 @@ class LSTM(_RNNBase):
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
         *,
-        lengths: Tensor | np.ndarray | Sequence[int] | None = None,
-        mask: Tensor | np.ndarray | None = None,
-        reset: Tensor | np.ndarray | PackedSequence | None = None,
+        lengths: Tensor | NDArray[Any] | Sequence[int] | None = None,
+        mask: Tensor | NDArray[Any] | None = None,
+        reset: Tensor | NDArray[Any] | PackedSequence | None = None,
         return_states: bool = False,
         grad_scale: Steps | PackedSequence | None = None,
     ) -> Any:
@@ -939,9 +939,9 @@ class _OneState(_RNNBase):
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
         *,
-        lengths: Tensor | np.ndarray | Sequence[int] | None = None,
-        mask: Tensor | np.ndarray | None = None,
-        reset: Tensor | np.ndarray | PackedSequence | None = None,
+        lengths: Tensor | NDArray[Any] | Sequence[int] | None = None,
+        mask: Tensor | NDArray[Any] | None = None,
+        reset: Tensor | NDArray[Any] | PackedSequence | None = None,
         return_states: bool = False,
         grad_scale: Steps | PackedSequence | None = None,
     ) -> Any:

@@ -41,9 +41,10 @@ else 1), G gates, and P features of h, which is H without a projection.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ._backends import takes_mask
@@ -61,7 +62,7 @@ from ._ragged import (
 
 __all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
 
-Steps = Tensor | np.ndarray
+Steps = Tensor | NDArray[Any]
 Lengths = Steps | Sequence[int]
 
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
