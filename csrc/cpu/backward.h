@@ -157,7 +157,7 @@ class BackwardScan {
     for (int64_t left = end - first; left > 0; left -= chunk_steps_) {
       const int64_t last = from - (min_of(chunk_steps_, left) - 1) * stride;
       const Chunk chunk = steps_.chunk(min_of(from, last), max_of(from, last));
-      const auto run_chunk = [&](const auto& phase) {
+      const auto run_chunk = [&](Phase phase) {
         if (norm_) norm_->project(direction, chunk, last, phase);
         for (int64_t t = from; t != last - stride; t -= stride) {
           run_step(direction, chunk, t, saved, phase);
@@ -187,9 +187,8 @@ class BackwardScan {
     }
   }
 
-  template <class Phase>
   void run_step(int direction, const Chunk& chunk, int64_t t, const SavedSteps& saved,
-                const Phase& phase) const {
+                Phase phase) const {
     const int64_t stride = steps_.stride(direction), rows = steps_.rows(t);
     const int64_t next = t + stride, before = t - stride;
     // The rows that have a step after t, and before t, in the order of the direction.

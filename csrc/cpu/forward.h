@@ -128,7 +128,7 @@ class ForwardScan {
   // `count` steps from `first` on. Last: nothing follows.
   void run_steps(int direction, PhaseRunner& runner, int64_t first, int64_t count,
                  const Saved<S, T>& saved, bool is_last) const {
-    const auto run_all = [&](const auto& phase) {
+    const auto run_all = [&](Phase phase) {
       const int64_t ahead = input_.steps_ahead, stride = steps_.stride(direction);
       int64_t t = first;
       for (int64_t i = 0; i < count; ++i, t += stride) {

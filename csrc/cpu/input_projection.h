@@ -60,8 +60,7 @@ class InputProjection {
   }
 
   // `count` steps from t on; phase(body) calls body with the parts, see PhaseRunner::step_phases.
-  template <class Phase>
-  void run(int direction, int64_t t, int64_t count, const Phase& phase) const {
+  void run(int direction, int64_t t, int64_t count, Phase phase) const {
     if constexpr (kCopies) {
       phase([&](const Part& part) { copy(direction, part, t, count); });
     }

@@ -80,7 +80,7 @@ class Int8Scan {
     if (args_.steps == 0) {
       return runner.last_phase([&](const Part& part) { start_states(direction, part, 0); });
     }
-    const auto run_all = [&](const auto& phase) {
+    const auto run_all = [&](Phase phase) {
       const int64_t stride = steps_.stride(direction);
       int64_t t = steps_.first(direction);
       for (int64_t i = 0; i < args_.steps; ++i, t += stride) run_step(direction, t, i, phase);
@@ -104,8 +104,7 @@ class Int8Scan {
 
   // Step t, the i-th of those that run. phase(body) calls body with the parts: see
   // PhaseRunner::step_phases.
-  template <class Phase>
-  void run_step(int direction, int64_t t, int64_t i, const Phase& phase) const {
+  void run_step(int direction, int64_t t, int64_t i, Phase phase) const {
     const int64_t rows = steps_.rows(t);
     const bool projects_input = i % steps_ahead_ == 0;
     const int64_t ahead = min_of(steps_ahead_, args_.steps - i);

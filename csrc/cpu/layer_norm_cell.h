@@ -10,8 +10,10 @@ namespace fastrnn::FASTRNN_VARIANT {
 template <class Cell, class S>
 void ForwardCell<Cell, S>::run_whole_row(const ForwardStep<S>& step,
                                          const ForwardRow<S>& whole) const {
-  const auto& [direction, row, gains, whole_x, whole_recurrent] = whole;
-  const TileRow<T> x{whole_x.values, G}, recurrent{whole_recurrent.values, R};
+  const int direction = whole.direction;
+  const int64_t row = whole.row;
+  const Gains<S>& gains = whole.gains;
+  const TileRow<T> x{whole.x.values, G}, recurrent{whole.recurrent.values, R};
   const int64_t hidden = args_.hidden, full = hidden / V::lanes, left = hidden % V::lanes;
   const Rows rows = rows_of(step, {direction, row, 1, 0, nullptr, nullptr, nullptr});
   const bool reset = steps_.resets_after(direction, step.t, row);
@@ -48,8 +50,11 @@ void ForwardCell<Cell, S>::run_whole_row(const ForwardStep<S>& step,
 template <class Cell, class S>
 void BackwardCell<Cell, S>::run_whole_row(const BackwardStep<S>& step,
                                           const BackwardRow<S>& whole) const {
-  const auto& [direction, row, gains, d_hidden, whole_x, whole_recurrent] = whole;
-  const TileRow<T> x{whole_x.values, G}, recurrent{whole_recurrent.values, R};
+  const int direction = whole.direction;
+  const int64_t row = whole.row;
+  const Gains<S>& gains = whole.gains;
+  const T* const d_hidden = whole.d_hidden;
+  const TileRow<T> x{whole.x.values, G}, recurrent{whole.recurrent.values, R};
   const int64_t hidden = args_.hidden, full = hidden / V::lanes, rest = hidden % V::lanes;
   const auto for_each_vector = [&](const auto& body) {
     for (int64_t v = 0; v < full; ++v) body(std::true_type{}, v * V::lanes, V::lanes);

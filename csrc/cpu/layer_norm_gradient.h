@@ -52,8 +52,7 @@ class LayerNormGradient {
   }
 
   // W_ih x of the chunk's steps, from `first` on in the order of the direction.
-  template <class Phase>
-  void project(int direction, const Chunk& chunk, int64_t first, const Phase& phase) const {
+  void project(int direction, const Chunk& chunk, int64_t first, Phase phase) const {
     input_.run(direction, first, chunk.last - chunk.first + 1, phase);
   }
 

@@ -1,6 +1,8 @@
 // One team of threads per scan, and the parts into which its work is divided.
 #pragma once
 
+#include <type_traits>
+
 #include "scan.h"
 #include "schedule.h"
 #include "steps.h"
@@ -37,6 +39,26 @@ struct Parts {
   bool splits_units;
 };
 
+// A function object that somebody else owns, called through a pointer: what takes one is compiled
+// once.
+template <class Argument>
+class Called {
+ public:
+  template <class F>
+    requires(!std::is_same_v<F, Called>)
+  Called(const F& f)
+      : object_(&f), call_([](const void* object, Argument argument) {
+          (*static_cast<const F*>(object))(argument);
+        }) {}
+  void operator()(Argument argument) const { call_(object_, argument); }
+
+ private:
+  const void* object_;
+  void (*call_)(const void* object, Argument argument);
+};
+using Body = Called<const Part&>;  // what is done for a part
+using Phase = Called<Body>;        // does it for parts
+
 // A thread on its way through one direction. body(part) is run for every part of a phase, each on
 // one thread; when phase() returns, all are done.
 class PhaseRunner {
@@ -44,13 +66,15 @@ class PhaseRunner {
   PhaseRunner(const Parts& parts, Phases& phases, int rank, int size)
       : parts_(parts), phases_(phases), member_{rank, size, parts.splits_units} {}
 
-  template <class Body>
-  void phase(const Body& body) {
+  void phase(Body body) {
     run(parts_.count, [&](int i) { body(parts_.own[i]); });
   }
+  // The same, but nothing may follow: it returns when all parts have begun.
+  void last_phase(Body body) {
+    for (int i; (i = phases_.next_part_of_last(member_, parts_.count)) >= 0;) body(parts_.own[i]);
+  }
   // Work that is divided with share() by the part's rank and size, neither by rows nor by units.
-  template <class Body>
-  void shared_phase(const Body& body) {
+  void shared_phase(Body body) {
     run(parts_.shared.size, [&](int i) {
       Part part = parts_.shared;
       part.rank = i;
@@ -58,21 +82,18 @@ class PhaseRunner {
     });
   }
 
-  // The same, but nothing may follow: it returns when all parts have begun.
-  template <class Body>
-  void last_phase(const Body& body) {
-    for (int i; (i = phases_.next_part_of_last(member_, parts_.count)) >= 0;) body(parts_.own[i]);
-  }
-  // The phases of some steps: run(phase) goes through the steps and calls phase(body) for what must
-  // be done by all parts before the next body begins. Where rows are split, no part needs another:
-  // each goes through all steps in a single phase.
-  // The same where units are split and no part reads what another wrote.
-  template <class Run>
-  void step_phases(const Run& run, bool is_last = false, bool need_each_other = true) {
+  // The phases of some steps: steps(phase) goes through the steps and calls phase(body) for what
+  // must be done by all parts before the next body begins. Where rows are split, or no part reads
+  // what another wrote, each part goes through all steps in a single phase.
+  void step_phases(Called<Phase> steps, bool is_last = false, bool need_each_other = true) {
     if (parts_.splits_units && need_each_other) {
-      return run([&](const auto& body) { phase(body); });
+      const auto with_all = [&](Body body) { phase(body); };
+      return steps(with_all);
     }
-    const auto all_steps = [&](const Part& part) { run([&](const auto& body) { body(part); }); };
+    const auto all_steps = [&](const Part& part) {
+      const auto alone = [&](Body body) { body(part); };
+      steps(alone);
+    };
     is_last ? last_phase(all_steps) : phase(all_steps);
   }
 
@@ -81,10 +102,10 @@ class PhaseRunner {
   Phases& phases_;
   Member member_;
 
-  template <class Body>
-  void run(int count, const Body& body) {
+  template <class Run>
+  void run(int count, const Run& run_part) {
     for (int i; (i = phases_.next_part(member_, count)) >= 0;) {
-      body(i);
+      run_part(i);
       phases_.done(member_, i, count);
     }
   }

@@ -14,13 +14,6 @@ namespace fastrnn {
 
 namespace {
 
-template <class... Values>
-[[noreturn]] void fail(const char* name, const Values&... values) {
-  std::string text = std::string(name) + ": ";
-  static_cast<void>((text += ... += values));
-  throw py::value_error(text);
-}
-
 // The cells of the registry, and after them those that were added since.
 std::deque<CellTraits>& all_traits() {
   static std::deque<CellTraits> traits = [] {

@@ -16,6 +16,12 @@ namespace fastrnn {
 
 namespace py = pybind11;
 
+// A ValueError about an argument: what was expected, and what came.
+template <class... Text>
+[[noreturn]] void fail(const char* argument, const Text&... text) {
+  throw py::value_error(((std::string(argument) + ": ") + ... + std::string(text)));
+}
+
 // What torch tells the extension once, when the package is imported: its types, functions that each
 // say whether something watches every operation (see is_watched), torch.is_grad_enabled and
 // torch.get_num_threads.

@@ -11,11 +11,6 @@ namespace fastrnn {
 
 namespace {
 
-template <class... Values>
-[[noreturn]] void fail(const char* name, const Values&... values) {
-  throw py::value_error(((std::string(name) + ": ") + ... + std::string(values)));
-}
-
 // The items of a sequence of tensors.
 std::vector<Tensor> tensors_of(const char* name, const py::tuple& items) {
   std::vector<Tensor> tensors;
