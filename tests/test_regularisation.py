@@ -267,7 +267,8 @@ def test_blocks_and_threads(cell, form, rows):
     with by_reference():
         expected = seeded_run(model, x, hx, **call)
     # To normalise c is to divide by what may be small, in which float32 is lost either way.
-    assert_close(results[0], expected, 1e-3 if "layer_norm" in own else 3e-5)
+    tolerance = 3e-5 if "layer_norm" not in own else 1e-3 if cell == "LSTM" else 1e-4
+    assert_close(results[0], expected, tolerance)
     if "layer_norm" in own:
         model, x, hx = model.double(), x.double(), double(hx)
         call = {name: scale.double() for name, scale in call.items()}

@@ -362,12 +362,9 @@ class ForwardScan {
   }
 
   void store_row(const TileRow<T>& row, S* to) const {
-    for (int64_t unit = 0, v = 0; unit < args_.hidden; unit += V::lanes, ++v) {
-      for (int g = 0; g < row.parts; ++g) {
-        store_lanes(V::load(row.at(v, g)), to + g * args_.hidden + unit,
-                    min_of(args_.hidden - unit, V::lanes));
-      }
-    }
+    for_each_part<T>(args_.hidden, row.parts, [&](int64_t v, int g, int64_t place, int64_t left) {
+      store_lanes(V::load(row.at(v, g)), to + place, left);
+    });
   }
 
   // A tile of one row for each block.

@@ -113,21 +113,35 @@ struct TileRow {
   }
 };
 
-// Normalises a row, multiplies it by its gains and adds its biases, which may be null.
+// body(v, g, place, left): the first `left` lanes of v of each of the `parts` gates, which lie at
+// `place` of a row [parts * H].
+template <class T, class Body>
+[[gnu::always_inline]] inline void for_each_part(int64_t hidden, int parts, const Body& body) {
+  constexpr int64_t lanes = Vec<T>::lanes;
+  for (int64_t v = 0, unit = 0; unit < hidden; ++v, unit += lanes) {
+    const int64_t left = min_of(hidden - unit, lanes);
+    for (int g = 0; g < parts; ++g) body(v, g, g * hidden + unit, left);
+  }
+}
+
+// Normalised values, times their gains and with their biases, which may be null.
+template <class S>
+[[gnu::always_inline]] inline Vec<Compute<S>> scale(Vec<Compute<S>> normalised, const S* gains,
+                                                    const S* bias, int64_t place, int64_t left) {
+  const Vec<Compute<S>> scaled = normalised * load_lanes(gains + place, left);
+  return bias == nullptr ? scaled : scaled + load_lanes(bias + place, left);
+}
+
+// Normalises a row and scales it.
 template <class S>
 [[gnu::noinline]] void normalise_row(const TileRow<Compute<S>>& row, int64_t hidden, const S* gains,
                                      const S* bias) {
-  using V = Vec<Compute<S>>;
-  const Moments<Compute<S>> moments = moments_of(row.all(hidden));
-  for (int64_t unit = 0, v = 0; unit < hidden; unit += V::lanes, ++v) {
-    const int64_t left = min_of(hidden - unit, V::lanes);
-    for (int g = 0; g < row.parts; ++g) {
-      const int64_t column = g * hidden + unit;
-      V value = moments.normalise(V::load(row.at(v, g))) * load_lanes(gains + column, left);
-      if (bias != nullptr) value = value + load_lanes(bias + column, left);
-      value.store(row.at(v, g));
-    }
-  }
+  using T = Compute<S>;
+  const Moments<T> moments = moments_of(row.all(hidden));
+  for_each_part<T>(hidden, row.parts, [&](int64_t v, int g, int64_t place, int64_t left) {
+    T* const own = row.at(v, g);
+    scale(moments.normalise(Vec<T>::load(own)), gains, bias, place, left).store(own);
+  });
 }
 
 // The learned vectors of a direction.

@@ -73,19 +73,16 @@ class LayerNormGradient {
     const Moments<T> of_r = moments_of(values_of(r, recurrent_ * hidden));
     x_inverse(direction, k) = of_x.inverse;
     r_moments(direction, k) = of_r;
-    const auto scale = [&](V n, const S* gains, const void* bias, int64_t place, int64_t left) {
-      const V scaled = n * load_lanes(gains + place, left);
-      return bias == nullptr ? scaled
-                             : scaled + load_lanes(static_cast<const S*>(bias) + place, left);
-    };
-    for_each(gates_, [&](int64_t v, int g, int64_t place, int64_t left) {
+    const auto* const bias_ih = static_cast<const S*>(args_.bias_ih[direction]);
+    const auto* const bias_hh = static_cast<const S*>(args_.bias_hh[direction]);
+    for_each_part<T>(args_.hidden, gates_, [&](int64_t v, int g, int64_t place, int64_t left) {
       const V n = of_x.normalise(V::load(normalised.at(v, g)));
       n.store(normalised.at(v, g));
-      scale(n, gains.ih, args_.bias_ih[direction], place, left).store(x.at(v, g));
+      scale(n, gains.ih, bias_ih, place, left).store(x.at(v, g));
     });
-    for_each(recurrent_, [&](int64_t v, int g, int64_t place, int64_t left) {
+    for_each_part<T>(args_.hidden, recurrent_, [&](int64_t v, int g, int64_t place, int64_t left) {
       const V n = of_r.normalise(load_lanes(r + place, left));
-      scale(n, gains.hh, args_.bias_hh[direction], place, left).store(recurrent.at(v, g));
+      scale(n, gains.hh, bias_hh, place, left).store(recurrent.at(v, g));
     });
     return {direction, row, gains, d_hidden(direction, row), x, recurrent};
   }
@@ -198,23 +195,12 @@ class LayerNormGradient {
     }
   }
 
-  // body(v, g, place, left): the first `left` lanes of v of each gate, which lie at `place` of a
-  // row [parts * H].
-  template <class Body>
-  [[gnu::always_inline]] void for_each(int parts, const Body& body) const {
-    const int64_t hidden = args_.hidden;
-    for (int64_t v = 0, unit = 0; unit < hidden; ++v, unit += V::lanes) {
-      const int64_t left = min_of(hidden - unit, V::lanes);
-      for (int g = 0; g < parts; ++g) body(v, g, g * hidden + unit, left);
-    }
-  }
-
   // Writes row k of `target`, from d of its `parts` and what `normalised` has.
   template <class Normalised>
   void write_gradient(const T* d, int parts, const S* gains, T inverse, const ChunkRows<S>& target,
                       int direction, int64_t k, const Normalised& normalised) const {
     NormSums<T> sums;
-    for_each(parts, [&](int64_t v, int g, int64_t place, int64_t left) {
+    for_each_part<T>(args_.hidden, parts, [&](int64_t v, int g, int64_t place, int64_t left) {
       V n = normalised(v, g, place, left);
       if (left < V::lanes) n = first_lanes(n, left);
       sums.add(load_lanes(d + place, left), load_lanes(gains + place, left), n);
@@ -222,7 +208,7 @@ class LayerNormGradient {
     sums.complete(parts * args_.hidden);
     T* const values = target.values(direction, k);
     F* const factors = target.factors(direction, k);
-    for_each(parts, [&](int64_t v, int g, int64_t place, int64_t left) {
+    for_each_part<T>(args_.hidden, parts, [&](int64_t v, int g, int64_t place, int64_t left) {
       const V dv = sums.gradient(load_lanes(d + place, left), load_lanes(gains + place, left),
                                  normalised(v, g, place, left), inverse);
       store_lanes(dv, values + place, left);
