@@ -23,7 +23,8 @@ TARGETS: dict[str, Make] = {**PEERS, "limits": Limits}
 Target = str | Make  # a name of these, or what can be pickled
 
 SETTLE_S = 1.0  # at most; Intel's OpenMP spins for 0.2 s
-PEEK_S = 0.002
+# A thread that runs is charged for it only at ticks of the kernel, 4 ms apart, or 10.
+PEEK_S = 0.025
 ASLEEP = 0.05  # CPU time per second below which nothing spins
 
 
