@@ -19,7 +19,7 @@ from fastrnn._options import OPTIONS
 
 STUB = Path(fastrnn.__file__).with_name("_cpu.pyi")
 # What pybind11 adds to a class that Python cannot make: a metaclass and a constructor that raises.
-CLASSES = ["CellInfo", "PackedState"]
+CLASSES = ["CellInfo"]
 NOT_IN_THE_STUB = [f"fastrnn._cpu.{name}{end}" for name in CLASSES for end in ("", ".__init__")]
 NOT_IN_THE_STUB += [
     "fastrnn._cpu.PackedLayer",

@@ -227,6 +227,13 @@ Tensor view(py::handle object) {
   return tensor;
 }
 
+const void* address_of(py::handle object) {
+  if (torch().exchange == nullptr) return view_by_attributes(object).data;
+  dlpack::Tensor given;
+  if (torch().exchange->view(object.ptr(), &given) != 0) throw py::error_already_set();
+  return static_cast<char*>(given.data) + given.byte_offset;
+}
+
 py::object make_tensor(const Tensor& like, const Shape& shape, Element element) {
   const dlpack::Exchange* const exchange = torch().exchange;
   if (exchange == nullptr) {

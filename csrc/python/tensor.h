@@ -126,6 +126,9 @@ class Attribute {
 // torch.func and fake tensors.
 Tensor view(py::handle object);
 
+// Where its elements begin, of a tensor that has memory.
+const void* address_of(py::handle object);
+
 // A new, uninitialised, contiguous tensor on like's device.
 py::object make_tensor(const Tensor& like, const Shape& shape, Element element);
 

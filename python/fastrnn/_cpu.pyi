@@ -1,7 +1,7 @@
 """The compiled kernels; see csrc/cpu/bind/. `layer` is a fastrnn._layer.Layer or its fields."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
 
@@ -160,6 +160,7 @@ class PackedModel:
         /,
     ) -> PackedState: ...
 
+@final
 class PackedState:
     """The states of all layers between two steps."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -60,13 +59,14 @@ def has_forward_ad() -> bool:
 
 
 # Each says whether something is at work that wants to see every operation: a dispatch mode, a
-# trace, a transform of torch.func, the profiler, autocast.
+# trace, a transform of torch.func, the profiler, autocast (of any device: to ask for one takes
+# twice as long).
 WATCHERS = (
     torch._C._len_torch_dispatch_stack,
     torch._C._get_tracing_state,
     torch._C._are_functorch_transforms_active,
     torch._C._autograd._profiler_enabled,
-    partial(torch.is_autocast_enabled, "cpu"),
+    torch._C._is_any_autocast_enabled,
     has_forward_ad,
 )
 

@@ -19,6 +19,7 @@
 #include "run_function.h"
 #include "run_layer.h"
 #include "run_module.h"
+#include "state_type.h"
 
 namespace fastrnn {
 namespace {
@@ -143,19 +144,14 @@ PYBIND11_MODULE(_cpu, m) {
       .def("start",
            [](std::shared_ptr<PackedModel> model, py::dict module, int64_t batch, bool is_batched,
               py::handle h, py::handle c) {
-             return PackedState(std::move(model), std::move(module), batch, is_batched, h, c);
+             return to_python(std::make_unique<PackedState>(std::move(model), std::move(module),
+                                                            batch, is_batched, h, c));
            })
       // What is packed for this processor and these parameters is no part of a copy.
       .def("__reduce__", [](const PackedModel&) {
         return py::make_tuple(py::type::of(py::none()), py::tuple());
       });
-  py::class_<PackedState>(m, "PackedState")
-      .def_property_readonly("batch", &PackedState::batch)
-      .def_property_readonly("is_batched", &PackedState::is_batched)
-      .def("step", &PackedState::step)
-      .def("run", &PackedState::run)
-      .def("tensors", &PackedState::tensors)
-      .def("h", &PackedState::h);
+  add_state_type(m);
   m.def("record", &record);
   m.def("replay", &replay);
 }

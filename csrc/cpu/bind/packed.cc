@@ -10,13 +10,15 @@
 #include "../workspace.h"
 #include "inspector.h"
 #include "modules.h"
+#include "state_type.h"
 
 namespace fastrnn {
 
 namespace {
 
-// Below so many multiply-adds a step, to let other Python threads run takes too long.
-constexpr int64_t kShort = int64_t{1} << 19;
+// Below so many multiply-adds a step, to let other Python threads run takes too long; and below so
+// many, no plan takes a second thread, so that torch need not be asked for how many there are.
+constexpr int64_t kShort = int64_t{1} << 19, kAlone = int64_t{1} << 16;
 
 // In the order in which the tiles of the active variant read them.
 class PackedTiles : public PackedLayer {
@@ -93,7 +95,7 @@ class PackedTiles : public PackedLayer {
 int64_t version_of(py::handle tensor) {
   static const Attribute version("_version");
   try {
-    return version(tensor).cast<int64_t>();
+    return PyLong_AsLongLong(version(tensor).ptr());
   } catch (py::error_already_set& error) {  // tensors of inference mode have none
     if (!error.matches(PyExc_RuntimeError)) throw;
     return -1;
@@ -130,18 +132,29 @@ bool read_states(const py::handle (&objects)[2], const Shape (&sizes)[2], Contig
   return true;
 }
 
-bool is_set(const py::dict& module, const char* name) {
-  PyObject* const value = PyDict_GetItemString(module.ptr(), name);
-  return value != nullptr && PyObject_IsTrue(value) == 1;
-}
+// module["name"], or null.
+class Entry {
+ public:
+  explicit Entry(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+  PyObject* of(py::handle dict) const { return PyDict_GetItemWithError(dict.ptr(), name_); }
+  bool is_true_in(py::handle dict) const {
+    PyObject* const value = of(dict);
+    return value != nullptr && PyObject_IsTrue(value) == 1;
+  }
+
+ private:
+  PyObject* const name_;
+};
 
 template <class Byte>
 Byte* at(Byte* memory, int64_t offset) {
   return memory == nullptr ? nullptr : memory + offset;
 }
 
-void run(const PackedLayer& layer, const ForwardArgs& args, int threads) {
-  if (work_of(args) * args.batch * args.steps < kShort) return layer.run(args, threads);
+void run(const PackedLayer& layer, const ForwardArgs& args) {
+  const int64_t work = work_of(args) * args.batch * args.steps;
+  const int threads = work < kAlone ? 1 : torch_threads();
+  if (work < kShort) return layer.run(args, threads);
   py::gil_scoped_release release;
   layer.run(args, threads);
 }
@@ -198,9 +211,8 @@ PackedModel::PackedModel(std::vector<std::shared_ptr<PackedLayer>> layers, const
 }
 
 bool PackedModel::is_current(const py::dict& module) const {
-  static PyObject* const parameters = PyUnicode_InternFromString("_parameters");
-  static PyObject* const flat_weights = PyUnicode_InternFromString("_flat_weights");
-  PyObject* const own = PyDict_GetItemWithError(module.ptr(), parameters);
+  static const Entry parameters("_parameters"), flat_weights("_flat_weights");
+  PyObject* const own = parameters.of(module);
   if (own == nullptr || !PyDict_Check(own) ||
       PyDict_GET_SIZE(own) != static_cast<Py_ssize_t>(named_.size())) {
     return false;
@@ -209,7 +221,7 @@ bool PackedModel::is_current(const py::dict& module) const {
     if (PyDict_GetItemWithError(own, each.name.ptr()) != each.tensor.ptr()) return false;
   }
   if (!listed_.empty()) {
-    PyObject* const listed = PyDict_GetItemWithError(module.ptr(), flat_weights);
+    PyObject* const listed = flat_weights.of(module);
     const auto size = static_cast<Py_ssize_t>(listed_.size());
     if (listed == nullptr || !PyList_Check(listed) || PyList_GET_SIZE(listed) != size) return false;
     for (Py_ssize_t i = 0; i < size; ++i) {
@@ -217,7 +229,7 @@ bool PackedModel::is_current(const py::dict& module) const {
     }
   }
   for (const Watched& each : watched_) {
-    if (view(each.tensor).data != each.data || version_of(each.tensor) != each.version) {
+    if (address_of(each.tensor) != each.data || version_of(each.tensor) != each.version) {
       return false;
     }
   }
@@ -225,11 +237,13 @@ bool PackedModel::is_current(const py::dict& module) const {
 }
 
 std::optional<Zoneouts> PackedModel::zoneouts(const py::dict& module) const {
-  PyObject* const options = PyDict_GetItemString(module.ptr(), "_options");
+  static const Entry options_of("_options"), dropout("dropout"), training("training");
+  static const Entry zoneout_of("zoneout");
+  PyObject* const options = options_of.of(module);
   const bool has_options = options != nullptr && PyDict_Size(options) > 0;
-  const bool drops = layers_.size() > 1 && is_set(module, "dropout");
-  if ((has_options || drops) && is_set(module, "training")) return std::nullopt;
-  PyObject* const zoneout = has_options ? PyDict_GetItemString(options, "zoneout") : nullptr;
+  const bool drops = layers_.size() > 1 && dropout.is_true_in(module);
+  if ((has_options || drops) && training.is_true_in(module)) return std::nullopt;
+  PyObject* const zoneout = has_options ? zoneout_of.of(options) : nullptr;
   if (zoneout == nullptr) return Zoneouts{};
   if (PyTuple_Check(zoneout)) {
     return Zoneouts{PyFloat_AsDouble(PyTuple_GET_ITEM(zoneout, 0)),
@@ -284,7 +298,7 @@ py::object PackedModel::step(const py::dict& module, py::handle x, py::handle h,
   args.output = unused.data();
   args.h_n = view(h_n).data;
   args.c_n = cells > 0 ? view(c_n).data : nullptr;
-  fastrnn::run(layer, args, torch_threads());
+  fastrnn::run(layer, args);
   return py::make_tuple(h_n, c_n);
 }
 
@@ -292,7 +306,6 @@ py::object PackedModel::run_layers(const Tensor& x, int64_t steps, int64_t batch
                                    const Shape& outputs, const Zoneouts& zoneouts, const char* h_0,
                                    const char* c_0, char* h_n, char* c_n) const {
   Contiguous contiguous;
-  const int threads = torch_threads();
   const void* from = contiguous(x);
   py::object output, before;
   for (size_t k = 0; k < layers_.size(); ++k) {
@@ -316,7 +329,7 @@ py::object PackedModel::run_layers(const Tensor& x, int64_t steps, int64_t batch
     args.c_n = at(c_n, c);
     zoneouts.set(args);
     prefer_large_pages(args.output, shape.count() * size_of(args.dtype));
-    fastrnn::run(layer, args, threads);
+    fastrnn::run(layer, args);
     from = args.output;
   }
   return output;
@@ -400,7 +413,7 @@ bool PackedState::takes(py::handle x, const Shape& expected, Tensor& viewed,
   zoneouts = *read;
   if (!is_tensor(x) || is_watched() || !is_plain(x)) return false;
   static const Attribute requires_grad("requires_grad");
-  if (is_grad_enabled() && requires_grad.is_true(x)) return false;
+  if (requires_grad.is_true(x) && is_grad_enabled()) return false;
   try {
     viewed = view(x);
   } catch (const std::exception&) {  // no memory
@@ -426,7 +439,6 @@ py::object PackedState::step(py::handle x, py::handle mask) const {
   }
   Contiguous contiguous;
   std::unique_ptr<PackedState> next(new PackedState(*this, true));
-  const int threads = torch_threads();
   const void* from = contiguous(given);
   thread_local std::vector<char> unused;  // T = 1: output and h_n are the same
   unused.resize(h_bytes());
@@ -443,7 +455,7 @@ py::object PackedState::step(py::handle x, py::handle mask) const {
     args.h_n = next->h_of(k);
     args.c_n = cells() > 0 ? next->c_of(k) : nullptr;
     zoneouts.set(args);
-    fastrnn::run(layer, args, threads);
+    fastrnn::run(layer, args);
     from = args.h_n;
   }
   if (rows) {
@@ -457,7 +469,7 @@ py::object PackedState::step(py::handle x, py::handle mask) const {
       }
     }
   }
-  return py::cast(std::move(next));
+  return to_python(std::move(next));
 }
 
 py::object PackedState::run(py::handle x) const {
@@ -477,7 +489,7 @@ py::object PackedState::run(py::handle x) const {
   const py::object output = model_->run_layers(given, steps, batch_, outputs, zoneouts, h_of(0),
                                                cells() > 0 ? c_of(0) : nullptr, next->h_of(0),
                                                cells() > 0 ? next->c_of(0) : nullptr);
-  return py::make_tuple(output, py::cast(std::move(next)));
+  return py::make_tuple(output, to_python(std::move(next)));
 }
 
 py::object PackedState::tensor_of(const Shape& shape, const char* from) const {
