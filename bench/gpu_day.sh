@@ -24,11 +24,14 @@ build              420 build
 plan-step           60 every_way plain-step
 plan-cluster        60 every_way plain-cluster
 plan-cluster-16     60 tests tests/cuda/test_scan.py -k "long_products and cluster-of-16 and LSTM and $CHOSEN"
+plan-barrier        60 every_way plain-cluster-barrier
 plan-block          60 every_way plain-block
 plan-grid           60 every_way plain-grid
 plan-stay           60 tests tests/cuda/test_scan.py -k "long_products and stay and LSTM and $CHOSEN"
 bf16               200 tests tests/cuda/test_scan.py -k "every_way and bf16 and $CHOSEN"
 time-768           150 compare H=768 B=16 dtype=bf16,fp16 cell=LSTM,GRU T=1024 layers=1 directions=1 ragged=False
+exchange-mbarrier  150 FASTRNN_CUDA_PLAN=cluster compare H=128,512 B=16 dtype=bf16 cell=LSTM T=1024 layers=1 directions=1 ragged=False
+exchange-barrier   150 FASTRNN_CUDA_PLAN=cluster-barrier compare H=128,512 B=16 dtype=bf16 cell=LSTM T=1024 layers=1 directions=1 ragged=False
 together           120 tests tests/cuda/test_layers.py -k "(graph_capture or streams or synchronisation) and $CHOSEN"
 every-way          240 tests tests/cuda/test_scan.py -k "every_way and not bf16 and $CHOSEN"
 scan               240 tests tests/cuda/test_scan.py -k "not every_way and $CHOSEN"

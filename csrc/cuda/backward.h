@@ -322,7 +322,7 @@ backward_kernel(FASTRNN_ARGUMENT Params<RecurrenceBackward> p) {
       const SliceSum<Compute<S>> sum(p.layout, sums);
       const auto total = [&](int row) { return sum(row, block.local_unit); };
       StateExchange exchange(block);
-      exchange.start();
+      exchange.start(last);
       for (int64_t i = first; i < last; ++i) {
         const bool is_step = i < block.count;
         if (is_step) items.read(block.time(i));  // while others finish the gradients at t+1

@@ -343,9 +343,9 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
            py::arg("reverse"), py::arg("tf32"));
 
   py::class_<Plan>(m, "Plan")
-      .def(py::init<Kind, int, int, int, int, bool, bool, int>(), py::arg("kind"), py::arg("units"),
-           py::arg("rows"), py::arg("slices"), py::arg("cluster"), py::arg("resident"),
-           py::arg("tensor"), py::arg("kept") = 0)
+      .def(py::init<Kind, int, int, int, int, bool, bool, int, bool>(), py::arg("kind"),
+           py::arg("units"), py::arg("rows"), py::arg("slices"), py::arg("cluster"),
+           py::arg("resident"), py::arg("tensor"), py::arg("kept") = 0, py::arg("mbarrier") = true)
       .def_readonly("kind", &Plan::kind)
       .def_readonly("units", &Plan::units)
       .def_readonly("rows", &Plan::rows)
@@ -354,6 +354,7 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
       .def_readonly("resident", &Plan::resident)
       .def_readonly("tensor", &Plan::tensor)
       .def_readonly("kept", &Plan::kept)
+      .def_readonly("mbarrier", &Plan::mbarrier)
       .def("workspace",
            [](const Plan& plan, const Problem& problem) { return Layout(problem, plan).workspace; })
       .def("shared",
@@ -373,7 +374,7 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   m.def("step_terms", &step_terms, py::arg("problem"), py::arg("device"), py::arg("plan"));
 
   m.def("make_plan", &make_plan, py::arg("problem"), py::arg("device"),
-        py::arg("kind") = py::none());
+        py::arg("kind") = py::none(), py::arg("mbarrier") = true);
   m.def("is_possible", &is_possible, py::arg("problem"), py::arg("device"), py::arg("plan"));
   m.def("device_info", &device_info, py::arg("device"));
   m.attr("built_for") = built_for();

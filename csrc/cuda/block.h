@@ -257,7 +257,7 @@ class GridExchange {
         reinterpret_cast<int64_t*>(block.p.workspace + layout_.flags) + group * layout_.unit_tiles;
     own_ = static_cast<int>(block.unit_tile);
   }
-  FASTRNN_DEVICE void start() {}
+  FASTRNN_DEVICE void start(int64_t) {}
   FASTRNN_DEVICE void wait(int64_t i) {
     if (has_barrier_) {
       for (int64_t other = thread_index(); other < layout_.unit_tiles; other += kThreads) {
@@ -292,7 +292,14 @@ class GridExchange {
   int64_t arrivals_ = 0;
 };
 
-// Through shared memory: every block of the cluster has all states of its rows.
+// Through shared memory: every block of the cluster has all states of its rows. Two mbarriers, one
+// for each of two buffers, count the bytes that come for a step, or blocks meet at the cluster's
+// barrier.
+//
+// With mbarriers nothing else is waited for: a block sends the states of step i + 1 when all its
+// threads have read those of step i - 1, which lie in the same buffer, and no other block sends
+// those of step i + 1 before it has all of step i. The last step sends nothing, as no block may end
+// while bytes are on their way to it.
 template <class S, class Args>
 class ClusterExchange {
  public:
@@ -303,30 +310,34 @@ class ClusterExchange {
     states_ = dynamic_shared() + layout_.shared_exchange;
     initial_ = block.p.workspace + layout_.exchange + group * bytes_;
     second_initial_ = block.p.args.problem.directions * layout_.row_tiles * bytes_;
+    const int64_t left = block.batch - block.first_row;
+    expected_ = static_cast<int>((left < layout_.rows ? left : layout_.rows) *
+                                 block.p.args.problem.depth() * int64_t{sizeof(S)});
   }
-  FASTRNN_DEVICE void start() {
+  FASTRNN_DEVICE void start(int64_t steps) {
+    steps_ = steps;
     for (int64_t i = 16 * thread_index(); i < bytes_; i += 16 * kThreads) {
       store(states_ + i, load(initial_ + i));
       store(states_ + bytes_ + i, load(initial_ + second_initial_ + i));
     }
-    arrive();
-  }
-  FASTRNN_DEVICE void wait(int64_t) {
-    if (cluster_ > 1) {
-      wait_cluster();
-    } else {
-      sync_block();
+    if (layout_.mbarrier && thread_index() == 0) {
+      for (int64_t i = 0; i < 2; ++i) begin_mbarrier(mbarrier(i));
+      for (int64_t i = 1; i <= 2; ++i) expect(i);
     }
+    arrive_at_barrier();
   }
-  // To release what was written takes a fence that waits for every store before it: one warp does
-  // it for its block, whose threads it has waited for.
+  FASTRNN_DEVICE void wait(int64_t i) {
+    if (!layout_.mbarrier || i == 0) return wait_at_barrier();
+    wait_for_bytes(mbarrier(i), static_cast<int>((i - 1) / 2 % 2));
+    if (thread_index() == 0) expect(i + 2);
+  }
   FASTRNN_DEVICE void arrive() {
-    if (cluster_ == 1) return;
-    sync_block();
-    arrive_cluster(thread_index() < 32);
+    if (!layout_.mbarrier) arrive_at_barrier();
   }
   // No block may end while another still writes to it.
-  FASTRNN_DEVICE void finish() { wait(0); }
+  FASTRNN_DEVICE void finish() {
+    if (!layout_.mbarrier) wait_at_barrier();
+  }
 
   FASTRNN_DEVICE const char* states(int64_t i) const { return states_ + i % 2 * bytes_; }
   FASTRNN_DEVICE static Vector16 load_state(const char* p, bool condition) {
@@ -336,14 +347,52 @@ class ClusterExchange {
     S* own = reinterpret_cast<S*>(states_ + (i + 1) % 2 * bytes_) + row * layout_.stride + column;
     if (cluster_ == 1) {
       *own = value;
-    } else {
+    } else if (!layout_.mbarrier) {
       for (int rank = 0; rank < cluster_; ++rank) store_in_cluster(own, rank, value);
+    } else if (i + 1 < steps_) {
+      send_to_all(own, value, mbarrier(i + 1));
     }
   }
 
  private:
+  // Of those that count the bytes of step i.
+  FASTRNN_DEVICE uint64_t* mbarrier(int64_t i) const {
+    return reinterpret_cast<uint64_t*>(dynamic_shared() + layout_.shared_mbarriers) + i % 2;
+  }
+  FASTRNN_DEVICE void expect(int64_t i) const {
+    if (i < steps_) expect_bytes(mbarrier(i), expected_);
+  }
+  // Two lanes have a pair of neighbouring units: each sends both, to every other block.
+  FASTRNN_DEVICE void send_to_all(S* own, S value, const uint64_t* mbarrier) const {
+    if constexpr (sizeof(S) == 2) {
+      const int odd = thread_index() % 2;
+      const uint32_t bits = value.bits, other = swap_with_neighbour(bits);
+      const uint32_t pair = odd == 0 ? bits | other << 16 : other | bits << 16;
+      auto* const first = reinterpret_cast<uint32_t*>(own - odd);
+      for (int rank = odd; rank < cluster_; rank += 2) send(first, rank, pair, mbarrier);
+    } else {
+      for (int rank = 0; rank < cluster_; ++rank) send(own, rank, value, mbarrier);
+    }
+  }
+  FASTRNN_DEVICE void wait_at_barrier() const {
+    if (cluster_ > 1) {
+      wait_cluster();
+    } else {
+      sync_block();
+    }
+  }
+  // To release what was written takes a fence that waits for every store before it: one warp does
+  // it for its block, whose threads it has waited for.
+  FASTRNN_DEVICE void arrive_at_barrier() const {
+    if (cluster_ == 1) return;
+    sync_block();
+    arrive_cluster(thread_index() < 32);
+  }
+
   const Layout& layout_;
   const int cluster_;
+  int expected_;            // bytes of a step
+  int64_t steps_ = 0;       // of the pass
   int64_t bytes_;           // of each of two buffers
   int64_t second_initial_;  // from the initial states of the first to those of the second
   char* states_;

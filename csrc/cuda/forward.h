@@ -190,7 +190,7 @@ forward_kernel(FASTRNN_ARGUMENT Params<RecurrenceForward> p) {
         return sum(row, gate * p.layout.units + block.local_unit);
       };
       StateExchange exchange(block);
-      exchange.start();
+      exchange.start(last);
       for (int64_t i = first; i < last; ++i) {
         items.read(block.time(i));  // while others finish h_{t-1}
         exchange.wait(i);

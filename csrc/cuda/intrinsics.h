@@ -67,6 +67,11 @@ FASTRNN_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffff, value, mask);
 }
 
+// What the other one of two neighbouring lanes gives, which the rest of the warp need not call.
+FASTRNN_DEVICE uint32_t swap_with_neighbour(uint32_t value) {
+  return __shfl_xor_sync(3u << (thread_index() & 30), value, 1);
+}
+
 FASTRNN_DEVICE Vector16 load(const void* p) { return *static_cast<const Vector16*>(p); }
 FASTRNN_DEVICE void store(void* p, Vector16 v) { *static_cast<Vector16*>(p) = v; }
 
@@ -149,6 +154,74 @@ FASTRNN_DEVICE void store_in_cluster([[maybe_unused]] S* own, [[maybe_unused]] i
   uint64_t there;
   asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(rank));
   *reinterpret_cast<S*>(there) = value;
+#endif
+}
+
+// An mbarrier in the block's shared memory, for one phase after the other: a phase is over when as
+// many bytes have come as were announced for it. Begun by one thread, before the cluster's barrier.
+FASTRNN_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+FASTRNN_DEVICE void begin_mbarrier([[maybe_unused]] uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+          shared_address(barrier))
+      : "memory");
+#endif
+}
+FASTRNN_DEVICE void expect_bytes([[maybe_unused]] uint64_t* barrier, [[maybe_unused]] int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+// Until the phase of this parity is over, the first one having 0. What was sent is seen then.
+FASTRNN_DEVICE void wait_for_bytes([[maybe_unused]] const uint64_t* barrier,
+                                   [[maybe_unused]] int parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t is_over;
+  do {
+    asm volatile(
+        "{.reg .pred is_over;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 is_over, [%1], %2;\n\t"
+        "selp.b32 %0, 1, 0, is_over;}"
+        : "=r"(is_over)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (is_over == 0);
+  __syncwarp();
+#endif
+}
+// A store to the shared memory of a block of the cluster, whose mbarrier counts its bytes. `own`
+// and `barrier`: the same places in this block's.
+template <class Word>
+FASTRNN_DEVICE void send([[maybe_unused]] Word* own, [[maybe_unused]] int rank,
+                         [[maybe_unused]] Word value, [[maybe_unused]] const uint64_t* barrier) {
+  static_assert(sizeof(Word) == 4 || sizeof(Word) == 8);
+#if __CUDA_ARCH__ >= 900
+  uint32_t there, counts;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(counts)
+      : "r"(shared_address(barrier)), "r"(rank));
+  if constexpr (sizeof(Word) == 4) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
+        "r"(bits), "r"(counts)
+        : "memory");
+  } else {
+    uint64_t bits;
+    __builtin_memcpy(&bits, &value, 8);
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(there),
+        "l"(bits), "r"(counts)
+        : "memory");
+  }
 #endif
 }
 

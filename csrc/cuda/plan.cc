@@ -109,12 +109,13 @@ Terms step_terms(const Problem& p, const DeviceInfo& device, const Plan& plan) {
   return terms(p, device, plan, Layout(p, plan));
 }
 
-std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device,
-                              std::optional<Kind> kind) {
+std::optional<Plan> make_plan(const Problem& p, const DeviceInfo& device, std::optional<Kind> kind,
+                              bool mbarrier) {
   std::optional<Plan> best;
   double least = 0;
   const auto consider = [&](Plan plan) {
     if (kind && plan.kind != *kind) return;
+    plan.mbarrier = mbarrier;
     // The warps that columns and rows leave idle share the depth.
     plan.slices = 1;
     const Layout whole(p, plan);

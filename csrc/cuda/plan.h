@@ -43,7 +43,7 @@ enum class Pass : int { kForward, kBackward };
 enum class Kind : int {
   kStep,     // the end of a launch: every size
   kGrid,     // flags in global memory; all blocks run at once
-  kCluster,  // a cluster's barrier and distributed shared memory, or one block alone
+  kCluster,  // distributed shared memory of a cluster, or one block alone
 };
 
 struct Plan {
@@ -54,6 +54,9 @@ struct Plan {
   bool resident;    // the weights of a block stay in its shared memory
   bool tensor;      // tensor cores multiply
   int kept = 0;     // where not all weights stay: those of so many blocks of each slice do
+  // In a cluster: a block waits until the bytes of all states have come, which an mbarrier counts,
+  // where their sizes allow it; else for the barrier of the cluster.
+  bool mbarrier = true;
 };
 
 constexpr int kMaxCluster = 16;  // more than 8 where the device grants it
@@ -121,8 +124,9 @@ struct Layout {
   int kept;
   int64_t unit_tiles, row_tiles;
   int64_t depth_blocks, stride;  // of a row of exchanged states
+  bool mbarrier;                 // see Plan
   int64_t packed, exchange, carry, flags, workspace;
-  int64_t shared_next, shared_exchange, shared_sums, shared;
+  int64_t shared_next, shared_exchange, shared_sums, shared_mbarriers, shared;
 
   FASTRNN_HD constexpr Layout(const Problem& p, const Plan& plan)
       : units(plan.units),
@@ -138,6 +142,9 @@ struct Layout {
         depth_blocks(divide_up(p.depth() * p.element(), kBlockBytes)),
         // An odd number of blocks: eight lanes that read two rows read no bank twice.
         stride((depth_blocks | 1) * kBlockBytes / p.element()),
+        // Elements of 16 bits go from block to block in pairs.
+        mbarrier(plan.mbarrier && plan.kind == Kind::kCluster && plan.cluster > 1 &&
+                 (p.element() > 2 || (plan.units % 2 == 0 && p.hidden % 2 == 0))),
         packed(0),
         exchange(p.directions * unit_tiles * depth_blocks * columns * kBlockBytes),
         carry(exchange + 2 * p.directions * row_tiles * rows * stride * p.element()),
@@ -149,7 +156,8 @@ struct Layout {
                         (plan.kept == 0 ? 0 : kWarps * next_bytes(columns, p.element()))),
         shared_sums(shared_exchange +
                     (plan.kind == Kind::kCluster ? 2 * rows * stride * p.element() : 0)),
-        shared(shared_sums + int64_t{slices} * rows * (columns + kSkew) * p.compute()) {}
+        shared_mbarriers(shared_sums + int64_t{slices} * rows * (columns + kSkew) * p.compute()),
+        shared(shared_mbarriers + (mbarrier ? 2 * int64_t{sizeof(uint64_t)} : 0)) {}
 
   FASTRNN_HD static constexpr int rows_per_warp(bool tensor) {
     return tensor ? 2 * kOctet : kOctet;
@@ -185,8 +193,8 @@ struct Terms {
 Terms step_terms(const Problem& problem, const DeviceInfo& device, const Plan& plan);
 
 // The plan that should take the least time; of the given kind if there is one, which a size or a
-// device may not allow.
+// device may not allow. Clusters with mbarriers or not, see Plan.
 std::optional<Plan> make_plan(const Problem& problem, const DeviceInfo& device,
-                              std::optional<Kind> kind);
+                              std::optional<Kind> kind, bool mbarrier = true);
 
 }  // namespace fastrnn::cuda

@@ -193,6 +193,9 @@ def run_module(
 def check(layer: tuple[Any, ...], /) -> None:
     """Raises ValueError, naming the field, for a record that does not fit together."""
 
+def is_contiguous(record: tuple[Any, ...], /) -> bool:
+    """Whether all tensors in it are, and in sequences in it."""
+
 def check_saved(layer: tuple[Any, ...], saved: tuple[Any, ...], /) -> None:
     """The same for a fastrnn._layer.Saved."""
 

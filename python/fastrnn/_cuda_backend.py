@@ -14,8 +14,8 @@ captured in a CUDA graph.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -28,7 +28,7 @@ from torch import Tensor
 from ._backends import DTYPES, Backend, register
 from ._cuda_rows import Rows, rows_at
 from ._kernels import Toolchain, find_compiler, load
-from ._layer import BUILT_IN, Layer, Results, Saved
+from ._layer import BUILT_IN, TENSORS, Layer, Results, Saved
 from ._load import _cpu, _cuda
 from ._segments import Part, backward_in_segments, forward_in_segments
 
@@ -53,19 +53,20 @@ class _Rounding:
         self._calls = 0
         self._before: tuple[bool, str | None] | None = None  # where it was changed
 
-    @contextmanager
-    def __call__(self, allowed: bool) -> Iterator[None]:
+    def __call__(self, allowed: bool) -> _Rounded:
+        return _Rounded(self, allowed)
+
+    def begin(self, allowed: bool) -> None:
         with self._lock:
             self._calls += 1
             if self._calls == 1:
                 self._change(allowed)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls -= 1
-                if self._calls == 0:
-                    self._restore()
+
+    def end(self) -> None:
+        with self._lock:
+            self._calls -= 1
+            if self._calls == 0:
+                self._restore()
 
     def _change(self, allowed: bool) -> None:
         matmul = torch.backends.cuda.matmul
@@ -85,6 +86,21 @@ class _Rounding:
         self._before = None
 
 
+class _Rounded:
+    """A call, as a context."""
+
+    __slots__ = ("_allowed", "_rounding")
+
+    def __init__(self, rounding: _Rounding, allowed: bool) -> None:
+        self._rounding, self._allowed = rounding, allowed
+
+    def __enter__(self) -> None:
+        self._rounding.begin(self._allowed)
+
+    def __exit__(self, *_: object) -> None:
+        self._rounding.end()
+
+
 _rounding = _Rounding()
 
 
@@ -100,11 +116,12 @@ class Weights(NamedTuple):
     parameters: Sequence[Any] = ()
 
     @classmethod
-    def of(cls, layer: Layer, given: Sequence[Any]) -> Weights:
-        """Of those of a direction, in the order of Layer.weights."""
-        first = len(given) - layer.cell.parameters
-        matrices, norms, own = given[: layer.matrices], given[layer.matrices : first], given[first:]
-        if not layer.cell.recurrent:
+    def of(cls, given: Sequence[Any], count: int, parameters: int, is_recurrent: bool) -> Weights:
+        """Of those of a direction, in the order of Layer.weights: `count` matrices and biases,
+        those of layer normalisation, and learned vectors."""
+        first = len(given) - parameters
+        matrices, norms, own = given[:count], given[count:first], given[first:]
+        if not is_recurrent:
             ih, bias_ih = (*matrices, None)[:2]
             return cls(ih, bias_ih=bias_ih, parameters=own)
         bias_ih, bias_hh = matrices[2:4] if len(matrices) > 3 else (None, None)
@@ -114,8 +131,9 @@ class Weights(NamedTuple):
 
 def _by_direction(layer: Layer, each: Sequence[Any]) -> list[Weights]:
     """What there is of each weight, direction by direction."""
-    count = len(layer.weights) // layer.directions
-    return [Weights.of(layer, each[i : i + count]) for i in range(0, len(each), count)]
+    cell, count = layer.cell, len(layer.weights) // layer.directions
+    numbers = layer.matrices, cell.parameters, cell.recurrent > 0
+    return [Weights.of(each[i : i + count], *numbers) for i in range(0, len(each), count)]
 
 
 class Nvcc(Toolchain):
@@ -156,7 +174,15 @@ class Nvcc(Toolchain):
 
 def _places(layer: Layer) -> list[Weights]:
     """Where the gradients of each direction's weights stand among all gradients."""
-    return _by_direction(layer, range(4, 4 + len(layer.weights)))
+    return _places_of(layer.mode, layer.layer_norm, len(layer.weights), layer.directions)
+
+
+@lru_cache
+def _places_of(mode: str, layer_norm: bool, count: int, directions: int) -> list[Weights]:
+    weights = tuple(range(4, 4 + count))
+    none = (None,) * TENSORS
+    options = mode, directions, 0, False, 0, False, False, 0.0, 0.0, 0.0, layer_norm
+    return _by_direction(Layer._make((*options, *none, weights)), weights)
 
 
 class CudaBackend(Backend):
@@ -165,7 +191,8 @@ class CudaBackend(Backend):
     `kernels` is the extension, fastrnn._cuda, or the one that the tests build for a CPU, where
     `device` is the compute capability to stand in for. `choose` replaces the kernels' make_plan,
     and `toolchain` is what compiles cells of the user's own.
-    FASTRNN_CUDA_PLAN=step|grid|cluster in the environment prefers a kind where it can run.
+    FASTRNN_CUDA_PLAN=step|grid|cluster in the environment prefers a kind where it can run;
+    cluster-barrier: clusters whose blocks wait at the cluster's barrier, not for an mbarrier.
     """
 
     takes_mask = True
@@ -182,16 +209,17 @@ class CudaBackend(Backend):
         self._kernels, self._device, self._allows_tf32 = kernels, device, allows_tf32
         self._choose = choose or self.make_plan
         self._toolchain = toolchain or Nvcc(kernels)
-        kind = os.environ.get("FASTRNN_CUDA_PLAN", "").upper()
-        if kind and kind not in kernels.Kind.__members__:
-            names = "|".join(kernels.Kind.__members__).lower()
-            raise ValueError(f"FASTRNN_CUDA_PLAN: expected {names}, got {kind.lower()}")
-        self._kind = kernels.Kind[kind] if kind else None
+        wanted = os.environ.get("FASTRNN_CUDA_PLAN", "").lower()
+        kinds = {name.lower(): kind for name, kind in kernels.Kind.__members__.items()}
+        kinds["cluster-barrier"] = kernels.Kind.CLUSTER
+        if wanted and wanted not in kinds:
+            raise ValueError(f"FASTRNN_CUDA_PLAN: expected {'|'.join(kinds)}, got {wanted}")
+        self._kind, self._mbarrier = kinds.get(wanted), wanted != "cluster-barrier"
         self._plan = lru_cache(maxsize=1024)(self._find_plan)
 
     def make_plan(self, problem: Any, device: Any) -> Any:
         """The kernels' choice for a problem on a device."""
-        plan = self._kernels.make_plan(problem, device, self._kind)
+        plan = self._kernels.make_plan(problem, device, self._kind, self._mbarrier)
         return plan or self._kernels.make_plan(problem, device)
 
     def runs_cell(self, mode: str, dtype: torch.dtype) -> bool:
@@ -352,6 +380,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _contiguous(record: Any) -> Any:
     """The record with contiguous tensors."""
+    if _cpu.is_contiguous(record):
+        return record
 
     def each(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -401,6 +431,7 @@ class _GateGradients:
 
     def __init__(self, layer: Layer, rows: Rows) -> None:
         self.layer, self.rows = layer, rows
+        self.weights = _by_direction(layer, layer.weights)
         new = layer.x.new_empty if rows.mask is None else layer.x.new_zeros
         hidden, width = layer.hidden, layer.weights[0].shape[0]
         self.gates = new((layer.directions, rows.count, width))  # of W_ih x + b_ih
@@ -442,7 +473,7 @@ class _GateGradients:
         if layer.directions > 1:
             states = output.view(rows.count, layer.directions, layer.proj).unbind(1)
         flat: Tensor | None = None
-        for d, (weights, at) in enumerate(zip(_by_direction(layer, layer.weights), _places(layer))):
+        for d, (weights, at) in enumerate(zip(self.weights, _places(layer))):
             gates = self.each[d]
             if layer.layer_norm:
                 self._differentiate_norms(d, inputs, weights, gradients, wanted, at)
@@ -532,7 +563,7 @@ class _GateGradients:
         layer, rows, d_h_n = self.layer, self.rows, saved.d_h_n
         d_h_0 = gradients[1]
         m = m.view(rows.count, layer.directions, layer.hidden)
-        for d, (weights, at) in enumerate(zip(_by_direction(layer, layer.weights), _places(layer))):
+        for d, (weights, at) in enumerate(zip(self.weights, _places(layer))):
             # Those that flow back through h, and not into W_hh.
             scaled = self._over_edges(self.each[d])
             if saved.wanted[at.hr]:

@@ -7,7 +7,7 @@ operators' schemas are made from its fields, and csrc/python/layer.cc checks it,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -193,14 +193,19 @@ class Layer(NamedTuple):
         )
 
     def make_gradients(self, wanted: Sequence[bool]) -> list[Tensor | None]:
-        """New, empty tensors for the gradients of x, h_0, c_0, inputs and each weight; None: not
-        wanted."""
-        new, states = self.x.new_empty, (self.directions, self.batch)
-        others = self.cell.states * self.hidden
-        shapes: list[Sequence[int]] = [self.x.shape, (*states, self.proj), (*states, others)]
-        shapes.append(self.x.shape if self.inputs is None else self.inputs.shape)
-        shapes += [w.shape for w in self.weights]
-        return [new(shape) if want else None for shape, want in zip(shapes, wanted)]
+        """New, empty tensors for the gradients of x, h_0, c_0, inputs and each weight, as many as
+        `wanted` has entries; None: not wanted."""
+        new = self.x.new_empty
+        return [new(size) if want else None for want, size in zip(wanted, self._gradient_sizes())]
+
+    def _gradient_sizes(self) -> Iterator[Sequence[int]]:
+        states = self.directions, self.batch
+        yield self.x.shape
+        yield (*states, self.proj)
+        yield (*states, self.cell.states * self.hidden)
+        yield self.x.shape if self.inputs is None else self.inputs.shape
+        for weight in self.weights:
+            yield weight.shape
 
 
 _KEEP = Layer._fields.index("keep")

@@ -34,6 +34,17 @@ py::list backward_of(py::handle layer, py::handle saved) {
   return list;
 }
 
+// All tensors in a record, and in sequences in it.
+bool are_contiguous(py::handle record) {
+  for (const py::handle value : record) {
+    const bool is_sequence = PyTuple_Check(value.ptr()) || PyList_Check(value.ptr());
+    if (is_sequence ? !are_contiguous(value) : is_tensor(value) && !view(value).is_contiguous) {
+      return false;
+    }
+  }
+  return true;
+}
+
 double checked_rate(int threads) {
   const int most = std::max<int>(torch_threads(), std::thread::hardware_concurrency());
   if (threads < 1 || threads > most) {  // OpenMP ends the process where it cannot start them
@@ -114,6 +125,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("tile_rate", &checked_tile_rate);
   m.def("run_module", &run_module);
   m.def("check", [](py::handle layer) { read_layer(layer); });
+  m.def("is_contiguous", &are_contiguous);
   m.def("check_saved",
         [](py::handle layer, py::handle saved) { read_saved(read_layer(layer), saved); });
   m.def("forward", [](py::handle layer) { return forward(read_layer(layer)).tuple(); });

@@ -88,6 +88,10 @@ void switch_to(Fiber& from, Fiber& to, [[maybe_unused]] bool ends = false) {
 struct Warp {
   Barrier barrier{32};
   alignas(64) char given[2][32 * 64];
+  struct Pair {
+    Barrier barrier{2};
+    uint32_t given[2][2];
+  } pairs[16];
 };
 
 struct Block {
@@ -101,7 +105,26 @@ struct Block {
   Block* first_of_cluster;
 };
 
+// In an mbarrier's place.
+struct Count {
+  int32_t missing;  // bytes; below 0 if some came before they were announced
+  uint16_t phase;
+  uint8_t begun;  // kBegun, which no other memory is likely to have there
+  bool is_announced;
+  static constexpr uint8_t kBegun = 0x5a;
+};
+static_assert(sizeof(Count) == sizeof(uint64_t));
+
+// On its way from block to block.
+struct Sent {
+  Block* to;
+  char *place, *count;
+  char bytes[8];
+  int size;
+};
+
 Fiber scheduler;
+std::vector<Sent> sent;
 int64_t progress;  // of any kind since the launch
 Launch current;
 const std::function<void()>* body;
@@ -112,7 +135,7 @@ struct Thread {
   Fiber fiber;
   int index = 0;
   Block* block = nullptr;
-  int64_t collectives = 0, cluster_generation = 0;
+  int64_t collectives = 0, swaps = 0, cluster_generation = 0;
   const Barrier* barrier = nullptr;  // that it waits at,
   int64_t generation = 0;            // as which it arrived there
   bool done = false;
@@ -128,6 +151,11 @@ void yield() {
   switch_to(own->fiber, scheduler);
 }
 
+[[noreturn]] void die(const char* why) {
+  std::fprintf(stderr, "harness: %s\n", why);
+  std::abort();
+}
+
 void main_of_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
   const void* bottom;
@@ -138,8 +166,7 @@ void main_of_fiber() {
 #endif
   (*body)();
   if (!self->copies.empty()) {
-    std::fprintf(stderr, "harness: a thread ends before what it copies\n");
-    std::abort();
+    die("a thread ends before what it copies");
   }
   self->done = true;
   // The memory of a block ends with it, whoever in its cluster still writes there.
@@ -176,6 +203,37 @@ void prepare(Fiber& fiber) {
   fiber.context.uc_stack.ss_size = kStack;
   makecontext(&fiber.context, main_of_fiber, 0);
 #endif
+}
+
+template <class Change>
+void change(char* at, Change&& change) {
+  Count count;
+  std::memcpy(&count, at, sizeof(count));
+  if (count.begun != Count::kBegun) die("an mbarrier is used before its beginning");
+  change(count);
+  if (count.is_announced && count.missing < 0) die("more bytes come than were announced");
+  if (count.is_announced && count.missing == 0) {
+    ++count.phase;
+    count.is_announced = false;
+  }
+  std::memcpy(at, &count, sizeof(count));
+  ++progress;
+}
+
+// The latest first, some of them later still.
+void deliver(std::mt19937* random) {
+  std::vector<Sent> all, later;
+  all.swap(sent);
+  for (auto s = all.rbegin(); s != all.rend(); ++s) {
+    if (s->to->shared == nullptr) die("bytes come to a block that has ended");
+    if (random != nullptr && (*random)() % 4 == 0) {
+      later.push_back(*s);
+      continue;
+    }
+    std::memcpy(s->place, s->bytes, s->size);
+    change(s->count, [&](Count& count) { count.missing -= s->size; });
+  }
+  sent.insert(sent.begin(), later.begin(), later.end());
 }
 
 // Blocks [begin, end) of the grid, all at once.
@@ -215,6 +273,7 @@ void run_blocks(int64_t begin, int64_t end, std::mt19937* random) {
       for (Block& block : blocks) block.stalls = (*random)() % 2 == 0;  // others run ahead
     }
     const int64_t before = progress;
+    deliver(random);
     for (Thread* thread : order) {
       if (thread->block->stalls) continue;
       const Barrier* barrier = thread->barrier;
@@ -226,6 +285,8 @@ void run_blocks(int64_t begin, int64_t end, std::mt19937* random) {
     idle_rounds = progress == before ? idle_rounds + 1 : 0;
   }
   const bool stuck = !order.empty();
+  if (!stuck && !sent.empty()) die("bytes come to a block that has ended");
+  sent.clear();
   self = nullptr;
   for (Thread& thread : threads) free_stacks.push_back(thread.fiber.stack);
   if (stuck) throw std::runtime_error("harness: every thread waits for another");
@@ -276,10 +337,52 @@ void wait_cluster() { self->block->cluster->wait(self->cluster_generation); }
 void* shared_of(void* own, int rank) {
   char* there = self->block->first_of_cluster[rank].shared.get();
   if (there == nullptr) {
-    std::fprintf(stderr, "harness: a block writes to one of its cluster that has ended\n");
-    std::abort();
+    die("a block writes to one of its cluster that has ended");
   }
   return there + (static_cast<char*>(own) - dynamic_shared());
+}
+
+void begin_mbarrier(uint64_t* barrier) {
+  const Count count{0, 0, Count::kBegun, false};
+  std::memcpy(barrier, &count, sizeof(count));
+}
+
+void expect_bytes(uint64_t* barrier, int bytes) {
+  change(reinterpret_cast<char*>(barrier), [&](Count& count) {
+    if (count.is_announced) die("bytes are announced twice");
+    count.is_announced = true;
+    count.missing += bytes;
+  });
+}
+
+void wait_for_bytes(const uint64_t* barrier, int parity) {
+  for (;; yield()) {
+    Count count;
+    std::memcpy(&count, barrier, sizeof(count));
+    if (count.begun != Count::kBegun) die("an mbarrier is used before its beginning");
+    if (count.phase % 2 != parity) return;
+  }
+}
+
+void send_bytes(void* own, int rank, const void* value, int bytes, const uint64_t* barrier) {
+  if (reinterpret_cast<uintptr_t>(own) % bytes != 0) die("bytes are sent to an odd place");
+  Sent one{&self->block->first_of_cluster[rank],
+           static_cast<char*>(shared_of(own, rank)),
+           static_cast<char*>(shared_of(const_cast<uint64_t*>(barrier), rank)),
+           {},
+           bytes};
+  std::memcpy(one.bytes, value, bytes);
+  sent.push_back(one);
+  ++progress;
+}
+
+uint32_t swap_with_neighbour(uint32_t value) {
+  const int lane = self->index % 32;
+  Warp::Pair& pair = self->block->warps[self->index / 32].pairs[lane / 2];
+  uint32_t* const given = pair.given[self->swaps++ % 2];
+  given[lane % 2] = value;
+  pair.barrier.wait(pair.barrier.arrive());
+  return given[1 - lane % 2];
 }
 
 void begin_copy(char* to, const char* from) {

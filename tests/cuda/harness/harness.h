@@ -67,6 +67,19 @@ void wait_cluster();
 // Where `own`, in this block's shared memory, lies in that of another block of the cluster.
 void* shared_of(void* own, int rank);
 
+// An mbarrier, which fits its 8 bytes. Bytes that were sent arrive some time later, and not in the
+// order in which they were sent.
+void begin_mbarrier(uint64_t* barrier);
+void expect_bytes(uint64_t* barrier, int bytes);
+void wait_for_bytes(const uint64_t* barrier, int parity);
+void send_bytes(void* own, int rank, const void* value, int bytes, const uint64_t* barrier);
+template <class Word>
+void send(Word* own, int rank, Word value, const uint64_t* barrier) {
+  static_assert(sizeof(Word) == 4 || sizeof(Word) == 8);
+  send_bytes(own, rank, &value, sizeof(Word), barrier);
+}
+uint32_t swap_with_neighbour(uint32_t value);
+
 // Every lane of a warp gives `bytes`; returns what each gave, one in every 64 bytes.
 const char* exchange_in_warp(const void* own, int bytes);
 
