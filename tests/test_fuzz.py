@@ -592,6 +592,33 @@ def set_torch_args(r: Random) -> list[Any]:
     ]
 
 
+with torch.no_grad():  # else it has no packed weights
+    STATE = fastrnn.LSTM(3, 4, 2).initial_state(batch=2)._core
+
+
+def step_args(r: Random) -> list[Any]:
+    return [torch.randn(2, 3), r.choice((None, torch.tensor([True, False])))]
+
+
+def check_step(args: tuple[Any, ...], result: Any) -> None:
+    if result is not None:
+        assert all(t.shape == (2, 2, 4) for t in result.tensors())
+
+
+def check_run(args: tuple[Any, ...], result: Any) -> None:
+    if result is not None:
+        assert result[0].shape == (len(args[0]), 2, 4)
+        check_step(args, result[1])
+
+
+def check_h(args: tuple[Any, ...], result: Any) -> None:
+    assert result.shape == (2, 4)
+
+
+def check_bool(args: tuple[Any, ...], result: Any) -> None:
+    assert result in (True, False)
+
+
 def no_args(r: Random) -> list[Any]:
     return []
 
@@ -613,6 +640,10 @@ TARGETS: dict[str, tuple[Callable[..., Any], Any, Any, int]] = {
     "record": (_cpu.record, record_args, check_record, 10),
     "replay": (_cpu.replay, replay_args, check_replay, 10),
     "run_module": (run_module, right_module, check_run_module, 20),
+    "is_contiguous": (_cpu.is_contiguous, lambda r: [right_layer(r)], check_bool, 3),
+    "state_step": (STATE.step, step_args, check_step, 10),
+    "state_run": (STATE.run, lambda r: [torch.randn(r.randint(0, 4), 2, 3)], check_run, 5),
+    "state_h": (STATE.h, lambda r: [r.randint(0, 1)], check_h, 3),
     "set_torch": (_cpu.set_torch, set_torch_args, check_none, 2),
     "multiply_add_rate": (_cpu.multiply_add_rate, lambda r: [1], check_rate, 3),
     "tile_rate": (_cpu.tile_rate, tile_args, check_rate, 3),
@@ -624,6 +655,9 @@ TARGETS: dict[str, tuple[Callable[..., Any], Any, Any, int]] = {
 
 NAMES_ARGUMENTS = ("check", "check_saved", "forward", "backward", "record", "replay")
 NO_RESULT = ("check", "check_saved", "set_torch")
+# What is not for them, they hand back, or they take nothing; a wrong number of arguments is rare.
+NEVER_REJECTED = ("inspect", "run_module", "state_step", "state_run")
+NEVER_REJECTED += ("exchange", "cpu_variant", "cpu_variants")
 
 
 def describe(value: Any) -> str:
@@ -714,7 +748,7 @@ def test_no_call_crashes(exchange):
     counts = Counter(json.loads(last))
     assert sum(counts.values()) == CASES
     for name in TARGETS:  # neither are all calls right nor all wrong
-        if name not in ("inspect", "run_module", "exchange", "cpu_variant", "cpu_variants"):
+        if name not in NEVER_REJECTED:
             assert counts[f"{name} rejected"] > 0, name
         assert counts[f"{name} accepted"] > 0, name
 

@@ -34,12 +34,16 @@ py::list backward_of(py::handle layer, py::handle saved) {
   return list;
 }
 
-// All tensors in a record, and in sequences in it.
-bool are_contiguous(py::handle record) {
+// All tensors in a record, and in tuples and lists that it has.
+bool are_contiguous(const py::tuple& record) {
+  const auto is_other = [](py::handle value) {
+    return is_tensor(value) && !view(value).is_contiguous;
+  };
   for (const py::handle value : record) {
-    const bool is_sequence = PyTuple_Check(value.ptr()) || PyList_Check(value.ptr());
-    if (is_sequence ? !are_contiguous(value) : is_tensor(value) && !view(value).is_contiguous) {
-      return false;
+    if (is_other(value)) return false;
+    if (!PyTuple_Check(value.ptr()) && !PyList_Check(value.ptr())) continue;
+    for (const py::handle each : value) {
+      if (is_other(each)) return false;
     }
   }
   return true;

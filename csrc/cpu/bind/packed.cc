@@ -509,6 +509,10 @@ py::tuple PackedState::tensors() const {
 }
 
 py::object PackedState::h(int64_t layer) const {
+  if (layer < 0 || layer >= layers()) {
+    throw py::index_error("layer: expected 0 to " + std::to_string(layers() - 1) + ", got " +
+                          std::to_string(layer));
+  }
   const int64_t proj = shape().proj;
   return tensor_of(is_batched_ ? Shape{batch_, proj} : Shape{proj}, h_of(layer));
 }
