@@ -1,4 +1,4 @@
-"""The extension for arm64 that .ci/arm64 has built, in an emulator: pytest
+"""The wheel for arm64 that .ci/arm64 has built, in an emulator: pytest
 tests/packaging/check_arm64.py, after it.
 
 Neither the order of sums nor what is fused is the same as on x86-64: results agree within the error
@@ -35,7 +35,7 @@ def scan(*command: str, **env: str) -> dict:
 
 @pytest.fixture(scope="module")
 def emulated() -> dict:
-    (extension,) = BUILD.glob("extension/_cpu.*.so")
+    (extension,) = BUILD.glob("site/fastrnn/_cpu.*.so")
     (openmp,) = BUILD.glob("root/usr/lib/aarch64-linux-gnu/libgomp.so.1")
     command = BUILD / "python", SCAN, extension, openmp
     return scan(*map(str, command), OMP_WAIT_POLICY="passive", FASTRNN_CPU="")
@@ -65,3 +65,19 @@ def test_results(emulated):
             most = expected.abs().max()
             error = (actual - expected).abs().max() / most if most > 0 else actual.abs().max()
             assert error <= TOLERANCE[dtype], f"{name}, tensor {i}: error {error:.2g}"
+
+
+def test_layers():
+    """Each cell against torch.nn's, forward and backward, on that torch."""
+    done = subprocess.run(
+        [BUILD / "python", "-m", "fastrnn", "--json"],
+        env=os.environ | {"PYTHONPATH": str(BUILD / "site"), "FASTRNN_CPU": ""},
+        cwd=BUILD,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] is True, report
+    assert "aarch64" in done.stdout
