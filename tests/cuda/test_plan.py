@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastrnn._cuda_backend import CudaBackend
 from test_scan import make_case
 
 DTYPES = {"f32": 0, "f64": 1, "bf16": 2, "f16": 3}
@@ -164,6 +165,29 @@ def test_impossible_plans(harness, gpus):
         {"kind": harness.Kind.CLUSTER},
     ):
         assert not harness.is_possible(given, gpus[3], harness.Plan(**{**right, **wrong})), wrong
+
+
+@pytest.mark.parametrize("wanted", ["", "step", "grid", "cluster", "cluster-barrier"])
+def test_the_environment_prefers_a_kind(harness, gpus, monkeypatch, wanted):
+    monkeypatch.setenv("FASTRNN_CUDA_PLAN", wanted)
+    small = problem(harness, "LSTM", "bf16")
+    plan = CudaBackend(harness).make_plan(small, gpus[3])
+    kind, _, barrier = wanted.partition("-")
+    assert plan.kind.name.lower() == (kind or "cluster")
+    assert plan.mbarrier is not bool(barrier)
+    # An mbarrier for each buffer of states, where the blocks of a cluster have them.
+    has_two = plan.cluster > 1 and not barrier
+    odd = problem(harness, "LSTM", "bf16", H=127)
+    numbers = plan.kind, plan.units, plan.rows, plan.slices, plan.cluster, plan.resident, True, 0
+    with_them, without = (harness.Plan(*numbers, mbarrier) for mbarrier in (plan.mbarrier, False))
+    assert with_them.shared(small) - without.shared(small) == 16 * has_two
+    assert with_them.shared(odd) == without.shared(odd)
+
+
+def test_the_environment_names_no_such_kind(harness, monkeypatch):
+    monkeypatch.setenv("FASTRNN_CUDA_PLAN", "block")
+    with pytest.raises(ValueError, match=r"FASTRNN_CUDA_PLAN: expected .*cluster.*, got block"):
+        CudaBackend(harness)
 
 
 def test_a_wrong_plan_is_refused(harness):
