@@ -348,7 +348,7 @@ sys.meta_path = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name
 sys.path.insert(0, "python")
 import fastrnn, os, pytest
 assert os.path.samefile(fastrnn.__path__[0], "python/fastrnn"), fastrnn.__path__
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "error", *sys.argv[1:]]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir=.", "-c", *sys.argv[1:]]))
 """
 
 
@@ -401,7 +401,7 @@ def test_new_cell(tmp_path):
     compile_baseline(tmp_path)
     tests = [b.title for b in changes if b.title.startswith("tests/test_")]
     result = subprocess.run(
-        [sys.executable, "-c", PYTEST, *tests],
+        [sys.executable, "-c", PYTEST, str(ROOT / "pyproject.toml"), *tests],
         cwd=tmp_path,
         env={k: v for k, v in os.environ.items() if k != "FASTRNN_CPU"},
         capture_output=True,
