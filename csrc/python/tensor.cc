@@ -95,12 +95,20 @@ bool is_contiguous(const dlpack::Tensor& tensor) {
   return true;
 }
 
-Tensor view_by_table(py::handle object) {
+dlpack::Tensor read_table(py::handle object) {
   dlpack::Tensor given;
   if (torch().exchange->view(object.ptr(), &given) != 0) throw py::error_already_set();
+  return given;
+}
+char* first_byte(const dlpack::Tensor& given) {
+  return static_cast<char*>(given.data) + given.byte_offset;
+}
+
+Tensor view_by_table(py::handle object) {
+  const dlpack::Tensor given = read_table(object);
   Tensor tensor;
   tensor.object = object;
-  tensor.data = static_cast<char*>(given.data) + given.byte_offset;
+  tensor.data = first_byte(given);
   for (int i = 0; i < given.dims; ++i) tensor.shape.push(given.shape[i]);
   tensor.element = element_of(given.dtype);
   tensor.device_type = given.device.type;
@@ -229,9 +237,7 @@ Tensor view(py::handle object) {
 
 const void* address_of(py::handle object) {
   if (torch().exchange == nullptr) return view_by_attributes(object).data;
-  dlpack::Tensor given;
-  if (torch().exchange->view(object.ptr(), &given) != 0) throw py::error_already_set();
-  return static_cast<char*>(given.data) + given.byte_offset;
+  return first_byte(read_table(object));
 }
 
 py::object make_tensor(const Tensor& like, const Shape& shape, Element element) {
