@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 from .compare import warn
 from .machine import Usage, cores, describe
+from .peers import WARM_UP_S
 from .results import DIRECTORY, Result, Row, medians_of_ratios, write
 from .worker import Worker
 
-# Before each burst, for the caches, the clock, and a machine that gives woken threads a core of
-# their own only when they have worked for some milliseconds: so many calls, and so long.
-WARM_UP, WARM_UP_S = 20, 0.02
+WARM_UP = 20  # calls at least before each burst, and WARM_UP_S
 MOST_CALLS = 500
 BURST_S = 0.01
 
