@@ -255,19 +255,18 @@ class BackwardScan {
   // [begin, end); sums[r * units + u] is W_hh^T times the gate gradients `d_gates(row)`, or zero
   // without any. Before that, fetch(row, count, column) may prefetch what finish will read.
   template <class DGates, class Fetch, class Finish>
-  void for_each_column(int direction, const Part& part, bool has_d_gates, DGates d_gates,
+  void for_each_column(int direction, const Part& part, int64_t t, bool has_d_gates, DGates d_gates,
                        int64_t begin, int64_t end, Fetch fetch, Finish finish) const {
     const Columns<T>& columns = hh_.columns;
     begin = max_of(begin, part.rows.begin);
     end = min_of(end, part.rows.end);
-    const Range blocks = hh_blocks(part);
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    sweep(hh_blocks(part), 1, t % 2 != 0, [&](int64_t block, int64_t, int64_t next) {
       for_each_tile(begin, end, max_rows(columns.units), [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
         if (has_products_ && has_d_gates) {
           fetch(row, count, columns.column(block, 0));
           const TileRows<F> left(count, [&](int r) { return d_gates(row + r); });
-          hh_.multiply(direction, block, left.rows, count, i, sums);
+          hh_.multiply(direction, block, next, left.rows, count, i, sums);
           if (args_.h_mask != nullptr) [[unlikely]] {
             mask_sums(direction, row, count, columns.column(block, 0), sums);
           }
@@ -276,7 +275,7 @@ class BackwardScan {
         }
         finish(row, count, columns.column(block, 0), sums);
       });
-    }
+    });
   }
 
   // Calls body(r, u, column, lanes) for the vectors of a block of columns of h.
@@ -322,7 +321,7 @@ class BackwardScan {
       const BackwardTile<S> tile{direction, row, count, column, sums, hh_.columns.units};
       projects_ ? finish_projected(step, tile) : run_units(step, tile);
     };
-    for_each_column(direction, part, step.has_after, d_gates, begin, end, fetch, finish);
+    for_each_column(direction, part, step.t, step.has_after, d_gates, begin, end, fetch, finish);
   }
 
   // The cell on a tile; or, where it needs whole rows, the tile is kept for run_whole_rows.
@@ -387,19 +386,18 @@ class BackwardScan {
   void run_projected_rows(int direction, const Part& part, const BackwardStep<S>& step,
                           int64_t begin, int64_t end) const {
     const Columns<T>& columns = hr_.columns;
-    const Range blocks = hr_blocks(part);
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    sweep(hr_blocks(part), 1, step.t % 2 != 0, [&](int64_t block, int64_t, int64_t next) {
       const auto run_tile = [&](int64_t row, int count, int64_t i) {
         V sums[kMaxRows * kMaxVectors];
         const int64_t local = step.chunk_row(steps_, row);
         const TileRows<F> d_projected(
             count, [&](int r) { return chunk_gradients_.projected.factors(direction, local + r); });
-        hr_.multiply(direction, block, d_projected.rows, count, i, sums);
+        hr_.multiply(direction, block, next, d_projected.rows, count, i, sums);
         run_units(step, {direction, row, count, columns.column(block, 0), sums, columns.units});
       };
       for_each_tile(max_of(begin, part.rows.begin), min_of(end, part.rows.end),
                     max_rows(columns.units), run_tile);
-    }
+    });
   }
 
   // The gradients of the initial states of rows whose first step, t, is done; d_gates(row) are
@@ -425,7 +423,7 @@ class BackwardScan {
           dh.store(static_cast<S*>(args_.d_h_0) + state, left);
         });
       };
-      for_each_column(direction, part, had_steps, d_gates, begin, end, fetch, finish);
+      for_each_column(direction, part, t, had_steps, d_gates, begin, end, fetch, finish);
     }
     if (cell_.states > 0 && args_.d_c_0 != nullptr) {
       write_initial_cell(direction, part, had_steps, begin, end);

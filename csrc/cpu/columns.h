@@ -56,6 +56,21 @@ struct Columns {
   }
 };
 
+// Calls body(first, last, next) for groups of `size` blocks that cover all of them; `next` is the
+// first block of the group that follows, or this group's own. Steps go through the blocks of a
+// weight forwards and backwards in turn: then each begins with what the one before it read last,
+// and so much of a weight that does not fit into a cache as does fit is found there.
+template <class Body>
+inline void sweep(Range blocks, int64_t size, bool is_backwards, Body body) {
+  const int64_t groups = (blocks.end - blocks.begin + size - 1) / size;
+  const auto first = [&](int64_t i) {
+    return blocks.begin + (is_backwards ? groups - 1 - i : i) * size;
+  };
+  for (int64_t i = 0; i < groups; ++i) {
+    body(first(i), min_of(first(i) + size, blocks.end), first(min_of(i + 1, groups - 1)));
+  }
+}
+
 // The length of rows of T so that they are whole vectors and an odd number of cache lines, which
 // makes them fall into all sets of the cache.
 template <class T>

@@ -279,9 +279,7 @@ class ForwardScan {
         !has_products_ || (step.t == steps_.first(direction) && args_.h_0 == nullptr);
     end = min_of(end, part.rows.end);
     const int64_t group = hh_.blocks_at_once(end - part.rows.begin);
-    const Range blocks = part.blocks(hh_.columns.blocks);
-    for (int64_t first = blocks.begin; first < blocks.end; first += group) {
-      const int64_t last = min_of(first + group, blocks.end);
+    const auto run_blocks = [&](int64_t first, int64_t last, int64_t next) {
       V biases[ForwardWeight<S, W>::kMaxBlocks * kMaxVectors];
       for (int64_t b = first; b < last; ++b) {
         hh_.load_bias(args_.bias_hh[direction], b, biases + (b - first) * vectors);
@@ -316,14 +314,15 @@ class ForwardScan {
           for (int64_t b = first; b < last && !args_.layer_norm; ++b) {
             context_.prefetch_results(step, direction, row, count, hh_.columns.column(b, 0));
           }
-          hh_.multiply_blocks(direction, first, last, h_prev.rows, count, index, tile_sums);
+          hh_.multiply_blocks(direction, first, last, next, h_prev.rows, count, index, tile_sums);
         }
         gathered += count;
         if (gathered + height > kCellRows) run_gathered();
       };
       for_each_tile(part.rows.begin, end, height, run_tile);
       if (gathered > 0) run_gathered();
-    }
+    };
+    sweep(part.blocks(hh_.columns.blocks), group, step.i % 2 != 0, run_blocks);
   }
 
   // The sums of a block, for run_whole_rows.
@@ -386,23 +385,22 @@ class ForwardScan {
   // h_t = W_hr times what run_rows left, for the part's rows and features.
   void project_hidden(int direction, const Part& part, int64_t t, int64_t i, int64_t end) const {
     const Columns<T>& columns = hr_.columns;
-    const Range blocks = hr_blocks(part);
     zoneout_.draw(Zoneout<S>::kH, direction, t, {part.rows.begin, min_of(part.rows.end, end)},
                   feature_range(part));
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    sweep(hr_blocks(part), 1, i % 2 != 0, [&](int64_t block, int64_t, int64_t next) {
       const auto run_tile = [&](int64_t row, int count, int64_t index) {
         V sums[kMaxRows * kMaxVectors];
         const TileRows<F> unprojected(count, [&](int r) {
           return states_.unprojected() + states_.offset(direction, row + r);
         });
-        hr_.multiply(direction, block, unprojected.rows, count, index, sums);
+        hr_.multiply(direction, block, next, unprojected.rows, count, index, sums);
         for (int r = 0; r < count; ++r) {
           context_.store_projected({t, i, direction, row + r}, columns, block,
                                    sums + r * columns.units);
         }
       };
       for_each_tile(part.rows.begin, min_of(end, part.rows.end), max_rows(columns.units), run_tile);
-    }
+    });
   }
 };
 

@@ -36,12 +36,12 @@ class InputGradient {
     const Range blocks =
         by_columns ? share(columns.blocks, part.rank, part.size) : Range{0, columns.blocks};
     const Range rows = by_columns ? Range{0, chunk.rows} : share(chunk.rows, part.rank, part.size);
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    sweep(blocks, 1, false, [&](int64_t block, int64_t, int64_t next) {
       for_each_tile(rows.begin, rows.end, max_rows(columns.units),
                     [&](int64_t row, int count, int64_t index) {
-                      write_tile(direction, chunk, block, row, count, index);
+                      write_tile(direction, chunk, block, next, row, count, index);
                     });
-    }
+    });
   }
 
  private:
@@ -50,13 +50,13 @@ class InputGradient {
   const ChunkGradients<S>& chunk_gradients_;
   const BackwardWeight<S> weight_;
 
-  void write_tile(int direction, const Chunk& chunk, int64_t block, int64_t row, int count,
-                  int64_t index) const {
+  void write_tile(int direction, const Chunk& chunk, int64_t block, int64_t next, int64_t row,
+                  int count, int64_t index) const {
     const Columns<T>& columns = weight_.columns;
     V sums[kMaxRows * kMaxVectors];
     const TileRows<F> d_gates(
         count, [&](int r) { return chunk_gradients_.input.factors(direction, row + r); });
-    weight_.multiply(direction, block, d_gates.rows, count, index, sums);
+    weight_.multiply(direction, block, next, d_gates.rows, count, index, sums);
     S* d_x =
         static_cast<S*>(args_.d_x) + (direction * steps_.total() + chunk.begin + row) * args_.input;
     for (int r = 0; r < count; ++r) {

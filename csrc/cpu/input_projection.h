@@ -65,10 +65,10 @@ class InputProjection {
       phase([&](const Part& part) { copy(direction, part, t, count); });
     }
     phase([&](const Part& part) {
-      const Range blocks = part.blocks(weight_.columns.blocks);
-      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-        run_block(direction, part, t, count, block);
-      }
+      sweep(part.blocks(weight_.columns.blocks), 1, false,
+            [&](int64_t block, int64_t, int64_t next) {
+              run_block(direction, part, t, count, block, next);
+            });
     });
   }
 
@@ -104,7 +104,8 @@ class InputProjection {
   }
 
   // A tile takes rows across steps, so that a small batch fills it too.
-  void run_block(int direction, const Part& part, int64_t t, int64_t count, int64_t block) const {
+  void run_block(int direction, const Part& part, int64_t t, int64_t count, int64_t block,
+                 int64_t next) const {
     const int vectors = weight_.columns.vectors;
     const int height = max_rows(vectors);
     V biases[kMaxVectors];
@@ -115,7 +116,7 @@ class InputProjection {
     int64_t tile = 0;
     const auto multiply_gathered = [&] {
       V sums[kMaxRows * kMaxVectors];
-      weight_.multiply(direction, block, rows, gathered, tile++, sums);
+      weight_.multiply(direction, block, next, rows, gathered, tile++, sums);
       for (int r = 0; r < gathered; ++r) {
         for (int v = 0; v < vectors; ++v) {
           (sums[r * vectors + v] + biases[v]).store(targets[r] + v * V::lanes);

@@ -217,8 +217,7 @@ class Int8Scan {
   // A tile takes rows across steps, so that a small batch fills it too.
   void project_input(int direction, const Part& part, int64_t t, int64_t count) const {
     const int vectors = ih_.columns.vectors, height = Int8Tile::tallest(vectors);
-    const Range blocks = part.blocks(ih_.columns.blocks);
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    sweep(part.blocks(ih_.columns.blocks), 1, false, [&](int64_t block, int64_t, int64_t next) {
       V biases[kMaxVectors];
       ih_.load_bias(args_.bias_ih[direction], block, biases);
       const uint8_t* rows[kMaxRows];
@@ -227,7 +226,7 @@ class Int8Scan {
       int64_t tile = 0;
       const auto multiply_gathered = [&] {
         V sums[kMaxRows * kMaxVectors];
-        ih_.multiply(direction, block, rows, gathered, tile++, sums);
+        ih_.multiply(direction, block, next, rows, gathered, tile++, sums);
         for (int r = 0; r < gathered; ++r) {
           for (int v = 0; v < vectors; ++v) {
             (sums[r * vectors + v] + biases[v]).store(targets[r] + v * V::lanes);
@@ -241,7 +240,7 @@ class Int8Scan {
         if (++gathered == height) multiply_gathered();
       });
       if (gathered > 0) multiply_gathered();
-    }
+    });
   }
 
   // -- A step
@@ -256,9 +255,7 @@ class Int8Scan {
     const Step step{t, i, saved};
     end = min_of(end, part.rows.end);
     const int64_t group = end - part.rows.begin <= kFewRows ? kBlocks : 1;
-    const Range blocks = part.blocks(hh_.columns.blocks);
-    for (int64_t first = blocks.begin; first < blocks.end; first += group) {
-      const int64_t last = min_of(first + group, blocks.end);
+    const auto run_blocks = [&](int64_t first, int64_t last, int64_t next) {
       V biases[kBlocks * kMaxVectors], sums[kBlocks * kCellRows * kMaxVectors];
       for (int64_t b = first; b < last; ++b) {
         hh_.load_bias(args_.bias_hh[direction], b, biases + (b - first) * vectors);
@@ -283,35 +280,35 @@ class Int8Scan {
           if (is_zero) {
             for (int j = 0; j < count * vectors; ++j) own[j] = V(0.0f);
           } else {
-            hh_.multiply(direction, b, h.rows, count, tile, own);
+            hh_.multiply(direction, b, b + 1 < last ? b + 1 : next, h.rows, count, tile, own);
           }
         }
         gathered += count;
         if (gathered + height > kCellRows) run_gathered();
       });
       if (gathered > 0) run_gathered();
-    }
+    };
+    sweep(part.blocks(hh_.columns.blocks), group, i % 2 != 0, run_blocks);
   }
 
   // h_t = W_hr times what run_rows left.
   void project_hidden(int direction, const Part& part, int64_t t, int64_t i, int64_t end) const {
     const Columns<float>& columns = hr_.columns;
-    const Range blocks = part.blocks(columns.blocks);
     const int height = Int8Tile::tallest(columns.units);
     zoneout_.draw(Zoneout<float>::kH, direction, t, rows_of(part, end), feature_range(part));
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    sweep(part.blocks(columns.blocks), 1, i % 2 != 0, [&](int64_t block, int64_t, int64_t next) {
       const auto run_tile = [&](int64_t row, int count, int64_t tile) {
         V sums[kMaxRows * kMaxVectors];
         const TileRows<uint8_t> hidden(
             count, [&](int r) { return hidden_.row(direction, part, row + r); });
-        hr_.multiply(direction, block, hidden.rows, count, tile, sums);
+        hr_.multiply(direction, block, next, hidden.rows, count, tile, sums);
         for (int r = 0; r < count; ++r) {
           context_.store_projected({t, i, direction, row + r}, columns, block,
                                    sums + r * columns.units);
         }
       };
       for_each_tile(part.rows.begin, min_of(end, part.rows.end), height, run_tile);
-    }
+    });
   }
 
   // -- What comes out

@@ -164,14 +164,14 @@ class Int8Weight {
   }
 
   // sums[r * vectors + v] = rows[r] times the block's v-th vector of columns. `tile`: how many
-  // tiles of this block came before.
-  void multiply(int direction, int64_t block, const uint8_t* const* rows, int count, int64_t tile,
-                V* sums) const {
-    const char* const from = static_cast<const char*>(packed_[direction]) + block * block_bytes();
-    // A part of the block that follows in memory; the first `vectors` tiles cover it.
-    const int64_t part = groups_ * FASTRNN_VECTOR_BYTES;
-    const char* const next = from + (tile < columns.vectors ? block_bytes() + tile * part : 0);
-    tile_for<Int8Tile>(columns.vectors, count)(rows, from, groups_, next, sums);
+  // tiles of this block came before; `next`: the block that will be multiplied after it.
+  void multiply(int direction, int64_t block, int64_t next, const uint8_t* const* rows, int count,
+                int64_t tile, V* sums) const {
+    const char* const packed = static_cast<const char*>(packed_[direction]);
+    // The first `vectors` tiles prefetch the next block, a part each.
+    const int64_t part = tile < columns.vectors ? tile * groups_ * FASTRNN_VECTOR_BYTES : 0;
+    tile_for<Int8Tile>(columns.vectors, count)(rows, packed + block * block_bytes(), groups_,
+                                               packed + next * block_bytes() + part, sums);
   }
 
   // A bias [gates * columns] in the order of the block's vectors; zero beyond the columns and for

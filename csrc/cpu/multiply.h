@@ -372,12 +372,12 @@ auto dot_for(int rows) {
   return dot_for<S, F>(rows, std::make_integer_sequence<int, Dot<S, F>::max_rows>());
 }
 
-// What the tile-th tile on a block prefetches: a part of the block that follows in memory. The
+// What the tile-th tile on a block prefetches: a part of `next`, the block that comes after it. The
 // first `vectors` tiles cover it.
 template <class F, class W>
-const W* prefetch_target(const W* packed, int64_t depth, int vectors, int64_t tile) {
+const W* prefetch_target(const W* next, int64_t depth, int vectors, int64_t tile) {
   const int64_t part = packed_depth<F>(depth) * FactorGroup<F>::V::lanes;
-  return packed + (tile < vectors ? vectors + tile : 0) * part;
+  return next + (tile < vectors ? tile : 0) * part;
 }
 
 // The rows of a tile: row_of(r) for each of `count`, which is never 0.

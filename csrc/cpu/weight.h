@@ -15,9 +15,11 @@ class ForwardWeight {
   using F = Factor<S>;
   using V = Vec<T>;
   // Up to this number of rows in all steps, dot products with the weight as it lies take less time.
-  // Each ends in a sum over lanes, which weighs the more, the smaller the depth.
+  // Each ends in a sum over lanes, which weighs the more, the smaller the depth; and all rows are
+  // read again for each vector of columns, so they should stay in L2.
   static constexpr int64_t few_rows(int64_t depth) {
-    return std::is_same_v<S, F> && FactorGroup<F>::size == 1 ? min_of(depth * 3 / 4, 256) : 32;
+    if (!std::is_same_v<S, F> || FactorGroup<F>::size > 1) return 32;
+    return min_of(depth * 5 / 8, (int64_t{1} << 19) / (max_of(depth, 1) * int64_t{sizeof(S)}));
   }
 
  public:
@@ -54,15 +56,14 @@ class ForwardWeight {
   int64_t packed_size() const { return columns.blocks * block_size(); }
 
   // sums[r * vectors + v] = rows[r] times the block's v-th vector of columns. `tile`: how many
-  // tiles of this block came before.
-  void multiply(int direction, int64_t block, const F* const* rows, int count, int64_t tile,
-                V* sums) const {
+  // tiles of this block came before; `next`: the block that will be multiplied after it.
+  void multiply(int direction, int64_t block, int64_t next, const F* const* rows, int count,
+                int64_t tile, V* sums) const {
     const int vectors = columns.vectors;
     if (is_packed()) {
-      const W* from = packed(direction, block);
       return tile_for<Multiply<F, W>>(vectors, count)(
-          rows, from, columns.width * FactorGroup<F, W>::size,
-          prefetch_target<F>(from, depth_, vectors, tile), depth_, sums);
+          rows, packed(direction, block), columns.width * FactorGroup<F, W>::size,
+          prefetch_target<F>(packed(direction, next), depth_, vectors, tile), depth_, sums);
     }
     for (int v = 0; v < vectors; ++v) {
       const int64_t column = columns.column(block, v / columns.gates);
@@ -86,15 +87,15 @@ class ForwardWeight {
 
   // The same as multiply for the blocks [first, last), at most blocks_at_once; their sums follow
   // each other.
-  void multiply_blocks(int direction, int64_t first, int64_t last, const F* const* rows, int count,
-                       int64_t tile, V* sums) const {
+  void multiply_blocks(int direction, int64_t first, int64_t last, int64_t next,
+                       const F* const* rows, int count, int64_t tile, V* sums) const {
     const int64_t group = last - first;
     if (group > 1 && group == blocks_at_once(count)) {
       return tile_for<Blocks>(columns.vectors, count)(rows, packed(direction, first), block_size(),
                                                       depth_, sums);
     }
     for (int64_t b = first; b < last; ++b, sums += count * columns.vectors) {
-      multiply(direction, b, rows, count, tile, sums);
+      multiply(direction, b, b + 1 < last ? b + 1 : next, rows, count, tile, sums);
     }
   }
 
@@ -150,10 +151,10 @@ class BackwardWeight {
     }
   }
 
-  // sums[r * units + u] = rows[r] times the block's u-th vector of columns. `tile`: how many tiles
-  // of this block came before.
-  void multiply(int direction, int64_t block, const F* const* rows, int count, int64_t tile,
-                V* sums) const {
+  // sums[r * units + u] = rows[r] times the block's u-th vector of columns. `tile` and `next` as in
+  // ForwardWeight.
+  void multiply(int direction, int64_t block, int64_t next, const F* const* rows, int count,
+                int64_t tile, V* sums) const {
     const F* from = packed(direction, block);
     int64_t stride = columns.width * FactorGroup<F>::size;
     if constexpr (kReadsUnpacked) {
@@ -163,7 +164,8 @@ class BackwardWeight {
       }
     }
     tile_for<Multiply<F>>(columns.units, count)(
-        rows, from, stride, prefetch_target<F>(from, depth_, columns.units, tile), depth_, sums);
+        rows, from, stride,
+        prefetch_target<F>(packed(direction, next), depth_, columns.units, tile), depth_, sums);
   }
 
  private:
