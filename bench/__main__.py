@@ -68,7 +68,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="measure what is missing in FILE, which a run with the same arguments left",
+        help="measure what is missing in FILE, which a run with the same arguments left; rows of "
+        "another commit stay, and say so",
     )
     args = parser.parse_args()
     if not 1 <= args.threads <= cores():
@@ -103,8 +104,7 @@ def left_by(file: Path, threads: int, peers: list[str]) -> Result:
     earlier = load(file)
 
     def conditions(threads: int, machine: dict[str, Any]) -> dict[str, Any]:
-        commit = (machine["commit"] or "").removesuffix("-dirty")  # by this very file, perhaps
-        return {"threads": threads, **machine, "commit": commit, "load_average": None}
+        return {"threads": threads, **machine, "commit": None, "load_average": None}
 
     now = conditions(threads, describe_with(peers))
     for name, then in conditions(earlier["threads"], earlier["machine"]).items():

@@ -204,7 +204,8 @@ def run(
             for case in (bar := tqdm(left, unit="row", leave=False, disable=None)):
                 bar.set_postfix_str(case.name)
                 state.rates.append(team.call("limits", "multiply_adds"))
-                state.rows.append(measure(team, case, seconds, least))
+                row = measure(team, case, seconds, least)
+                state.rows.append({"commit": state.machine["commit"], **row})
                 keep(state.result(team.waiting_share()))
                 for peer, why in state.rows[-1]["failed"].items():
                     message = why.splitlines()[-1]

@@ -80,13 +80,14 @@ def _notes(result: Result) -> str:
         for size, rate in limits["read_bytes_per_s"].items()
     )
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    commits = sorted({str(row.get("commit", machine["commit"])) for row in result["rows"]})
     lines = [
         "Under a library's name: its time over fastrnn's. Floor: the matrix products at the "
         f"processor's multiply-add rate or, up to {FEW_ROWS} rows, reading the weights, whichever "
         "takes longer.",
         f"Multiply-adds: {rate:.0f} GFLOP/s." + f" Reading: {reads}." * bool(reads),
         f"{result['threads']} threads of {machine['cores']} cores, {machine['cpu']}; {versions}; "
-        f"commit {machine['commit']}.",
+        f"commit {' and '.join(commits)}.",
     ]
     if any(row["busy"] for row in result["rows"]):
         lines.append("*: measured while others used the machine.")
