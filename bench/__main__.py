@@ -1,4 +1,4 @@
-"""fastrnn against torch.nn, ONNX Runtime, OpenVINO and JAX on this CPU.
+"""fastrnn, plain and frozen, against torch.nn, ONNX Runtime, OpenVINO and JAX on this CPU.
 
 Prints a table, and writes what it is made from, after every row: a run that was ended can be
 continued with --resume. Each library runs in a process of its own.

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from .cases import GATES, MODES, Case
-from .peers import PEERS
+from .peers import OURS, PEERS
 from .results import LATEST, Result, best_peer, case_of, load
 
 PAGE = Path(__file__).parents[1] / "build" / "heatmap.html"
@@ -63,7 +63,7 @@ def render(result: Result) -> str:
             line += f'<td style="background:{back};color:{front}">{text}{"*" * busy}</td>'
         lines.append(line + "</tr>")
     used = {peer for row in result["rows"] for peer in row["ms"]}
-    names = [PEERS[peer].title for peer in PEERS if peer in used and peer != "fastrnn"]
+    names = [PEERS[peer].title for peer in PEERS if peer in used and peer not in OURS]
     machine, busy = result["machine"], any(row["busy"] for row in result["rows"])
     about = (
         "The time of the fastest other library over fastrnn's: fastrnn is faster where it is blue. "

@@ -148,6 +148,19 @@ class FastRNN(TorchNN):
         return self.rnn(self.x, self.hx, lengths=lengths)
 
 
+class Frozen(FastRNN):
+    """The same layers after fastrnn.freeze: as ONNX Runtime and OpenVINO do, it packs once."""
+
+    title = "frozen"
+    training = False
+
+    def prepare(self, case: Case) -> None:
+        super().prepare(case)
+        import fastrnn
+
+        fastrnn.freeze(self.rnn.eval())
+
+
 class ONNXRuntime(Peer):
     title = "ONNX Runtime"
     packages = ("onnxruntime", "onnx")
@@ -291,11 +304,13 @@ class JAX(Peer):
 
 PEERS: dict[str, type[Peer]] = {
     "fastrnn": FastRNN,
+    "frozen": Frozen,
     "torch": TorchNN,
     "onnxruntime": ONNXRuntime,
     "openvino": OpenVINO,
     "jax": JAX,
 }
+OURS = ("fastrnn", "frozen")
 
 
 def check(values: dict[str, Array], expected: dict[str, Array]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import Case
+from .peers import OURS
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -86,8 +87,8 @@ def medians_of_ratios(samples: dict[str, list[float]], base: str) -> dict[str, f
 
 
 def best_peer(row: Row) -> tuple[str, float]:
-    """The fastest besides fastrnn, and its time over fastrnn's."""
-    others = {peer: times for peer, times in row["times_fastrnn"].items() if peer != "fastrnn"}
+    """The fastest other library, and its time over fastrnn's."""
+    others = {peer: times for peer, times in row["times_fastrnn"].items() if peer not in OURS}
     return min(others.items(), key=lambda item: item[1])
 
 

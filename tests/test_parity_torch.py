@@ -35,6 +35,17 @@ def test_sizes(cell, dtype, num_layers, bidirectional, sizes):
     assert_close(actual, expected)
 
 
+# Weights of more than 8 MiB, read as they lie for few rows, and packed for others; sizes that are
+# whole vectors and others.
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 7), (3, 2), (1, 300)])
+@pytest.mark.parametrize(("cell", "H"), [("LSTM", 1024), ("GRU", 1021), ("RNN_TANH", 2055)])
+def test_large_weights(cell, H, T, B):
+    models = pair(cell, 40, H, dtype=torch.float32)
+    x, hx = inputs(models[0], T, B)
+    actual, expected = (run(model, x, hx) for model in models)
+    assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "no-hx"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("batch_first", [True, False])

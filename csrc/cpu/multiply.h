@@ -272,7 +272,8 @@ template <class T, int W = Vec<T>::lanes / 2>
 
 // A tile of dot products of rows with rows of a weight as it lies, its depth along the lanes: for
 // so few rows that packing the weight would take longer than the product. Lane i of sums[r *
-// stride] is rows[r] times row i of `weight`, which has `count` of them.
+// stride] is rows[r] times row i of `weight`, which has `count` of them. A weight that is far away,
+// in L3 or memory, is prefetched: the hardware begins anew with each page, which may be each row.
 template <class S, class F>
 struct Dot {
   using T = Compute<S>;
@@ -283,8 +284,8 @@ struct Dot {
   static constexpr int max_rows = (FASTRNN_REGISTERS - 1) / (columns + 1);
 
   template <int MR>
-  static void run(const F* const* rows, const S* weight, int64_t count, int64_t depth, V* sums,
-                  int stride) {
+  static void run(const F* const* rows, const S* weight, int64_t count, int64_t depth, bool is_far,
+                  V* sums, int stride) {
     constexpr int groups = V::lanes / columns;
     V folded[MR][groups];
     for (int j = 0; j < groups; ++j) {
@@ -299,12 +300,22 @@ struct Dot {
       for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
         for (int c = 0; c < columns; ++c) acc[r][c] = V(T(0));
-      int64_t k = 0;
-      for (; k + V::lanes <= depth; k += V::lanes) {
+      const auto multiply_whole = [&](int64_t k) {
         multiply_add<MR>(
             acc, [&](int r) { return V::load(rows[r] + k); },
             [&](int c) { return V::load(from[c] + k); });
+      };
+      int64_t k = 0;
+      if (is_far) {
+        // The rows that come next, here or in the tile that follows.
+        const int64_t next = (j + 1 < groups ? 1 : V::lanes - j) * depth;
+        for (; k + V::lanes <= depth; k += V::lanes) {
+#pragma GCC unroll 4
+          for (int c = 0; c < columns; ++c) __builtin_prefetch(from[c] + next + k, 0, 2);
+          multiply_whole(k);
+        }
       }
+      for (; k + V::lanes <= depth; k += V::lanes) multiply_whole(k);
       if (k < depth) {
         multiply_add<MR>(
             acc, [&](int r) { return V::load(rows[r] + k, depth - k); },

@@ -21,13 +21,19 @@ class ForwardWeight {
     if (!std::is_same_v<S, F> || FactorGroup<F>::size > 1) return 32;
     return min_of(depth * 5 / 8, (int64_t{1} << 19) / (max_of(depth, 1) * int64_t{sizeof(S)}));
   }
+  // A weight of that size is not in L2 and may not be in L3.
+  static constexpr int64_t kFarBytes = 8 << 20;
 
  public:
   // Null weights: the layer has none. `rows`: those of all steps together. `given`: as pack() wrote
   // it before, or null.
   ForwardWeight(const void* const* weight, const Columns<T>& columns, int64_t depth, int directions,
                 int64_t rows, Workspace& workspace, const W* given = nullptr)
-      : columns(columns), depth_(depth), weight_(weight), is_given_(given != nullptr) {
+      : columns(columns),
+        depth_(depth),
+        weight_(weight),
+        is_given_(given != nullptr),
+        is_far_(columns.gates * columns.count * depth * int64_t{sizeof(S)} >= kFarBytes) {
     if (weight[0] == nullptr) return;
     if (is_given_) {
       packed_ = const_cast<W*>(given);
@@ -71,7 +77,7 @@ class ForwardWeight {
       const S* first_row =
           weight(direction) + (v % columns.gates * columns.count + column) * depth_;
       for_each_tile(0, count, Dot<S, F>::max_rows, [&](int64_t first, int some, int64_t) {
-        dot_for<S, F>(some)(rows + first, first_row, columns.count - column, depth_,
+        dot_for<S, F>(some)(rows + first, first_row, columns.count - column, depth_, is_far_,
                             sums + first * vectors + v, vectors);
       });
     }
@@ -108,7 +114,7 @@ class ForwardWeight {
  private:
   const int64_t depth_;
   const void* const* const weight_;
-  const bool is_given_;
+  const bool is_given_, is_far_;
   W* packed_ = nullptr;  // [D, blocks, depth, width]; given, it is only read
 
   const S* weight(int direction) const { return static_cast<const S*>(weight_[direction]); }
@@ -155,17 +161,18 @@ class BackwardWeight {
   // ForwardWeight.
   void multiply(int direction, int64_t block, int64_t next, const F* const* rows, int count,
                 int64_t tile, V* sums) const {
-    const F* from = packed(direction, block);
+    const F *from = packed(direction, block), *ahead = packed(direction, next);
     int64_t stride = columns.width * FactorGroup<F>::size;
     if constexpr (kReadsUnpacked) {
       if (!packs(block)) {
-        from = static_cast<const F*>(weight_[direction]) + block * columns.width;
+        const F* const weight = static_cast<const F*>(weight_[direction]);
+        from = weight + block * columns.width;
+        ahead = weight + next * columns.width;
         stride = columns.count;
       }
     }
     tile_for<Multiply<F>>(columns.units, count)(
-        rows, from, stride,
-        prefetch_target<F>(packed(direction, next), depth_, columns.units, tile), depth_, sums);
+        rows, from, stride, prefetch_target<F>(ahead, depth_, columns.units, tile), depth_, sums);
   }
 
  private:
