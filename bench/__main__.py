@@ -110,6 +110,8 @@ def left_by(file: Path, threads: int, peers: list[str]) -> Result:
     for name, then in conditions(earlier["threads"], earlier["machine"]).items():
         if then != now[name]:
             sys.exit(f"--resume: {file} was measured with {name} {then}, here is {now[name]}")
+    for row in earlier["rows"]:
+        row.setdefault("commit", earlier["machine"]["commit"])
     return earlier
 
 

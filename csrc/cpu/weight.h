@@ -161,18 +161,10 @@ class BackwardWeight {
   // ForwardWeight.
   void multiply(int direction, int64_t block, int64_t next, const F* const* rows, int count,
                 int64_t tile, V* sums) const {
-    const F *from = packed(direction, block), *ahead = packed(direction, next);
-    int64_t stride = columns.width * FactorGroup<F>::size;
-    if constexpr (kReadsUnpacked) {
-      if (!packs(block)) {
-        const F* const weight = static_cast<const F*>(weight_[direction]);
-        from = weight + block * columns.width;
-        ahead = weight + next * columns.width;
-        stride = columns.count;
-      }
-    }
+    const int64_t stride = packs(block) ? columns.width * FactorGroup<F>::size : columns.count;
     tile_for<Multiply<F>>(columns.units, count)(
-        rows, from, stride, prefetch_target<F>(ahead, depth_, columns.units, tile), depth_, sums);
+        rows, first_of(direction, block), stride,
+        prefetch_target<F>(first_of(direction, next), depth_, columns.units, tile), depth_, sums);
   }
 
  private:
@@ -188,6 +180,15 @@ class BackwardWeight {
   int64_t block_size() const { return packed_depth<F>(depth_) * columns.width; }
   F* packed(int direction, int64_t block) const {
     return packed_ + (direction * columns.blocks + block) * block_size();
+  }
+  // Where a block is read.
+  const F* first_of(int direction, int64_t block) const {
+    if constexpr (kReadsUnpacked) {
+      if (!packs(block)) {
+        return static_cast<const F*>(weight_[direction]) + block * columns.width;
+      }
+    }
+    return packed(direction, block);
   }
 };
 
