@@ -29,10 +29,23 @@ class BackwardCell {
         carry_c_(context.carry_c) {}
 
   void run(const BackwardStep<S>& step, const BackwardTile<S>& tile) const {
-    const int64_t left = args_.hidden - tile.column;
-    const int full = static_cast<int>(min_of(tile.vectors, left / V::lanes));
-    run_rows<true>(step, tile, 0, full);
-    if (full < tile.vectors && left > full * V::lanes) run_rows<false>(step, tile, full, full + 1);
+    const Rows rows = rows_of(step, tile);
+    const int64_t columns = args_.hidden - tile.column;
+    for (int r = 0; r < tile.count; ++r) {
+      Units units = units_of(step, tile.direction, tile.row, r);
+      for (int v = 0; v < tile.vectors; ++v) {
+        units.column = v * V::lanes;
+        units.left = columns - units.column;
+        if (units.left <= 0) break;
+        CellInputs in;
+        CellGradients d;
+        in.dh = tile.sums[r * tile.vectors + v];
+        const Kept kept = load_units(rows, units, in, d);
+        d.direct = C::backward(in.saved, in.inputs, in.parameters, in.h_prev, in.h, in.extra_prev,
+                               in.extra, in.dh, d.extra, d.x, d.r, d.inputs, d.parameters);
+        finish_units(rows, units, kept, in, d);
+      }
+    }
   }
 
   // The cell on a row of a layer with layer normalisation. It computes again what forward has not
@@ -132,34 +145,13 @@ class BackwardCell {
     V extra[room(C::extras)], x[G], r[room(R)], inputs[room(Z)], parameters[room(Q)], direct;
   };
 
-  // Vectors [begin, end) of the tile. Full: no lane lies beyond H.
-  template <bool Full>
-  void run_rows(const BackwardStep<S>& step, const BackwardTile<S>& tile, int begin,
-                int end) const {
-    const Rows rows = rows_of(step, tile);
-    for (int r = 0; r < tile.count; ++r) {
-      Units units = units_of(step, tile.direction, tile.row, r);
-      for (int v = begin; v < end; ++v) {
-        units.column = v * V::lanes;
-        units.left = args_.hidden - tile.column - units.column;
-        CellInputs in;
-        CellGradients d;
-        in.dh = tile.sums[r * tile.vectors + v];
-        const Kept kept = load_units<Full>(rows, units, in, d);
-        d.direct = C::backward(in.saved, in.inputs, in.parameters, in.h_prev, in.h, in.extra_prev,
-                               in.extra, in.dh, d.extra, d.x, d.r, d.inputs, d.parameters);
-        finish_units<Full>(rows, units, kept, in, d);
-      }
-    }
-  }
-
   // A vector of units of a tile's r-th row, and how it stands to the steps beside it. Reset:
   // nothing of the step before goes into this one.
   struct Units {
     int r;
     bool reset, has_after, has_before;
     int64_t n, n_after;    // the rows of the step and of the one after it in the layer
-    int64_t column, left;  // of the tile's columns, and how many lanes there are
+    int64_t column, left;  // of the tile's columns, and how many units follow from it on
   };
   [[gnu::always_inline]] Units units_of(const BackwardStep<S>& step, int direction, int64_t row,
                                         int r) const {
@@ -181,24 +173,27 @@ class BackwardCell {
 
   // All that the cell's backward takes. In in.dh is what a product has brought. What forward saved
   // is not there with layer normalisation.
-  template <bool Full, bool IsSaved = true>
+  template <bool IsSaved = true>
   [[gnu::always_inline]] Kept load_units(const Rows& rows, const Units& units, CellInputs& in,
                                          CellGradients& d) const {
     if (units.has_after && rows.carry_h != nullptr) {
       const T* carried = rows.carry_h + units.r * rows.hidden_units + units.column;
-      in.dh = in.dh + (Full ? V::load(carried) : V::load(carried, units.left));
+      in.dh = in.dh + load_lanes(carried, units.left);
     }
     if (!edge_.is_plain() && !projects_ && units.has_after) [[unlikely]]
       in.dh = edge_(in.dh, units.n_after);
-    load_inputs<Full, IsSaved>(rows, units, in, d);
+    if (const int64_t left = units.left; left < V::lanes) [[unlikely]] {
+      load_inputs<IsSaved>(rows, units, in, d, [left](const auto* p) { return V::load(p, left); });
+    } else {
+      load_inputs<IsSaved>(rows, units, in, d, [](const auto* p) { return V::load(p); });
+    }
     Kept kept;
     if (zoneout_.is_on()) [[unlikely]]
-      kept = keep_states<Full>(rows, units, in, d);
+      kept = keep_states(rows, units, in, d);
     return kept;
   }
 
   // And all that it leaves.
-  template <bool Full>
   [[gnu::always_inline]] void finish_units(const Rows& rows, const Units& units, const Kept& kept,
                                            const CellInputs& in, CellGradients& d) const {
     if (zoneout_.is_on()) [[unlikely]] {
@@ -214,12 +209,15 @@ class BackwardCell {
             .store(rows.hidden + units.r * rows.chunk_stride + units.column);
       }
     }
-    store_outputs<Full>(rows, units, d);
+    if (const int64_t left = units.left; left < V::lanes) [[unlikely]] {
+      store_outputs(rows, units, d, [left](auto* p, V value) { value.store(p, left); });
+    } else {
+      store_outputs(rows, units, d, [](auto* p, V value) { value.store(p); });
+    }
   }
 
   // Zoneout: splits the gradients of the states between the step before and the cell, which it
   // gives the states as the cell's forward left them.
-  template <bool Full>
   [[gnu::always_inline]] Kept keep_states(const Rows& rows, const Units& units, CellInputs& in,
                                           CellGradients& d) const {
     const int64_t r = units.r, column = units.column;
@@ -233,9 +231,8 @@ class BackwardCell {
         const int64_t feature = r * rows.feature_stride + column;
         const S* before = units.has_before ? at(rows.output_before, feature)
                                            : at(rows.h_0, r * rows.hidden_units + column);
-        const V h_prev = units.reset || before == nullptr
-                             ? V(T(0))
-                             : V::load(before, min_of(units.left, V::lanes));
+        const V h_prev =
+            units.reset || before == nullptr ? V(T(0)) : load_lanes(before, units.left);
         const V one(T(1)), rest = one - weight;
         // Where all is kept, no gradient asks for it.
         in.h = where(rest > V(T(0)), (in.h - weight * h_prev) / rest, in.h);
@@ -251,15 +248,12 @@ class BackwardCell {
     return kept;
   }
 
-  template <bool Full, bool IsSaved>
+  template <bool IsSaved, class Load>
   [[gnu::always_inline]] static void load_inputs(const Rows& rows, const Units& units,
-                                                 CellInputs& in, CellGradients& d) {
-    const int64_t r = units.r, column = units.column, left = units.left;
+                                                 CellInputs& in, CellGradients& d,
+                                                 const Load& load) {
+    const int64_t r = units.r, column = units.column;
     const bool reset = units.reset, has_after = units.has_after, has_before = units.has_before;
-    const auto load = [left](const auto* p) {
-      if constexpr (Full) return V::load(p);
-      return V::load(p, left);
-    };
     const auto load_or_zero = [&load](const auto* p, int64_t i) {
       return p == nullptr ? V(T(0)) : load(p + i);
     };
@@ -304,15 +298,11 @@ class BackwardCell {
     if (rows.d_h_n != nullptr) in.dh = in.dh + load(rows.d_h_n + state);
   }
 
-  template <bool Full>
+  template <class Store>
   [[gnu::always_inline]] static void store_outputs(const Rows& rows, const Units& units,
-                                                   const CellGradients& d) {
-    const int64_t r = units.r, column = units.column, left = units.left;
+                                                   const CellGradients& d, const Store& store) {
+    const int64_t r = units.r, column = units.column;
     const bool reset = units.reset;
-    const auto store = [left](auto* p, V v) {
-      if constexpr (Full) return v.store(p);
-      return v.store(p, left);
-    };
     const int64_t state = r * rows.hidden_units + column;
     const int64_t first = r * rows.chunk_stride + column;
     const auto store_gates = [&]<int N>(T* values, F* factors, const V(&d_gates)[N]) {

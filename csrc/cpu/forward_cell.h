@@ -26,10 +26,23 @@ class ForwardCell {
         units_(context.units) {}
 
   void run(const ForwardStep<S>& step, const ForwardTile<S>& tile) const {
-    const int64_t left = args_.hidden - tile.unit;
-    const int full = static_cast<int>(min_of(units_, left / V::lanes));
-    run_rows<true>(step, tile, 0, full);
-    if (full < units_ && left > full * V::lanes) run_rows<false>(step, tile, full, full + 1);
+    const Rows rows = rows_of(step, tile);
+    const bool keeps = zoneout_.is_on();
+    const int64_t units = args_.hidden - tile.unit;
+    for (int r = 0; r < tile.count; ++r) {
+      const bool reset = steps_.resets_after(tile.direction, step.t, tile.row + r);
+      for (int u = 0; u < units_; ++u) {
+        const int64_t left = units - u * V::lanes;
+        if (left <= 0) break;
+        CellValues cell;
+        load(tile, rows, r, u, left, cell);
+        cell.h = C::forward(cell.x, cell.recurrent, cell.inputs, cell.parameters, cell.h_prev,
+                            cell.extra, cell.saved);
+        if (keeps) [[unlikely]]
+          keep_states(rows, r, u, cell);
+        store(rows, r, u, left, reset, cell);
+      }
+    }
   }
 
   // The cell on a row of a layer with layer normalisation, where it normalises c. See
@@ -77,7 +90,7 @@ class ForwardCell {
               at(states_.direct(), state),
               states_.cell(tile.direction, tile.row) + tile.unit,
               states_.unprojected() + state,
-              at(static_cast<S*>(args_.output), feature),
+              nullptr,
               saved.gates == nullptr ? nullptr : saved.gate_row(n) + tile.unit,
               saved.extra == nullptr ? nullptr : saved.extra_row(n) + tile.unit,
               nullptr,
@@ -96,6 +109,7 @@ class ForwardCell {
       rows.before = rows.direct;
     }
     if (!projects_) {
+      rows.output = at(static_cast<S*>(args_.output), feature);
       rows.h_mask = at(states_.h_mask(tile.direction, tile.row), tile.unit);
       rows.keep_h = at(zoneout_.weights(Zoneout<S>::kH, tile.direction, tile.row), tile.unit);
     }
@@ -117,29 +131,7 @@ class ForwardCell {
     V extra[room(C::extras)], saved[room(C::saves)], h;
   };
 
-  // Vectors [begin, end) of the block's units. Full: no lane lies beyond H.
-  template <bool Full>
-  void run_rows(const ForwardStep<S>& step, const ForwardTile<S>& tile, int begin, int end) const {
-    const Rows rows = rows_of(step, tile);
-    const bool keeps = zoneout_.is_on();
-    for (int r = 0; r < tile.count; ++r) {
-      const bool reset = steps_.resets_after(tile.direction, step.t, tile.row + r);
-      for (int u = begin; u < end; ++u) {
-        const int64_t left = args_.hidden - tile.unit - u * V::lanes;
-        CellValues cell;
-        load<Full>(tile, rows, r, u, left, cell);
-        cell.h = C::forward(cell.x, cell.recurrent, cell.inputs, cell.parameters, cell.h_prev,
-                            cell.extra, cell.saved);
-        if (keeps) [[unlikely]]
-          keep_states(rows, r, u, cell);
-        if constexpr (!Full) cell.h = first_lanes(cell.h, left);
-        store<Full>(rows, r, u, left, reset, cell);
-      }
-    }
-  }
-
-  // Of the u-th vector of units of the tile's r-th row.
-  template <bool Full>
+  // Of the u-th vector of units of the tile's r-th row. left: the units from its first one on.
   [[gnu::always_inline]] void load(const ForwardTile<S>& tile, const Rows& rows, int r, int u,
                                    int64_t left, CellValues& cell) const {
     const int64_t first = r * rows.units + u;
@@ -151,20 +143,19 @@ class ForwardCell {
     for (int g = 0; g < R; ++g) {
       cell.recurrent[g] = tile.sums[first * R + g] + tile.bias[u * R + g];
     }
-    load_states<Full>(rows, r, u, left, cell);
+    load_states(rows, r, u, left, cell);
   }
 
   // The rest of what the cell takes.
-  template <bool Full>
   [[gnu::always_inline]] void load_states(const Rows& rows, int r, int u, int64_t left,
                                           CellValues& cell) const {
     const int64_t unit = u * V::lanes, state = r * rows.state_stride + unit;
     for (int z = 0; z < Z; ++z) {
       cell.inputs[z] =
-          load_lanes<Full>(rows.inputs + Z * r * rows.output_stride + z * rows.hidden + unit, left);
+          load_lanes(rows.inputs + Z * r * rows.output_stride + z * rows.hidden + unit, left);
     }
     for (int q = 0; q < Q; ++q) {
-      cell.parameters[q] = load_lanes<Full>(rows.parameters[q] + unit, left);
+      cell.parameters[q] = load_lanes(rows.parameters[q] + unit, left);
     }
     cell.h_prev = cell.extra[0] = V(T(0));
     if constexpr (C::has_direct_path) cell.h_prev = V::load(rows.before + state);
@@ -172,26 +163,6 @@ class ForwardCell {
     for (int k = 0; k < C::states; ++k) {
       cell.extra[k] = V::load(rows.cell + (r * C::states + k) * rows.state_stride + unit);
     }
-  }
-
-  template <bool Full>
-  [[gnu::always_inline]] static V load_lanes(const S* p, int64_t left) {
-    if constexpr (Full) return V::load(p);
-    return V::load(p, left);
-  }
-  template <bool Full, class To>
-  [[gnu::always_inline]] static void store_lanes(V value, To* p, int64_t left) {
-    if constexpr (Full) return value.store(p);
-    value.store(p, left);
-  }
-
-  // The u-th vector of units of a row: its states after the step, from what the cell left.
-  template <bool Full>
-  [[gnu::always_inline]] void finish_units(const Rows& rows, int u, int64_t left, bool reset,
-                                           CellValues& cell) const {
-    if (zoneout_.is_on()) keep_states(rows, 0, u, cell);
-    if constexpr (!Full) cell.h = first_lanes(cell.h, left);
-    store<Full>(rows, 0, u, left, reset, cell);
   }
 
   // Zoneout: mixes the new states with those before the step.
@@ -207,40 +178,24 @@ class ForwardCell {
   }
 
   // Reset: nothing goes on to the next step, which begins a new segment.
-  template <bool Full>
   [[gnu::always_inline]] void store(const Rows& rows, int r, int u, int64_t left, bool reset,
-                                    const CellValues& cell) const {
+                                    CellValues& cell) const {
+    if (left < V::lanes) [[unlikely]] {
+      cell.h = first_lanes(cell.h, left);
+      store_step(rows, r, u, cell, [left](V value, auto* p) { value.store(p, left); });
+    } else {
+      store_step(rows, r, u, cell, [](V value, auto* p) { value.store(p); });
+    }
     const int64_t unit = u * V::lanes, state = r * rows.state_stride + unit;
-    if constexpr (C::saves > 0) {
-      if (rows.gates != nullptr) {
-#pragma GCC unroll 4
-        for (int k = 0; k < C::saves; ++k) {
-          store_lanes<Full>(cell.saved[k], rows.gates + (r * C::saves + k) * rows.hidden + unit,
-                            left);
-        }
-      }
-    }
-    if constexpr (C::extras > 0) {
-      if (rows.extra != nullptr) {
-#pragma GCC unroll 4
-        for (int k = 0; k < C::extras; ++k) {
-          store_lanes<Full>(cell.extra[k],
-                            rows.extra + r * rows.extra_stride + k * rows.hidden + unit, left);
-        }
-      }
-    }
     if (projects_) {
       cell.h.store(rows.unprojected + state);
     } else {
       const V next = reset ? V(T(0)) : cell.h;
-      if (rows.output != nullptr) {
-        store_lanes<Full>(cell.h, rows.output + r * rows.output_stride + unit, left);
-      }
       if (rows.direct != nullptr) next.store(rows.direct + state);
       if (rows.h_mask == nullptr) {
         next.store(rows.h_next + state);
       } else {
-        const V mask = V::load(rows.h_mask + r * args_.hidden + unit, min_of(left, V::lanes));
+        const V mask = load_lanes(rows.h_mask + r * args_.hidden + unit, left);
         (next * mask).store(rows.h_next + state);
       }
     }
@@ -249,6 +204,30 @@ class ForwardCell {
       T* state_k = rows.cell + (r * C::states + k) * rows.state_stride + unit;
       (reset ? V(T(0)) : cell.extra[k]).store(state_k);
     }
+  }
+
+  // What stays of a step, by put(value, p): only here may lanes beyond H not be written.
+  template <class Put>
+  [[gnu::always_inline]] void store_step(const Rows& rows, int r, int u, const CellValues& cell,
+                                         const Put& put) const {
+    const int64_t unit = u * V::lanes;
+    if constexpr (C::saves > 0) {
+      if (rows.gates != nullptr) {
+#pragma GCC unroll 4
+        for (int k = 0; k < C::saves; ++k) {
+          put(cell.saved[k], rows.gates + (r * C::saves + k) * rows.hidden + unit);
+        }
+      }
+    }
+    if constexpr (C::extras > 0) {
+      if (rows.extra != nullptr) {
+#pragma GCC unroll 4
+        for (int k = 0; k < C::extras; ++k) {
+          put(cell.extra[k], rows.extra + r * rows.extra_stride + k * rows.hidden + unit);
+        }
+      }
+    }
+    if (rows.output != nullptr) put(cell.h, rows.output + r * rows.output_stride + unit);
   }
 };
 

@@ -16,17 +16,6 @@ namespace fastrnn::FASTRNN_VARIANT {
 
 constexpr double kLayerNormEpsilon = 1e-5;
 
-// The first `left` lanes, which are mostly all.
-template <class S>
-[[gnu::always_inline]] inline Vec<Compute<S>> load_lanes(const S* p, int64_t left) {
-  using V = Vec<Compute<S>>;
-  return left == V::lanes ? V::load(p) : V::load(p, left);
-}
-template <class T, class S>
-[[gnu::always_inline]] inline void store_lanes(Vec<T> value, S* p, int64_t left) {
-  left == Vec<T>::lanes ? value.store(p) : value.store(p, left);
-}
-
 template <class T>
 struct Moments {
   T mean, inverse;  // inverse: of the standard deviation

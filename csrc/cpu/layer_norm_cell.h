@@ -14,37 +14,33 @@ void ForwardCell<Cell, S>::run_whole_row(const ForwardStep<S>& step,
   const int64_t row = whole.row;
   const Gains<S>& gains = whole.gains;
   const TileRow<T> x{whole.x.values, G}, recurrent{whole.recurrent.values, R};
-  const int64_t hidden = args_.hidden, full = hidden / V::lanes, left = hidden % V::lanes;
+  const int64_t hidden = args_.hidden;
+  const int vectors = static_cast<int>((hidden + V::lanes - 1) / V::lanes);
   const Rows rows = rows_of(step, {direction, row, 1, 0, nullptr, nullptr, nullptr});
   const bool reset = steps_.resets_after(direction, step.t, row);
 
-  const auto run_cell = [&]<bool Full>(std::bool_constant<Full>, int64_t v, int64_t left) {
+  for (int v = 0; v < vectors; ++v) {
     CellValues cell;
     for (int g = 0; g < G; ++g) cell.x[g] = V::load(x.at(v, g));
     for (int g = 0; g < R; ++g) cell.recurrent[g] = V::load(recurrent.at(v, g));
-    load_states<Full>(rows, 0, static_cast<int>(v), left, cell);
+    load_states(rows, 0, v, hidden - v * V::lanes, cell);
     C::forward(cell.x, cell.recurrent, cell.inputs, cell.parameters, cell.h_prev, cell.extra,
                cell.saved);
     for (int k = 0; k < C::saves; ++k) cell.saved[k].store(x.at(v, k));
     cell.extra[0].store(recurrent.at(v, 0));
-  };
-  for (int64_t v = 0; v < full; ++v) run_cell(std::true_type{}, v, V::lanes);
-  if (left > 0) run_cell(std::false_type{}, full, left);
-
+  }
   const Moments<T> c_moments = moments_of(recurrent.first_part(hidden));
-  const auto run_output = [&]<bool Full>(std::bool_constant<Full>, int64_t v, int64_t left) {
-    const int64_t unit = v * V::lanes;
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t unit = v * V::lanes, left = hidden - unit;
     CellValues cell;
     for (int k = 0; k < C::saves; ++k) cell.saved[k] = V::load(x.at(v, k));
     cell.extra[0] = V::load(recurrent.at(v, 0));
-    const V normalised =
-        c_moments.normalise(cell.extra[0]) * load_lanes<Full>(gains.c + unit, left) +
-        load_lanes<Full>(gains.bias_c + unit, left);
+    const V normalised = c_moments.normalise(cell.extra[0]) * load_lanes(gains.c + unit, left) +
+                         load_lanes(gains.bias_c + unit, left);
     cell.h = C::hidden(cell.saved, &normalised);
-    finish_units<Full>(rows, static_cast<int>(v), left, reset, cell);
-  };
-  for (int64_t v = 0; v < full; ++v) run_output(std::true_type{}, v, V::lanes);
-  if (left > 0) run_output(std::false_type{}, full, left);
+    if (zoneout_.is_on()) keep_states(rows, 0, v, cell);
+    store(rows, 0, v, left, reset, cell);
+  }
 }
 
 template <class Cell, class S>
@@ -55,21 +51,16 @@ void BackwardCell<Cell, S>::run_whole_row(const BackwardStep<S>& step,
   const Gains<S>& gains = whole.gains;
   const T* const d_hidden = whole.d_hidden;
   const TileRow<T> x{whole.x.values, G}, recurrent{whole.recurrent.values, R};
-  const int64_t hidden = args_.hidden, full = hidden / V::lanes, rest = hidden % V::lanes;
-  const auto for_each_vector = [&](const auto& body) {
-    for (int64_t v = 0; v < full; ++v) body(std::true_type{}, v * V::lanes, V::lanes);
-    if (rest > 0) body(std::false_type{}, full * V::lanes, rest);
-  };
+  const int64_t hidden = args_.hidden;
   Rows rows = rows_of(step, {direction, row, 1, 0, nullptr, 0});
   rows.d_recurrent = chunk_gradients_.biased(direction, step.chunk_row(steps_, row));
   Units units = units_of(step, direction, row, 0);
 
-  const auto load = [&]<bool Full>(std::bool_constant<Full>, int64_t column, int64_t left,
-                                   CellInputs& in, CellGradients& d) {
+  const auto load = [&](int64_t column, CellInputs& in, CellGradients& d) {
     units.column = column;
-    units.left = left;
+    units.left = hidden - column;
     in.dh = V::load(d_hidden + column);
-    return load_units<Full, false>(rows, units, in, d);
+    return load_units<false>(rows, units, in, d);
   };
   // What forward computed.
   const auto run_forward = [&](int64_t column, CellInputs& in) {
@@ -83,11 +74,10 @@ void BackwardCell<Cell, S>::run_whole_row(const BackwardStep<S>& step,
     in.h =
         C::forward(gate, recurrent_part, in.inputs, in.parameters, in.h_prev, in.extra, in.saved);
   };
-  const auto run_backward = [&]<bool Full>(std::bool_constant<Full>, const Kept& kept,
-                                           const CellInputs& in, CellGradients& d) {
+  const auto run_backward = [&](const Kept& kept, const CellInputs& in, CellGradients& d) {
     d.direct = C::backward(in.saved, in.inputs, in.parameters, in.h_prev, in.h, in.extra_prev,
                            in.extra, in.dh, d.extra, d.x, d.r, d.inputs, d.parameters);
-    finish_units<Full>(rows, units, kept, in, d);
+    finish_units(rows, units, kept, in, d);
   };
 
   if constexpr (C::normalises_state) {
@@ -96,15 +86,16 @@ void BackwardCell<Cell, S>::run_whole_row(const BackwardStep<S>& step,
     T* const gates = rows.d_input;
     T* const c = gates + G * hidden;
     T* const d_biased = c + hidden;
-    for_each_vector([&](auto is_full, int64_t column, int64_t left) {
+    for (int64_t column = 0; column < hidden; column += V::lanes) {
+      const int64_t left = hidden - column;
       CellInputs in;
       CellGradients d;
-      load(is_full, column, left, in, d);
+      load(column, in, d);
       run_forward(column, in);
       for (int g = 0; g < G; ++g) store_lanes(in.saved[g], gates + g * hidden + column, left);
       store_lanes(in.extra[0], c + column, left);
       store_lanes(in.dh, d_biased + column, left);
-    });
+    }
     const Moments<T> c_moments = moments_of(values_of(c, hidden));
     // What hidden() is given.
     const auto load_normalised = [&](int64_t column, int64_t left, CellInputs& in) {
@@ -116,7 +107,7 @@ void BackwardCell<Cell, S>::run_whole_row(const BackwardStep<S>& step,
     };
     NormSums<T> sums;
     for (int64_t column = 0; column < hidden; column += V::lanes) {
-      const int64_t left = min_of(hidden - column, V::lanes);
+      const int64_t left = hidden - column;
       CellInputs in;
       V normalised = load_normalised(column, left, in);
       V d_c = C::hidden_gradient(in.saved, in.extra[0], load_lanes(d_biased + column, left));
@@ -128,27 +119,28 @@ void BackwardCell<Cell, S>::run_whole_row(const BackwardStep<S>& step,
       sums.add(d_c, load_lanes(gains.c + column, left), normalised);
     }
     sums.complete(hidden);
-    for_each_vector([&](auto is_full, int64_t column, int64_t left) {
+    for (int64_t column = 0; column < hidden; column += V::lanes) {
+      const int64_t left = hidden - column;
       CellInputs in;
       CellGradients d;
-      const Kept kept = load(is_full, column, left, in, d);
+      const Kept kept = load(column, in, d);
       const V normalised = load_normalised(column, left, in);
       const V d_c = load_lanes(d_biased + column, left);
       // backward() adds d_c, as if c were not normalised.
       d.extra[0] =
           d.extra[0] - d_c +
           sums.gradient(d_c, load_lanes(gains.c + column, left), normalised, c_moments.inverse);
-      run_backward(is_full, kept, in, d);
+      run_backward(kept, in, d);
       store_lanes(d_c * normalised, c + column, left);
-    });
+    }
   } else {
-    for_each_vector([&](auto is_full, int64_t column, int64_t left) {
+    for (int64_t column = 0; column < hidden; column += V::lanes) {
       CellInputs in;
       CellGradients d;
-      const Kept kept = load(is_full, column, left, in, d);
+      const Kept kept = load(column, in, d);
       run_forward(column, in);
-      run_backward(is_full, kept, in, d);
-    });
+      run_backward(kept, in, d);
+    }
   }
 }
 

@@ -158,7 +158,8 @@ void run_scan(const Args& args, const Work& work, int threads, Workspace& worksp
   const int max_parts = context.parts.count < context.parts.shared.size ? context.parts.shared.size
                                                                         : context.parts.count;
   for (int d = 0; d < args.directions; ++d) {
-    context.phases[d].set_parts(workspace.take<Phases::PartState>(max_parts), max_parts);
+    void* const memory = workspace.take<unsigned char>(Phases::bytes(max_parts));
+    context.phases[d].set_memory(memory, max_parts);
   }
   const auto body = [](void* pointer, int rank) {
     Context& c = *static_cast<Context*>(pointer);

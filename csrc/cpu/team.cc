@@ -16,6 +16,7 @@ int omp_get_thread_num();
 #include <time.h>
 
 #include <algorithm>
+#include <atomic>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -267,9 +268,24 @@ Helpers& get_helpers() {
 
 }  // namespace
 
-void Phases::set_parts(PartState* parts, int count) {
-  parts_ = parts;
-  for (int i = 0; i < count; ++i) new (&parts[i]) PartState{0, 0};
+struct Phases::State {
+  alignas(64) std::atomic<uint32_t> done;  // parts of all phases
+  std::atomic<int> sleepers;
+};
+
+struct Phases::PartState {
+  // The phase after the latest one in which somebody began this part.
+  alignas(64) std::atomic<uint32_t> next_phase;
+  // Parts of a group that are done in this phase, in the state of the group's first part.
+  alignas(64) std::atomic<int> done;
+};
+
+size_t Phases::bytes(int parts) { return sizeof(State) + parts * sizeof(PartState); }
+
+void Phases::set_memory(void* memory, int parts) {
+  state_ = new (memory) State{0, 0};
+  parts_ = reinterpret_cast<PartState*>(state_ + 1);
+  for (int i = 0; i < parts; ++i) new (&parts_[i]) PartState{0, 0};
 }
 
 bool Phases::begin_part(int part, uint32_t phase) {
@@ -311,10 +327,10 @@ int Phases::next_part(Member& member, int count) {
   const bool is_patient = member.is_patient && !member.took_over && !member.took_over_before;
   const auto wait_some = [&] {
     for (int i = is_patient ? kPatience : 0; i > 0; --i) {
-      if (is_over(done_.load(std::memory_order_acquire))) return true;
+      if (is_over(state_->done.load(std::memory_order_acquire))) return true;
       pause();
     }
-    return is_over(done_.load(std::memory_order_acquire));
+    return is_over(state_->done.load(std::memory_order_acquire));
   };
   if (!wait_some()) {
     const int part = begin_any(member, count);
@@ -322,7 +338,7 @@ int Phases::next_part(Member& member, int count) {
       member.took_over = true;
       return part;
     }
-    wait_until(done_, sleepers_, is_over, kFirstSleep);  // all have begun
+    wait_until(state_->done, state_->sleepers, is_over, kFirstSleep);  // all have begun
   }
   member.took_over_before = member.took_over;
   member.took_over = false;
@@ -340,10 +356,10 @@ void Phases::done(const Member& member, int part, int count) {
     if (in_group.fetch_add(1, std::memory_order_acq_rel) + 1 < size) return;
     in_group.store(0, std::memory_order_relaxed);  // the next phase begins after what follows
   }
-  const uint32_t before = done_.fetch_add(size, std::memory_order_seq_cst);
+  const uint32_t before = state_->done.fetch_add(size, std::memory_order_seq_cst);
   if (before + size == member.done_before + count &&
-      sleepers_.load(std::memory_order_seq_cst) > 0) {
-    wake(done_);
+      state_->sleepers.load(std::memory_order_seq_cst) > 0) {
+    wake(state_->done);
   }
 }
 

@@ -2,7 +2,7 @@
 // Compiled once, without any instruction set beyond the baseline.
 #pragma once
 
-#include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 namespace fastrnn {
@@ -25,15 +25,10 @@ struct Member {
 // parts of others only after some microseconds; from then on at once, until the others are back.
 class Phases {
  public:
-  struct PartState {
-    // The phase after the latest one in which somebody began this part.
-    alignas(64) std::atomic<uint32_t> next_phase;
-    // Parts of a group that are done in this phase, in the state of the group's first part.
-    alignas(64) std::atomic<int> done;
-  };
-
-  // Once, before any member begins: memory for as many parts as a phase has at most.
-  void set_parts(PartState* parts, int count);
+  // Once, before any member begins: memory for as many parts as a phase has at most, aligned to a
+  // cache line. Its contents are team.cc's matter, as <atomic> takes long to compile.
+  static size_t bytes(int parts);
+  void set_memory(void* memory, int parts);
 
   // A part of the member's phase, of `count`, that it has to run now and to report as done. Or -1
   // when all are done, everything they wrote can be read, and the member is at its next phase.
@@ -52,9 +47,10 @@ class Phases {
   // report in groups, and only the last of each group goes on to the counter of all.
   static constexpr int kGroup = 8;
 
+  struct PartState;
+  struct State;
+  State* state_ = nullptr;
   PartState* parts_ = nullptr;
-  alignas(64) std::atomic<uint32_t> done_{0};  // parts of all phases
-  std::atomic<int> sleepers_{0};
 };
 
 // Runs work(context, rank) for rank 0 on the caller and for others below `threads` on other

@@ -95,9 +95,14 @@ struct Vec {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<S, float>) return (Raw)_mm512_maskz_loadu_ps(mask(count), p);
     if constexpr (std::is_same_v<S, double>) return (Raw)_mm512_maskz_loadu_pd(mask(count), p);
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<S, float>)
+      return (Raw)_mm256_maskload_ps(p, (__m256i)first(count));
+    if constexpr (std::is_same_v<S, double>)
+      return (Raw)_mm256_maskload_pd(p, (__m256i)first(count));
 #endif
     S lane[lanes] = {};
-    for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
+    std::memcpy(lane, p, count * sizeof(S));
     return load(lane);
   }
   template <class S>
@@ -110,7 +115,17 @@ struct Vec {
 #endif
     S lane[lanes];
     store(lane);
-    for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
+    std::memcpy(p, lane, count * sizeof(S));
+  }
+
+  // A mask of the first `count` lanes.
+  static Int first(int64_t count) {
+    using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    static constexpr Lane numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    static_assert(lanes <= 16);
+    Int lane;
+    std::memcpy(&lane, numbers, sizeof(lane));
+    return lane < Int{} + static_cast<Lane>(count);
   }
 
   friend Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
@@ -187,21 +202,34 @@ template <int... I, class T>
 // left NaN.
 template <class T>
 inline Vec<T> first_lanes(Vec<T> v, int64_t count) {
-  T lane[Vec<T>::lanes];
-  v.store(lane);
-  return Vec<T>::load(lane, count);
+  return where(Vec<T>::first(count), v, Vec<T>(T(0)));
+}
+
+// From and to the last elements of a row, of which `left` follow from p on: mostly all lanes do.
+template <class S>
+[[gnu::always_inline]] inline Vec<Compute<S>> load_lanes(const S* p, int64_t left) {
+  using V = Vec<Compute<S>>;
+  return left < V::lanes ? V::load(p, left) : V::load(p);
+}
+template <class T, class S>
+[[gnu::always_inline]] inline void store_lanes(Vec<T> value, S* p, int64_t left) {
+  left < Vec<T>::lanes ? value.store(p, left) : value.store(p);
 }
 
 // Copies `count` elements from one element type into another that is computed in the same one.
 template <class From, class To>
-inline void convert(const From* from, To* to, int64_t count) {
+[[gnu::noinline]] void convert_each(const From* from, To* to, int64_t count) {
   using V = Vec<Compute<From>>;
+  int64_t i = 0;
+  for (; i + V::lanes <= count; i += V::lanes) V::load(from + i).store(to + i);
+  if (i < count) V::load(from + i, count - i).store(to + i, count - i);
+}
+template <class From, class To>
+inline void convert(const From* from, To* to, int64_t count) {
   if constexpr (std::is_same_v<From, To>) {
     if (count > 0) std::memcpy(to, from, count * sizeof(To));
   } else {
-    int64_t i = 0;
-    for (; i + V::lanes <= count; i += V::lanes) V::load(from + i).store(to + i);
-    if (i < count) V::load(from + i, count - i).store(to + i, count - i);
+    convert_each(from, to, count);
   }
 }
 

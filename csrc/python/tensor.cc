@@ -144,6 +144,12 @@ Tensor view_by_attributes(py::handle object) {
 
 }  // namespace
 
+void fail_with(const char* argument, std::initializer_list<std::string_view> texts) {
+  std::string message = std::string(argument) + ": ";
+  for (const std::string_view text : texts) message += text;
+  throw py::value_error(message);
+}
+
 int64_t Shape::count() const {
   const int64_t* const end = sizes_ + std::min(dims_, kMaxDims);
   if (std::find(sizes_, end, 0) != end) return 0;  // however large the others are

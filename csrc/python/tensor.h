@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "../scan.h"
 
@@ -17,9 +18,10 @@ namespace fastrnn {
 namespace py = pybind11;
 
 // A ValueError about an argument: what was expected, and what came.
+[[noreturn]] void fail_with(const char* argument, std::initializer_list<std::string_view> texts);
 template <class... Text>
-[[noreturn]] void fail(const char* argument, const Text&... text) {
-  throw py::value_error(((std::string(argument) + ": ") + ... + std::string(text)));
+[[noreturn]] void fail(const char* argument, const Text&... texts) {
+  fail_with(argument, {std::string_view(texts)...});
 }
 
 // What torch tells the extension once, when the package is imported: its types, functions that each
