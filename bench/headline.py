@@ -14,20 +14,33 @@ from .table import align
 FILE = DIRECTORY / "cpu-zen4.json"  # the whole grid
 
 
-def means(result: Result) -> dict[tuple[str, str], tuple[float, float]]:
-    """(mode, cell) -> speedup over torch.nn, and over the fastest other library of each row."""
-    groups: dict[tuple[str, str], list[Row]] = {(m, c): [] for m in MODES for c in GATES}
+def groups(result: Result) -> dict[tuple[str, str], list[Row]]:
+    """(mode, cell) -> rows."""
+    found: dict[tuple[str, str], list[Row]] = {(m, c): [] for m in MODES for c in GATES}
     for row in result["rows"]:
         case = case_of(row)
         if not case.ragged:
-            groups[case.mode, case.cell].append(row)
+            found[case.mode, case.cell].append(row)
+    return {group: rows for group, rows in found.items() if rows}
+
+
+def means(result: Result) -> dict[tuple[str, str], tuple[float, float]]:
+    """(mode, cell) -> speedup over torch.nn, and over the fastest other library of each row."""
     return {
         group: (
             geometric_mean(row["times_fastrnn"]["torch"] for row in rows),
             geometric_mean(best_peer(row)[1] for row in rows),
         )
-        for group, rows in groups.items()
-        if rows
+        for group, rows in groups(result).items()
+    }
+
+
+def frozen_means(result: Result) -> dict[str, float]:
+    """cell -> speedup of frozen layers' inference over the fastest other library of each row."""
+    return {
+        cell: geometric_mean(best_peer(row)[1] / row["times_fastrnn"]["frozen"] for row in rows)
+        for (mode, cell), rows in groups(result).items()
+        if mode == "inference" and all("frozen" in row["times_fastrnn"] for row in rows)
     }
 
 
@@ -48,6 +61,10 @@ def render(result: Result) -> str:
         for i, name in enumerate(("over torch.nn", "over the fastest other library"))
         for mode in reversed(MODES)
     ]
+    frozen = frozen_means(result)
+    if len(frozen) == len(GATES):
+        name = "inference, frozen, over the fastest other library"
+        lines.append([name, *(f"{frozen[cell]:.2f}x" for cell in GATES)])
     return align(["geometric means", *GATES], lines, left=1)
 
 

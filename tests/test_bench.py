@@ -694,6 +694,10 @@ def test_headline(result):
         ("inference", "LSTM"): (pytest.approx(4.0), pytest.approx(2.0)),
         ("training", "LSTM"): (pytest.approx(0.5), pytest.approx(0.5)),
     }
+    assert headline.frozen_means(result) == {}
+    for row in result["rows"]:
+        row["times_fastrnn"]["frozen"] = 0.8
+    assert headline.frozen_means(result) == {"LSTM": pytest.approx(2.5)}
 
 
 @needs_docs
