@@ -24,8 +24,9 @@ namespace {
 using Optional = std::optional<Tensor>;
 // What forward writes, as the record Results: output, h_n, c_n, extra and what it saves.
 using Results = std::tuple<Tensor, Tensor, Optional, Optional, Optional>;
-// What backward writes: d_gates, d_recurrent, d_h_0, d_c_0, d_inputs and d_parameters.
-using Gradients = std::tuple<Tensor, Optional, Optional, Optional, Optional, Optional>;
+// What backward writes: d_gates, d_recurrent, d_h_0, d_c_0, d_inputs and d_parameters. The first
+// five are made where they are needed and not given, which they are where they must begin as zeros.
+using Gradients = std::tuple<Optional, Optional, Optional, Optional, Optional, Optional>;
 // Where a scan over some steps and one direction of a layer takes up and leaves what it carries,
 // and the layer's first such step and direction.
 using Part = std::optional<std::tuple<Tensor, int64_t, int>>;
@@ -210,12 +211,24 @@ class Scan {
     return memory(layer_, name, tensor, shape, layer_.state_element());
   }
 
+  // Where a tensor lies that a pass writes, in the type of x: a new one if none is given but
+  // wanted. Returns the tensor, or None.
+  py::object write(const char* name, const Optional& given, bool wanted, const Shape& shape,
+                   void*& target) const {
+    target = get(name, given, shape);
+    if (given) return py::reinterpret_borrow<py::object>(given->object);
+    if (!wanted) return py::none();
+    py::object made = make_tensor(layer_.x, shape, layer_.element());
+    target = view(made).data;
+    return made;
+  }
+
   // launch(where) with the GIL released.
   template <class F>
-  void run(const Tensor& workspace, F&& launch) const {
+  void run(F&& launch) const {
     const int64_t words = Layout(problem_, plan_).workspace / int64_t{sizeof(int64_t)};
-    Cuda where{device_, current_stream(layer_.x), plan_,
-               memory(layer_, "workspace", workspace, {words}, Element::kInt64)};
+    const py::object workspace = make_tensor(layer_.x, {words}, Element::kInt64);
+    const Cuda where{device_, current_stream(layer_.x), plan_, view(workspace).data};
     py::gil_scoped_release release;
     if (!is_possible(problem_, device_info(device_), plan_)) {
       throw std::invalid_argument("this plan cannot run this problem on this device");
@@ -234,7 +247,7 @@ class Scan {
 // gates: W_ih x + b_ih of all steps; what is saved may take their place.
 void forward(int device, const Plan& plan, py::handle record, const Optional& parameters,
              const Norm& norm, const Tensor& gates, const Results& results, const Tables& tables,
-             const Tensor& workspace, const Part& part) {
+             const Part& part) {
   RecurrenceForward args{};
   const Scan scan(Pass::kForward, device, plan, record, parameters, norm, tables, part, args);
   const LayerCall& layer = scan.layer();
@@ -248,12 +261,13 @@ void forward(int device, const Plan& plan, py::handle record, const Optional& pa
   if (traits.has_cell_state()) required("c_n", args.c_n);
   args.extra = scan.get_computed("extra", extra, scan.steps(traits.extras));
   const auto run = scan.kernels().forward;
-  scan.run(workspace, [&](const Cuda& where) { run(where, args); });
+  scan.run([&](const Cuda& where) { run(where, args); });
 }
 
-void backward(int device, const Plan& plan, py::handle record, const Optional& parameters,
-              const Norm& norm, py::handle saved_record, const Gradients& gradients,
-              const Tables& tables, const Tensor& workspace, const Part& part) {
+// Returns d_gates, d_recurrent, d_h_0, d_c_0 and d_inputs, None for what is not needed.
+py::tuple backward(int device, const Plan& plan, py::handle record, const Optional& parameters,
+                   const Norm& norm, py::handle saved_record, const Gradients& gradients,
+                   const Tables& tables, const Part& part) {
   RecurrenceBackward args{};
   const Scan scan(Pass::kBackward, device, plan, record, parameters, norm, tables, part, args);
   const LayerCall& layer = scan.layer();
@@ -282,17 +296,20 @@ void backward(int device, const Plan& plan, py::handle record, const Optional& p
   // See RecurrenceBackward.
   const bool splits_one = layer.cell < Cells::size && !layer.layer_norm;
   const int64_t split = splits_one ? 1 : traits.recurrent;
-  args.d_gates = scan.get("d_gates", d_gates, layer.gates());
-  args.d_recurrent = scan.get("d_recurrent", d_recurrent, {directions, layer.rows, split * hidden});
-  if (layer.layer_norm || (traits.splits_gradient && traits.recurrent > 0))
-    required("d_recurrent", args.d_recurrent);
-  args.d_h_0 = scan.get("d_h_0", d_h_0, scan.states());
-  args.d_c_0 = scan.get("d_c_0", d_c_0, scan.states(traits.states));
-  args.d_inputs = scan.get("d_inputs", d_inputs, scan.steps(traits.inputs));
+  const bool splits = layer.layer_norm || (traits.splits_gradient && traits.recurrent > 0);
+  const auto& wanted = saved.wanted;
+  py::tuple made = py::make_tuple(
+      scan.write("d_gates", d_gates, true, layer.gates(), args.d_gates),
+      scan.write("d_recurrent", d_recurrent, splits, {directions, layer.rows, split * hidden},
+                 args.d_recurrent),
+      scan.write("d_h_0", d_h_0, wanted[1], scan.states(), args.d_h_0),
+      scan.write("d_c_0", d_c_0, wanted[2], scan.states(traits.states), args.d_c_0),
+      scan.write("d_inputs", d_inputs, wanted[3], scan.steps(traits.inputs), args.d_inputs));
   args.d_parameters = scan.get_computed("d_parameters", d_parameters,
                                         {directions, traits.parameters, layer.batch, hidden});
   const auto run = scan.kernels().backward;
-  scan.run(workspace, [&](const Cuda& where) { run(where, args); });
+  scan.run([&](const Cuda& where) { run(where, args); });
+  return made;
 }
 
 // Copies int64 values of the CPU to a tensor on a device.
@@ -382,8 +399,8 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   m.def("load_cell", &load_cell, py::arg("mode"), py::arg("address"));
   m.def("forward", &forward, py::arg("device"), py::arg("plan"), py::arg("layer"),
         py::arg("parameters"), py::arg("norm"), py::arg("gates"), py::arg("results"),
-        py::arg("tables"), py::arg("workspace"), py::arg("part") = py::none());
+        py::arg("tables"), py::arg("part") = py::none());
   m.def("backward", &backward, py::arg("device"), py::arg("plan"), py::arg("layer"),
         py::arg("parameters"), py::arg("norm"), py::arg("saved"), py::arg("gradients"),
-        py::arg("tables"), py::arg("workspace"), py::arg("part") = py::none());
+        py::arg("tables"), py::arg("part") = py::none());
 }

@@ -227,8 +227,10 @@ class CudaBackend(Backend):
 
     def runs_options(self, layer: Layer) -> bool:
         # The scan of a projected layer knows no h, see _unprojected.
+        if not layer.has_projection:
+            return True
         of_h = layer.zoneout_h or layer.grad_clip or layer.h_mask is not None
-        return not (layer.has_projection and (layer.layer_norm or of_h))
+        return not (layer.layer_norm or of_h)
 
     def forward(self, layer: Layer) -> Results:
         layer.check()
@@ -314,21 +316,22 @@ class CudaBackend(Backend):
             for gradient, given in zip(gradients, handed_on):
                 _hand_on(gradient, given)
             return gradients
-        # The rest is made by the products.
-        states = layer.make_gradients([False, *saved.wanted[1:4]])
-        gradients = [*states, *(None,) * len(layer.weights)]
         rows = Rows(layer, self.upload)
         scan = _GateGradients(layer, rows)
+        zeros = scan.zeros(saved.wanted[3])
         if layer.has_projection:
             m = _scanned_output(layer, saved, rows)
             over_m = _over_m(layer, saved, m)
             if part is not None and over_m.d_h_n is not None:
                 part.carried[0] = over_m.d_h_n
-            written = scan.written(None, gradients[2], None)
-            self._run(True, _unprojected(layer), rows, over_m, written, part=part)
-            scan.set_projected(gradients, saved, m)
+            made = self._run(True, _unprojected(layer), rows, over_m, zeros, part=part)
         else:
-            self._run(True, layer, rows, saved, scan.written(*gradients[1:4]), part=part, of=scan)
+            made = self._run(True, layer, rows, saved, zeros, part=part, of=scan)
+        d_gates, d_recurrent, *of_given = made  # of h_0, c_0 and inputs
+        scan.take(d_gates, d_recurrent)
+        gradients = [None, *of_given, *(None,) * len(layer.weights)]
+        if layer.has_projection:
+            scan.set_projected(gradients, saved, m)
         scan.set_products(gradients, saved.wanted, saved.output)
         return gradients
 
@@ -340,30 +343,27 @@ class CudaBackend(Backend):
         *args: Any,
         part: Part | None = None,
         of: _GateGradients | None = None,
-    ) -> None:
+    ) -> Any:
         """The recurrence alone. `args`: W_ih x + b_ih and the results; in backward, what is saved
-        and what is written, which are those `of` the gradients."""
+        and the zeros to write into, which are those `of` the gradients. Backward returns what it
+        has written: d_gates, d_recurrent, d_h_0, d_c_0 and d_inputs."""
         device = self._index(layer.x.device)
         shape = rows.steps, rows.batch, layer.hidden, layer.directions, layer.reverse
         numbers = DTYPES.index(layer.x.dtype), *shape, self._allows_tf32()
-        plan, size = self._plan(device, layer.layer_norm, backward, layer.mode, *numbers)
-        workspace = layer.x.new_empty(size // 8, dtype=torch.int64)
+        plan = self._plan(device, layer.layer_norm, backward, layer.mode, *numbers)
         parameters = None
         if layer.cell.parameters:  # [D, Q, H]
             each = [torch.stack(tuple(w.parameters)) for w in _by_direction(layer, layer.weights)]
             parameters = torch.stack(each)
         norm = _normalisation(layer, of) if layer.layer_norm else None
         run = self._kernels.backward if backward else self._kernels.forward
-        run(device, plan, layer, parameters, norm, *args, rows.tables, workspace, part)
+        return run(device, plan, layer, parameters, norm, *args, rows.tables, part)
 
-    def _find_plan(self, device: int, layer_norm: bool, *numbers: Any) -> tuple[Any, int]:
-        """Plan and the bytes of workspace."""
+    def _find_plan(self, device: int, layer_norm: bool, *numbers: Any) -> Any:
         problem, info = self._kernels.Problem(*numbers), self._kernels.device_info(device)
         if layer_norm:
-            plan = self._kernels.make_plan(problem, info, self._kernels.Kind.STEP)
-        else:
-            plan = self._choose(problem, info)
-        return plan, plan.workspace(problem)
+            return self._kernels.make_plan(problem, info, self._kernels.Kind.STEP)
+        return self._choose(problem, info)
 
     def _rounding(self, layer: Layer) -> AbstractContextManager[Any]:
         if layer.x.dtype != torch.float32:
@@ -412,6 +412,7 @@ def _multiply_inputs(layer: Layer, gates: Tensor) -> None:
 
 
 _EPSILON = 1e-5  # of layer normalisation, as in csrc/cuda/layer_norm.h
+_FEW = 1 << 20  # values that a GPU copies while the host launches a kernel
 
 
 def _normalisation(layer: Layer, gradients: _GateGradients | None) -> tuple[Any, ...]:
@@ -421,7 +422,7 @@ def _normalisation(layer: Layer, gradients: _GateGradients | None) -> tuple[Any,
     scratch = layer.x.new_empty(size, dtype=layer.state_dtype)
     if gradients is None:
         return torch.stack(each), scratch, None, None
-    gates = torch.empty_like(gradients.gates)
+    gates = layer.x.new_empty(gradients.gates_shape)
     _multiply_inputs(layer, gates)
     return torch.stack(each), scratch, gradients.norms, gates
 
@@ -429,39 +430,50 @@ def _normalisation(layer: Layer, gradients: _GateGradients | None) -> tuple[Any,
 class _GateGradients:
     """The gradients of the gates, which backward's scan writes, and all that follows from them."""
 
+    each: Sequence[Tensor]  # of W_ih x + b_ih in one direction, [N, G*H]
+    # Those of W_hh h + b_hh are the same, but for the last gate of some cells, or, of cells that
+    # are not built in, all: the first `same` of these columns, and [D, N, the rest].
+    recurrent: Tensor | None
+
     def __init__(self, layer: Layer, rows: Rows) -> None:
         self.layer, self.rows = layer, rows
         self.weights = _by_direction(layer, layer.weights)
-        new = layer.x.new_empty if rows.mask is None else layer.x.new_zeros
-        hidden, width = layer.hidden, layer.weights[0].shape[0]
-        self.gates = new((layer.directions, rows.count, width))  # of W_ih x + b_ih
-        self.each = self.gates.unbind()  # of one direction [N, G*H], and turned around
-        self.transposed = [gates.t() for gates in self.each]
-        # Those of W_hh h + b_hh are the same, but for the last gate of some cells, or, of cells
-        # that are not built in, all.
-        self.recurrent: Tensor | None = None
-        self.same = layer.cell.recurrent * hidden
-        if layer.layer_norm or (layer.cell.splits_gradient and layer.cell.recurrent):
-            own = hidden if layer.mode in BUILT_IN and not layer.layer_norm else self.same
-            self.recurrent = new((layer.directions, rows.count, own))
-            self.same -= own
+        cell, hidden = layer.cell, layer.hidden
+        self.same, self._own = cell.recurrent * hidden, 0
+        if layer.layer_norm or (cell.splits_gradient and cell.recurrent):
+            self._own = hidden if layer.mode in BUILT_IN and not layer.layer_norm else self.same
+            self.same -= self._own
         self.norms: Tensor | None = None  # see LayerNormArgs of csrc/cuda/scan.h
         if layer.layer_norm:
-            width = 2 * (layer.cell.recurrent + 1) * hidden
+            width = 2 * (cell.recurrent + 1) * hidden
             shape = layer.directions, layer.batch, width
             self.norms = layer.x.new_zeros(shape, dtype=layer.state_dtype)
         self.parameters: Tensor | None = None  # of the learned vectors, row by row
-        if layer.cell.parameters:
-            size = layer.directions, layer.cell.parameters, layer.batch, hidden
+        if cell.parameters:
+            size = layer.directions, cell.parameters, layer.batch, hidden
             self.parameters = layer.x.new_zeros(size, dtype=layer.state_dtype)
 
-    def written(
-        self, d_h_0: Tensor | None, d_c_0: Tensor | None, d_inputs: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """What the scan writes."""
-        if d_inputs is not None and self.rows.mask is not None:
-            d_inputs.zero_()
-        return self.gates, self.recurrent, d_h_0, d_c_0, d_inputs, self.parameters
+    @property
+    def gates_shape(self) -> tuple[int, ...]:
+        """Of W_ih x + b_ih."""
+        return self.layer.directions, self.rows.count, self.layer.weights[0].shape[0]
+
+    def zeros(self, wants_inputs: bool) -> tuple[Tensor | None, ...]:
+        """Those of what the scan writes that must begin as zeros, and None for what it makes."""
+        if self.rows.mask is None:
+            return None, None, None, None, None, self.parameters
+        new, shape, given = self.layer.x.new_zeros, self.gates_shape, self.layer.inputs
+        recurrent = new((*shape[:2], self._own)) if self._own else None
+        inputs = None if given is None or not wants_inputs else torch.zeros_like(given)
+        return new(shape), recurrent, None, None, inputs, self.parameters
+
+    def take(self, gates: Tensor, recurrent: Tensor | None) -> None:
+        """What the scan has written."""
+        self.each, self.recurrent = gates.unbind(), recurrent
+        if recurrent is not None and self.same and gates.numel() <= _FEW:
+            # Each part would need products, a sum and a copy of its own.
+            self.recurrent = torch.cat((gates[..., : self.same], recurrent), -1)
+            self.same = 0
 
     def set_products(
         self, gradients: list[Tensor | None], wanted: Sequence[bool], output: Tensor
@@ -481,11 +493,12 @@ class _GateGradients:
                 flat = (
                     torch.mm(gates, weights.ih) if flat is None else flat.addmm_(gates, weights.ih)
                 )
+            turned = gates.t()
             if wanted[at.ih]:
-                gradients[at.ih] = torch.mm(self.transposed[d], inputs)
+                gradients[at.ih] = torch.mm(turned, inputs)
             if at.hh is not None and wanted[at.hh]:
                 h_0 = None if layer.h_0 is None else layer.h_0[d]
-                gradients[at.hh] = self._multiply_before(d, self.transposed[d], states[d], h_0)
+                gradients[at.hh] = self._multiply_before(d, turned, states[d], h_0)
             for q, place in enumerate(at.parameters):
                 if wanted[place] and self.parameters is not None:
                     gradients[place] = self.parameters[d, q].sum(0).to(output.dtype)
@@ -559,9 +572,10 @@ class _GateGradients:
         return out
 
     def set_projected(self, gradients: list[Tensor | None], saved: Saved, m: Tensor) -> None:
-        """Makes the gradient of W_hr, from every h_t that it made, and sets that of h_0."""
+        """Makes the gradients of W_hr, from every h_t that it made, and of h_0."""
         layer, rows, d_h_n = self.layer, self.rows, saved.d_h_n
-        d_h_0 = gradients[1]
+        size = layer.directions, layer.batch, layer.proj
+        d_h_0 = gradients[1] = layer.x.new_empty(size) if saved.wanted[1] else None
         m = m.view(rows.count, layer.directions, layer.hidden)
         for d, (weights, at) in enumerate(zip(self.weights, _places(layer))):
             # Those that flow back through h, and not into W_hh.
@@ -655,7 +669,8 @@ def _over_m(layer: Layer, saved: Saved, m: Tensor) -> Saved:
         d_output = torch.cat([part @ hr for part, hr in zip(parts, projections)], -1)
     if d_h_n is not None:
         d_h_n = torch.stack([d @ hr for d, hr in zip(d_h_n, projections)])
-    wanted = (False,) * (4 + len(layer.weights) - layer.directions)
+    wanted = [False] * (4 + len(layer.weights) - layer.directions)
+    wanted[2] = saved.wanted[2]
     return saved._replace(output=m, d_output=d_output, d_h_n=d_h_n, wanted=wanted)
 
 

@@ -29,10 +29,11 @@ class Rows:
 
     def __init__(self, layer: Layer, upload: Callable[[Tensor, torch.device], Tensor]) -> None:
         self.batch, self.device = layer.batch, layer.x.device
-        self.count = layer.x.shape[:-1].numel()  # N
+        shape = layer.x.shape
+        self.count = shape[0] if len(shape) == 2 else shape[0] * shape[1]  # N
         self.reverse = (True,) if layer.reverse else (False, True)[: layer.directions]
         sizes = layer.batch_sizes
-        self.steps = len(layer.x if sizes is None else sizes)
+        self.steps = shape[0] if sizes is None else sizes.shape[0]
         if sizes is None and layer.resets is None:
             return
         if sizes is None or sizes.dtype == torch.bool:
@@ -119,6 +120,8 @@ class Rows:
         """
         if self.lengths is not None:
             return [(None, self.states_before(output, h_0, direction))]
+        if self.count == self.batch and self.before is None:
+            return [] if h_0 is None else [(None, h_0)]
         if self.reverse[direction]:
             edge, others = slice(-self.batch, None), slice(-self.batch)
             states = output[self.batch :]

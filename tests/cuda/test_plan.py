@@ -191,11 +191,9 @@ def test_the_environment_names_no_such_kind(harness, monkeypatch):
 
 
 def test_a_wrong_plan_is_refused(harness):
-    given = problem(harness, "GRU", "f32", T=3, B=2, H=100, D=2)
     plan = harness.Plan(harness.Kind.CLUSTER, 8, 8, 1, 1, False, False)
     layer = make_case("GRU", 3, 2, 5, 100).to(lambda t: t.float()).layer
     results = layer.make_results()
-    workspace = torch.empty(plan.workspace(given) // 8, dtype=torch.int64)
     gates = torch.empty(2, 6, 300)
     with pytest.raises(ValueError, match="this plan cannot run this problem"):
-        harness.forward(90, plan, layer, None, None, gates, results, (None, [], None), workspace)
+        harness.forward(90, plan, layer, None, None, gates, results, (None, [], None))

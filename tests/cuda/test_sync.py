@@ -15,7 +15,7 @@ from backends import ENGINES, Target, h100
 from fastrnn._backends import register
 from fastrnn._cuda_backend import _Rounding
 from helpers import make
-from test_scan import ROWS, Case, make_case, run_on
+from test_scan import ROWS, Case, assert_right, make_case, run_on
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2}
@@ -143,6 +143,16 @@ def test_few_calls_of_torch(harness):
         assert len(forward.calls) <= 10
         assert len(backward.calls) <= most
         assert not any("cat" in call for call in backward.calls)
+
+
+@pytest.mark.parametrize("batch", [5, 5500])
+def test_large_gradients_are_not_copied(harness, batch):
+    """A GRU's gradients of W_hh h lie in two tensors, which are put together while small."""
+    target = Target("harness", harness, "cpu")
+    case = make_case("GRU", 2, batch, 2, 32, 1)
+    assert_right(run_on(case, target, ENGINES["f64"]), case, ENGINES["f64"])
+    _, backward = watch(case, target.backend(ENGINES["f64"]))
+    assert any("cat" in call for call in backward.calls) is (batch == 5)
 
 
 @pytest.mark.parametrize("scan", [False, True])
