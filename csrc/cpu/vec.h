@@ -205,7 +205,7 @@ inline Vec<T> first_lanes(Vec<T> v, int64_t count) {
   return where(Vec<T>::first(count), v, Vec<T>(T(0)));
 }
 
-// From and to the last elements of a row, of which `left` follow from p on: mostly all lanes do.
+// A vector of a row of which `left` elements follow from p on, mostly more than there are lanes.
 template <class S>
 [[gnu::always_inline]] inline Vec<Compute<S>> load_lanes(const S* p, int64_t left) {
   using V = Vec<Compute<S>>;
