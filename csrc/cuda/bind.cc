@@ -372,8 +372,6 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
       .def_readonly("tensor", &Plan::tensor)
       .def_readonly("kept", &Plan::kept)
       .def_readonly("mbarrier", &Plan::mbarrier)
-      .def("workspace",
-           [](const Plan& plan, const Problem& problem) { return Layout(problem, plan).workspace; })
       .def("shared",
            [](const Plan& plan, const Problem& problem) { return Layout(problem, plan).shared; })
       .def("blocks", [](const Plan& plan, const Problem& problem) {

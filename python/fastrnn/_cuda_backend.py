@@ -431,8 +431,8 @@ class _GateGradients:
     """The gradients of the gates, which backward's scan writes, and all that follows from them."""
 
     each: Sequence[Tensor]  # of W_ih x + b_ih in one direction, [N, G*H]
-    # Those of W_hh h + b_hh are the same, but for the last gate of some cells, or, of cells that
-    # are not built in, all: the first `same` of these columns, and [D, N, the rest].
+    # Those of W_hh h + b_hh are the same in their first `same` columns. The others are here,
+    # [D, N, columns]: the last gate of some cells, or, of cells that are not built in, all.
     recurrent: Tensor | None
 
     def __init__(self, layer: Layer, rows: Rows) -> None:

@@ -29,11 +29,10 @@ class Rows:
 
     def __init__(self, layer: Layer, upload: Callable[[Tensor, torch.device], Tensor]) -> None:
         self.batch, self.device = layer.batch, layer.x.device
-        shape = layer.x.shape
-        self.count = shape[0] if len(shape) == 2 else shape[0] * shape[1]  # N
+        self.count = layer.x.shape[:-1].numel()  # N
         self.reverse = (True,) if layer.reverse else (False, True)[: layer.directions]
         sizes = layer.batch_sizes
-        self.steps = shape[0] if sizes is None else sizes.shape[0]
+        self.steps = layer.steps
         if sizes is None and layer.resets is None:
             return
         if sizes is None or sizes.dtype == torch.bool:
