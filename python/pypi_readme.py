@@ -11,26 +11,28 @@ import re
 from pathlib import Path
 from typing import Any
 
-# A picture, or a link whose text holds no other; not one with an address or to a heading.
-LINK = re.compile(r"(!?)\[([^\[\]]*)\]\((?![a-z]+:|#)([^()\s]+)\)")
-CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+# Code, which stays, or a picture or link whose text holds no other link; not one with an address or
+# to a heading. Which of them begins first counts: a link's text may be code.
+CODE_OR_LINK = re.compile(
+    r"^```.*?^```$|`[^`\n]+`|"
+    r"(?P<picture>!?)\[(?P<label>(?:`[^`\n]+`|[^\[\]`])*)\]\((?![a-z]+:|#)(?P<target>[^()\s]+)\)",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def absolute(text: str, repository: str) -> str:
     """The text without relative links; repository may be empty."""
 
-    def replace(link: re.Match[str]) -> str:
-        picture, label, target = link.groups()
+    def replace(match: re.Match[str]) -> str:
+        picture, label, target = match.group("picture", "label", "target")
+        if target is None:
+            return match[0]
         if not repository:
             return "" if picture else label
         kind = "raw" if picture else "blob"
         return f"{picture}[{label}]({repository.rstrip('/')}/{kind}/HEAD/{target})"
 
-    parts, end = [], 0
-    for code in CODE.finditer(text):
-        parts += [LINK.sub(replace, text[end : code.start()]), code[0]]
-        end = code.end()
-    return "".join(parts) + LINK.sub(replace, text[end:])
+    return CODE_OR_LINK.sub(replace, text)
 
 
 def dynamic_metadata(field: str, settings: dict[str, Any], project: Any = None) -> dict[str, str]:

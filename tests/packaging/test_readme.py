@@ -39,5 +39,10 @@ def test_without_a_repository():
 def test_code_stays():
     code = "```python\nf = table[0](docs)\n```\n"
     text = f"{code}`a[1](b)` and [a page](docs/a.md), [a site](https://x.org), [below](#here)\n"
+    text += "[`code` in a link](docs/a.md)\n"
     expected = f"{code}`a[1](b)` and a page, [a site](https://x.org), [below](#here)\n"
+    expected += "`code` in a link\n"
     assert absolute(text, "") == expected
+    assert "[`code` in a link](https://x.org/blob/HEAD/docs/a.md)" in absolute(
+        text, "https://x.org"
+    )
