@@ -20,8 +20,8 @@ class BackwardItems {
   using C = General<Cell>;
   static constexpr int G = C::gates, R = C::recurrent, K = C::saves, Z = C::inputs;
   static constexpr int Q = C::parameters, E = C::extras, kItems = max_items(sizeof(S));
-  // The gates of W_hh h + b_hh whose gradients are stored beside those of W_ih x + b_ih: of the
-  // built-in cells only the last differs.
+  // The gates of W_hh h + b_hh whose gradients are not those of W_ih x + b_ih: of the built-in
+  // cells only the last.
   static constexpr int kSplit = !C::splits_gradient ? 0 : is_general<Cell> ? R : 1;
 
   FASTRNN_DEVICE explicit BackwardItems(const Block<RecurrenceBackward>& block)
@@ -79,7 +79,12 @@ class BackwardItems {
       }
       if constexpr (kSplit > 0) {
         if (args_.layer_norm.is_on()) continue;  // it stores what becomes of them
-        S* d_recurrent = static_cast<S*>(args_.d_recurrent) + block_.column(place_[k], kSplit);
+        S* d_recurrent = static_cast<S*>(args_.d_recurrent) + block_.column(place_[k], args_.split);
+        if (args_.split == R) {
+#pragma unroll
+          for (int g = 0; g < R - kSplit; ++g) d_recurrent[g * block_.hidden] = gate_[k][g];
+          d_recurrent += (R - kSplit) * block_.hidden;
+        }
 #pragma unroll
         for (int g = 0; g < kSplit; ++g) d_recurrent[g * block_.hidden] = d_recurrent_[k][g];
       }

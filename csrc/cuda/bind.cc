@@ -24,9 +24,10 @@ namespace {
 using Optional = std::optional<Tensor>;
 // What forward writes, as the record Results: output, h_n, c_n, extra and what it saves.
 using Results = std::tuple<Tensor, Tensor, Optional, Optional, Optional>;
-// What backward writes: d_gates, d_recurrent, d_h_0, d_c_0, d_inputs and d_parameters. The first
-// five are made where they are needed and not given, which they are where they must begin as zeros.
-using Gradients = std::tuple<Optional, Optional, Optional, Optional, Optional, Optional>;
+// What backward writes: `split` of RecurrenceBackward, d_gates, d_recurrent, d_h_0, d_c_0, d_inputs
+// and d_parameters. The first five tensors are made where they are needed and not given, which they
+// are where they must begin as zeros.
+using Gradients = std::tuple<int, Optional, Optional, Optional, Optional, Optional, Optional>;
 // Where a scan over some steps and one direction of a layer takes up and leaves what it carries,
 // and the layer's first such step and direction.
 using Part = std::optional<std::tuple<Tensor, int64_t, int>>;
@@ -291,16 +292,19 @@ py::tuple backward(int device, const Plan& plan, py::handle record, const Option
   args.d_c_n = scan.get("d_c_n", saved.d_c_n, scan.states(traits.states));
   args.d_extra = scan.get_computed("d_extra", saved.d_extra, scan.steps(traits.states));
 
-  const auto& [d_gates, d_recurrent, d_h_0, d_c_0, d_inputs, d_parameters] = gradients;
+  const auto& [split, d_gates, d_recurrent, d_h_0, d_c_0, d_inputs, d_parameters] = gradients;
   const int64_t directions = layer.directions, hidden = layer.shape.hidden;
-  // See RecurrenceBackward.
-  const bool splits_one = layer.cell < Cells::size && !layer.layer_norm;
-  const int64_t split = splits_one ? 1 : traits.recurrent;
   const bool splits = layer.layer_norm || (traits.splits_gradient && traits.recurrent > 0);
+  const int all = splits ? traits.recurrent : 0;
+  const bool may_be_one = splits && layer.cell < Cells::size && !layer.layer_norm;
+  if (split != all && !(may_be_one && split == 1)) {
+    fail("split", std::to_string(all) + ", got " + std::to_string(split));
+  }
+  args.split = split;
   const auto& wanted = saved.wanted;
   py::tuple made = py::make_tuple(
       scan.write("d_gates", d_gates, true, layer.gates(), args.d_gates),
-      scan.write("d_recurrent", d_recurrent, splits, {directions, layer.rows, split * hidden},
+      scan.write("d_recurrent", d_recurrent, split > 0, {directions, layer.rows, split * hidden},
                  args.d_recurrent),
       scan.write("d_h_0", d_h_0, wanted[1], scan.states(), args.d_h_0),
       scan.write("d_c_0", d_c_0, wanted[2], scan.states(traits.states), args.d_c_0),

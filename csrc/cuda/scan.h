@@ -90,9 +90,11 @@ struct RecurrenceBackward : Recurrence {
   const void* d_extra;
 
   void* d_gates;  // [D, N, G*H]: gradients of W_ih x + b_ih
-  // Of cells that split the gradient, those of W_hh h + b_hh: [D, N, R*H], or of a built-in cell
-  // only those of the last gate, [D, N, H].
+  // Of cells that split the gradient, those of W_hh h + b_hh in the last `split` gates,
+  // [D, N, split*H]: in all R, or of a built-in cell in the last alone, where the others are the
+  // same as in d_gates.
   void* d_recurrent;
+  int split;
   void* d_h_0;  // [D, B, H] or null
   void* d_c_0;
   void* d_inputs;  // as inputs, or null

@@ -35,8 +35,11 @@ from ._segments import Part, backward_in_segments, forward_in_segments
 
 def allows_tf32() -> bool:
     """Whether torch would let nn.LSTM round float32 on CUDA."""
-    precision = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
+    precision = getattr(_cudnn_rnn, "fp32_precision", None)
     return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+
+
+_cudnn_rnn = getattr(torch.backends.cudnn, "rnn", None)  # to find it takes longer than to ask it
 
 
 class _Rounding:
@@ -172,6 +175,9 @@ class Nvcc(Toolchain):
         self._kernels.load_cell(mode, address)
 
 
+_GIVEN = 4  # the gradients before those of the weights: of x, h_0, c_0 and inputs
+
+
 def _places(layer: Layer) -> list[Weights]:
     """Where the gradients of each direction's weights stand among all gradients."""
     return _places_of(layer.mode, layer.layer_norm, len(layer.weights), layer.directions)
@@ -179,7 +185,7 @@ def _places(layer: Layer) -> list[Weights]:
 
 @lru_cache
 def _places_of(mode: str, layer_norm: bool, count: int, directions: int) -> list[Weights]:
-    weights = tuple(range(4, 4 + count))
+    weights = tuple(range(_GIVEN, _GIVEN + count))
     none = (None,) * TENSORS
     options = mode, directions, 0, False, 0, False, False, 0.0, 0.0, 0.0, layer_norm
     return _by_direction(Layer._make((*options, *none, weights)), weights)
@@ -318,15 +324,15 @@ class CudaBackend(Backend):
             return gradients
         rows = Rows(layer, self.upload)
         scan = _GateGradients(layer, rows)
-        zeros = scan.zeros(saved.wanted[3])
+        targets = scan.targets(saved.wanted[3])
         if layer.has_projection:
             m = _scanned_output(layer, saved, rows)
             over_m = _over_m(layer, saved, m)
             if part is not None and over_m.d_h_n is not None:
                 part.carried[0] = over_m.d_h_n
-            made = self._run(True, _unprojected(layer), rows, over_m, zeros, part=part)
+            made = self._run(True, _unprojected(layer), rows, over_m, targets, part=part)
         else:
-            made = self._run(True, layer, rows, saved, zeros, part=part, of=scan)
+            made = self._run(True, layer, rows, saved, targets, part=part, of=scan)
         d_gates, d_recurrent, *of_given = made  # of h_0, c_0 and inputs
         scan.take(d_gates, d_recurrent)
         gradients = [None, *of_given, *(None,) * len(layer.weights)]
@@ -345,11 +351,12 @@ class CudaBackend(Backend):
         of: _GateGradients | None = None,
     ) -> Any:
         """The recurrence alone. `args`: W_ih x + b_ih and the results; in backward, what is saved
-        and the zeros to write into, which are those `of` the gradients. Backward returns what it
-        has written: d_gates, d_recurrent, d_h_0, d_c_0 and d_inputs."""
+        and the targets, which are those `of` the gradients. Backward returns what it has written:
+        d_gates, d_recurrent, d_h_0, d_c_0 and d_inputs."""
         device = self._index(layer.x.device)
         shape = rows.steps, rows.batch, layer.hidden, layer.directions, layer.reverse
-        numbers = DTYPES.index(layer.x.dtype), *shape, self._allows_tf32()
+        tf32 = layer.x.dtype == torch.float32 and self._allows_tf32()
+        numbers = DTYPES.index(layer.x.dtype), *shape, tf32
         plan = self._plan(device, layer.layer_norm, backward, layer.mode, *numbers)
         parameters = None
         if layer.cell.parameters:  # [D, Q, H]
@@ -400,19 +407,21 @@ def _hand_on(target: Tensor | None, source: Tensor | None) -> None:
 def _multiply_inputs(layer: Layer, gates: Tensor) -> None:
     """gates [D, N, G*H] = x W_ih^T + b_ih, or with layer_norm the product normalised."""
     inputs = layer.x.view(-1, layer.x.shape[-1])
-    for d, weights in enumerate(_by_direction(layer, layer.weights)):
+    for out, at in zip(gates.unbind(), _places(layer)):
+        w_ih = layer.weights[at.ih - _GIVEN].t()
+        bias = None if at.bias_ih is None else layer.weights[at.bias_ih - _GIVEN]
         if layer.layer_norm:
-            product = torch.mm(inputs, weights.ih.t())
-            gain, bias = weights.norms[0], weights.bias_ih
-            gates[d] = torch.nn.functional.layer_norm(product, gain.shape, gain, bias, _EPSILON)
-        elif weights.bias_ih is None:
-            torch.mm(inputs, weights.ih.t(), out=gates[d])
+            gain = layer.weights[at.norms[0] - _GIVEN]
+            product = torch.mm(inputs, w_ih)
+            out.copy_(torch.nn.functional.layer_norm(product, gain.shape, gain, bias, _EPSILON))
+        elif bias is None:
+            torch.mm(inputs, w_ih, out=out)
         else:
-            torch.addmm(weights.bias_ih, inputs, weights.ih.t(), out=gates[d])
+            torch.addmm(bias, inputs, w_ih, out=out)
 
 
 _EPSILON = 1e-5  # of layer normalisation, as in csrc/cuda/layer_norm.h
-_FEW = 1 << 20  # values that a GPU copies while the host launches a kernel
+_FEW = 1 << 20  # values that a GPU writes and reads again while the host launches a kernel
 
 
 def _normalisation(layer: Layer, gradients: _GateGradients | None) -> tuple[Any, ...]:
@@ -431,18 +440,20 @@ class _GateGradients:
     """The gradients of the gates, which backward's scan writes, and all that follows from them."""
 
     each: Sequence[Tensor]  # of W_ih x + b_ih in one direction, [N, G*H]
-    # Those of W_hh h + b_hh are the same in their first `same` columns. The others are here,
-    # [D, N, columns]: the last gate of some cells, or, of cells that are not built in, all.
-    recurrent: Tensor | None
+    # Those of W_hh h + b_hh are the same in their first `same` columns. The others, if there are,
+    # are here, [N, split*H].
+    recurrent: Sequence[Tensor] | None
 
     def __init__(self, layer: Layer, rows: Rows) -> None:
         self.layer, self.rows = layer, rows
-        self.weights = _by_direction(layer, layer.weights)
         cell, hidden = layer.cell, layer.hidden
-        self.same, self._own = cell.recurrent * hidden, 0
+        self.split = 0  # see RecurrenceBackward of csrc/cuda/scan.h
         if layer.layer_norm or (cell.splits_gradient and cell.recurrent):
-            self._own = hidden if layer.mode in BUILT_IN and not layer.layer_norm else self.same
-            self.same -= self._own
+            # Of a built-in cell one gate would do, but then each part takes a product of its own.
+            values = layer.directions * rows.count * cell.gates * hidden
+            one = layer.mode in BUILT_IN and not layer.layer_norm and values > _FEW
+            self.split = 1 if one else cell.recurrent
+        self.same = (cell.recurrent - self.split) * hidden
         self.norms: Tensor | None = None  # see LayerNormArgs of csrc/cuda/scan.h
         if layer.layer_norm:
             width = 2 * (cell.recurrent + 1) * hidden
@@ -458,22 +469,20 @@ class _GateGradients:
         """Of W_ih x + b_ih."""
         return self.layer.directions, self.rows.count, self.layer.weights[0].shape[0]
 
-    def zeros(self, wants_inputs: bool) -> tuple[Tensor | None, ...]:
-        """Those of what the scan writes that must begin as zeros, and None for what it makes."""
+    def targets(self, wants_inputs: bool) -> tuple[int | Tensor | None, ...]:
+        """`split`, and what the scan writes: zeros where it must begin as such, and None for what
+        the scan makes."""
         if self.rows.mask is None:
-            return None, None, None, None, None, self.parameters
+            return self.split, None, None, None, None, None, self.parameters
         new, shape, given = self.layer.x.new_zeros, self.gates_shape, self.layer.inputs
-        recurrent = new((*shape[:2], self._own)) if self._own else None
+        recurrent = new((*shape[:2], self.split * self.layer.hidden)) if self.split else None
         inputs = None if given is None or not wants_inputs else torch.zeros_like(given)
-        return new(shape), recurrent, None, None, inputs, self.parameters
+        return self.split, new(shape), recurrent, None, None, inputs, self.parameters
 
     def take(self, gates: Tensor, recurrent: Tensor | None) -> None:
         """What the scan has written."""
-        self.each, self.recurrent = gates.unbind(), recurrent
-        if recurrent is not None and self.same and gates.numel() <= _FEW:
-            # Each part would need products, a sum and a copy of its own.
-            self.recurrent = torch.cat((gates[..., : self.same], recurrent), -1)
-            self.same = 0
+        self.each = gates.unbind()
+        self.recurrent = None if recurrent is None else recurrent.unbind()
 
     def set_products(
         self, gradients: list[Tensor | None], wanted: Sequence[bool], output: Tensor
@@ -485,14 +494,13 @@ class _GateGradients:
         if layer.directions > 1:
             states = output.view(rows.count, layer.directions, layer.proj).unbind(1)
         flat: Tensor | None = None
-        for d, (weights, at) in enumerate(zip(self.weights, _places(layer))):
+        for d, at in enumerate(_places(layer)):
             gates = self.each[d]
             if layer.layer_norm:
-                self._differentiate_norms(d, inputs, weights, gradients, wanted, at)
+                self._differentiate_norms(d, inputs, gradients, wanted, at)
             if wanted[0]:
-                flat = (
-                    torch.mm(gates, weights.ih) if flat is None else flat.addmm_(gates, weights.ih)
-                )
+                w_ih = layer.weights[at.ih - _GIVEN]
+                flat = torch.mm(gates, w_ih) if flat is None else flat.addmm_(gates, w_ih)
             turned = gates.t()
             if wanted[at.ih]:
                 gradients[at.ih] = torch.mm(turned, inputs)
@@ -509,13 +517,13 @@ class _GateGradients:
         self,
         d: int,
         inputs: Tensor,
-        weights: Weights,
         gradients: list[Tensor | None],
         wanted: Sequence[bool],
         at: Weights,
     ) -> None:
         """Makes the gradients of W_ih x of those of the gates, and those of gains and biases."""
         layer, gates = self.layer, self.each[d]
+        weights = _by_direction(layer, layer.weights)[d]
         product = torch.mm(inputs, weights.ih.t())
         gain, bias = weights.norms[0], weights.bias_ih
         _, mean, inverse = torch.native_layer_norm(product, gain.shape, gain, bias, _EPSILON)
@@ -577,7 +585,8 @@ class _GateGradients:
         size = layer.directions, layer.batch, layer.proj
         d_h_0 = gradients[1] = layer.x.new_empty(size) if saved.wanted[1] else None
         m = m.view(rows.count, layer.directions, layer.hidden)
-        for d, (weights, at) in enumerate(zip(self.weights, _places(layer))):
+        each = _by_direction(layer, layer.weights)
+        for d, (weights, at) in enumerate(zip(each, _places(layer))):
             # Those that flow back through h, and not into W_hh.
             scaled = self._over_edges(self.each[d])
             if saved.wanted[at.hr]:
@@ -669,7 +678,7 @@ def _over_m(layer: Layer, saved: Saved, m: Tensor) -> Saved:
         d_output = torch.cat([part @ hr for part, hr in zip(parts, projections)], -1)
     if d_h_n is not None:
         d_h_n = torch.stack([d @ hr for d, hr in zip(d_h_n, projections)])
-    wanted = [False] * (4 + len(layer.weights) - layer.directions)
+    wanted = [False] * (_GIVEN + len(layer.weights) - layer.directions)
     wanted[2] = saved.wanted[2]
     return saved._replace(output=m, d_output=d_output, d_h_n=d_h_n, wanted=wanted)
 
