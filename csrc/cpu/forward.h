@@ -41,11 +41,11 @@ class ForwardScan {
     products_ = workspace.take<T>(args.directions * args.batch * product_stride());
   }
 
-  Work work() const {
-    const Columns<T>& columns = input_.columns();
-    return {args_.steps,     steps_.mean_rows(), args_.input + (has_products_ ? args_.proj : 0),
-            columns.blocks,  columns.vectors,    max_rows(columns.vectors),
-            args_.directions};
+  static Work work(const ForwardArgs& args, const Steps& steps) {
+    const Columns<T> columns(args.hidden, args.traits->gates);
+    const int64_t recurrent = args.traits->recurrent > 0 ? args.proj : 0;
+    return {args.steps,      steps.mean_rows(),         args.input + recurrent, columns.blocks,
+            columns.vectors, max_rows(columns.vectors), args.directions};
   }
 
   void run(int direction, PhaseRunner& runner) const {
@@ -167,6 +167,13 @@ class ForwardScan {
     runner.step_phases(run_all, is_last, has_products_ || InputProjection<S, W>::kCopies);
   }
 
+  // What all steps leave for backward.
+  Saved<S, T> saved(int direction) const {
+    return {static_cast<S*>(args_.gates[direction]),
+            at(static_cast<T*>(args_.extra), direction * cell_.extras * args_.hidden),
+            saved_values(args_) * args_.hidden, args_.directions * cell_.extras * args_.hidden, 0};
+  }
+
  private:
   const ForwardArgs& args_;
   const CellTraits& cell_;
@@ -218,13 +225,6 @@ class ForwardScan {
   // Rows of step t that have a step before it, in the order of the direction.
   int64_t rows_continued(int direction, int64_t t) const {
     return min_of(steps_.rows(t), steps_.rows(t - steps_.stride(direction)));
-  }
-
-  // What all steps leave for backward.
-  Saved<S, T> saved(int direction) const {
-    return {static_cast<S*>(args_.gates[direction]),
-            at(static_cast<T*>(args_.extra), direction * cell_.extras * args_.hidden),
-            saved_values(args_) * args_.hidden, args_.directions * cell_.extras * args_.hidden, 0};
   }
 
   // The part's own hidden units, blocks of features of a projected h, and features of h.
@@ -414,7 +414,7 @@ void forward_dev_impl(const Device& device, const ForwardArgs& args, const CellL
   Workspace workspace;
   const Steps steps(args, workspace);
   const ForwardScan<S, W> scan(args, loops, steps, workspace);
-  run_scan(args, scan.work(), device.threads, workspace, scan);
+  run_scan(args, scan.work(args, steps), device.threads, workspace, scan);
 }
 
 // Packs the weights of `args`, a scan of no steps, for all later scans with args.storage, unless

@@ -4,7 +4,7 @@
 #include "../cells/registry.h"
 #include "backward.h"
 #include "compiled_cell.h"
-#include "forward.h"
+#include "forward_stack.h"
 #include "multiply_add.h"
 #include "tile_rate.h"
 #include "variant.h"
@@ -57,6 +57,18 @@ void forward(const ForwardArgs& args, int threads) {
         [&]<class S>(S) { forward_dev_impl<Cpu, S>({threads}, args, loops_of<S>(args)); });
 }
 
+StackPlan plan_stack(const ForwardArgs& layer, int count, int threads) {
+  StackPlan plan;
+  visit(layer.dtype, [&]<class S>(S) { plan = stack_plan<S>(layer, count, threads); });
+  return plan;
+}
+
+void forward_stack(const ForwardArgs* layers, int count, const StackPlan& plan, int threads) {
+  visit(layers->dtype, [&]<class S>(S) {
+    forward_stack_dev_impl<Cpu, S>({threads}, layers, count, plan, loops_of<S>(*layers));
+  });
+}
+
 int64_t pack(const ForwardArgs& args, void* to) {
   int64_t bytes = 0;
   visit(args.dtype, [&]<class S>(S) { bytes = pack_layer<S>(args, loops_of<S>(args), to); });
@@ -82,7 +94,8 @@ extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_BFLOAT16_OF);
 extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT);
 const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT){
     FASTRNN_STRING(FASTRNN_VARIANT), FASTRNN_FLAGS,
-    FASTRNN_VARIANT::forward,        FASTRNN_VARIANT::pack,
+    FASTRNN_VARIANT::forward,        FASTRNN_VARIANT::plan_stack,
+    FASTRNN_VARIANT::forward_stack,  FASTRNN_VARIANT::pack,
     FASTRNN_VARIANT::backward,       FASTRNN_VARIANT::multiply_add,
     FASTRNN_VARIANT::run_tile,       FASTRNN_OTHERS};
 

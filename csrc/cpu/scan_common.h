@@ -64,14 +64,18 @@ using Phase = Called<Body>;        // does it for parts
 class PhaseRunner {
  public:
   PhaseRunner(const Parts& parts, Phases& phases, int rank, int size)
-      : parts_(parts), phases_(phases), member_{rank, size, parts.splits_units} {}
+      : parts_(parts), phases_(&phases), member_{rank, size, parts.splits_units} {}
+  // Of a thread that has all parts for itself.
+  explicit PhaseRunner(const Parts& parts)
+      : parts_(parts), phases_(nullptr), member_{0, 1, parts.splits_units} {}
 
   void phase(Body body) {
     run(parts_.count, [&](int i) { body(parts_.own[i]); });
   }
   // The same, but nothing may follow: it returns when all parts have begun.
   void last_phase(Body body) {
-    for (int i; (i = phases_.next_part_of_last(member_, parts_.count)) >= 0;) body(parts_.own[i]);
+    if (phases_ == nullptr) return phase(body);
+    for (int i; (i = phases_->next_part_of_last(member_, parts_.count)) >= 0;) body(parts_.own[i]);
   }
   // Work that is divided with share() by the part's rank and size, neither by rows nor by units.
   void shared_phase(Body body) {
@@ -99,14 +103,18 @@ class PhaseRunner {
 
  private:
   const Parts& parts_;
-  Phases& phases_;
+  Phases* const phases_;
   Member member_;
 
   template <class Run>
   void run(int count, const Run& run_part) {
-    for (int i; (i = phases_.next_part(member_, count)) >= 0;) {
+    if (phases_ == nullptr) {
+      for (int i = 0; i < count; ++i) run_part(i);
+      return;
+    }
+    for (int i; (i = phases_->next_part(member_, count)) >= 0;) {
       run_part(i);
-      phases_.done(member_, i, count);
+      phases_->done(member_, i, count);
     }
   }
 };
@@ -143,21 +151,19 @@ Parts make_parts(const Args& args, const Work& work, const ThreadPlan& plan, Wor
 
 // Runs all directions on one team. Each group of threads begins with its own direction, and then
 // takes parts of the others that nobody has begun.
-template <class Scan, class Args>
-void run_scan(const Args& args, const Work& work, int threads, Workspace& workspace,
-              const Scan& scan) {
+template <class Scan>
+void run_parts(const Scan& scan, int directions, const ThreadPlan& plan, const Parts& parts,
+               int threads, Workspace& workspace) {
   struct Context {
-    const Args& args;
     const Scan& scan;
+    int directions;
     ThreadPlan plan;
-    Parts parts;
+    const Parts& parts;
     Phases phases[kMaxDirections];
   };
-  const ThreadPlan plan = plan_threads(work, threads);
-  Context context{args, scan, plan, make_parts(args, work, plan, workspace), {}};
-  const int max_parts = context.parts.count < context.parts.shared.size ? context.parts.shared.size
-                                                                        : context.parts.count;
-  for (int d = 0; d < args.directions; ++d) {
+  Context context{scan, directions, plan, parts, {}};
+  const int max_parts = parts.count < parts.shared.size ? parts.shared.size : parts.count;
+  for (int d = 0; d < directions; ++d) {
     void* const memory = workspace.take<unsigned char>(Phases::bytes(max_parts));
     context.phases[d].set_memory(memory, max_parts);
   }
@@ -165,8 +171,8 @@ void run_scan(const Args& args, const Work& work, int threads, Workspace& worksp
     Context& c = *static_cast<Context*>(pointer);
     if (rank >= c.plan.threads) return;
     const int team = c.plan.threads / c.plan.groups;
-    for (int i = 0; i < c.args.directions; ++i) {
-      const int direction = (rank / team + i) % c.args.directions;
+    for (int i = 0; i < c.directions; ++i) {
+      const int direction = (rank / team + i) % c.directions;
       PhaseRunner runner(c.parts, c.phases[direction], rank % team, team);
       c.scan.run(direction, runner);
     }
@@ -174,6 +180,15 @@ void run_scan(const Args& args, const Work& work, int threads, Workspace& worksp
   // A team of all threads, though some have nothing to do: OpenMP ends those that a smaller team
   // leaves out, and the next operation of torch would have to start them again.
   run_team(plan.threads == 1 ? 1 : threads, body, &context);
+}
+
+// The same with the division that should take the least time.
+template <class Scan, class Args>
+void run_scan(const Args& args, const Work& work, int threads, Workspace& workspace,
+              const Scan& scan) {
+  const ThreadPlan plan = plan_threads(work, threads);
+  const Parts parts = make_parts(args, work, plan, workspace);
+  run_parts(scan, args.directions, plan, parts, threads, workspace);
 }
 
 }  // namespace fastrnn::FASTRNN_VARIANT

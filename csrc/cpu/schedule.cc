@@ -14,6 +14,10 @@ constexpr double kBarrierCycles = 1500;  // of two threads; half of it more for 
 // process holds may cost milliseconds.
 constexpr double kRegionCycles = 40000;
 constexpr int kVectorBytes = 64;
+// Of layers side by side: the least steps of a chunk, even, since states are kept in two buffers in
+// turn; about how many chunks; and what part of the time of one layer after the other it may take.
+constexpr int64_t kLeastChunk = 8, kChunks = 24;
+constexpr double kStackMargin = 0.9;
 
 double l2_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -34,9 +38,18 @@ double step_cycles(const Work& w, int64_t rows, int64_t blocks) {
   return bytes > 0.75 * l2_bytes() ? std::max(products, bytes / 16) : products;
 }
 
-}  // namespace
+// Of a barrier.
+double barrier_cycles(int threads) {
+  if (threads < 2) return 0;
+  return kBarrierCycles * (1 + std::bit_width(static_cast<unsigned>(threads - 1))) / 2;
+}
 
-ThreadPlan plan_threads(const Work& work, int threads) {
+struct Choice {
+  ThreadPlan plan;
+  double step_cycles;
+};
+
+Choice choose(const Work& work, int threads) {
   const double region = kRegionCycles / static_cast<double>(std::max<int64_t>(work.steps, 1));
   const int groups = work.directions == 2 && threads >= 2 && threads % 2 == 0 ? 2 : 1;
   const double passes = static_cast<double>(work.directions) / groups;
@@ -46,12 +59,10 @@ ThreadPlan plan_threads(const Work& work, int threads) {
   double best_cycles = step_cycles(work, work.rows, work.blocks) * work.directions;
   const auto consider = [&](int size, Split split) {
     if (size < 1 || size * groups == 1) return;
-    const int rounds = std::bit_width(static_cast<unsigned>(size - 1));
-    const double barrier = size > 1 ? kBarrierCycles * (1 + rounds) / 2 : 0;
     const double cycles =
         split == Split::kRows
             ? step_cycles(work, (work.rows + size - 1) / size, work.blocks)
-            : step_cycles(work, work.rows, (work.blocks + size - 1) / size) + barrier;
+            : step_cycles(work, work.rows, (work.blocks + size - 1) / size) + barrier_cycles(size);
     if (cycles * passes + region < best_cycles) {
       best = {size * groups, groups, split};
       best_cycles = cycles * passes + region;
@@ -64,6 +75,34 @@ ThreadPlan plan_threads(const Work& work, int threads) {
     for (int size = most_rows; size >= 1; size /= 2) consider(size, Split::kRows);
   }
   for (int size = most_blocks; size >= 1; size /= 2) consider(size, Split::kUnits);
+  return {best, best_cycles};
+}
+
+}  // namespace
+
+ThreadPlan plan_threads(const Work& work, int threads) { return choose(work, threads).plan; }
+
+StackPlan plan_stack(const Work& work, int layers, int threads) {
+  StackPlan best;
+  if (threads < 2 || layers < 2 || work.directions > 1 || work.steps < 4 * kLeastChunk) return best;
+  const int64_t chunk = std::max(kLeastChunk, work.steps / kChunks / 2 * 2);
+  const double chunks = static_cast<double>(work.steps) / chunk;
+  double best_cycles = kStackMargin * layers * work.steps * choose(work, threads).step_cycles;
+  for (int64_t row_parts = 1; row_parts <= work.rows; row_parts *= 2) {
+    const int64_t parts = layers * row_parts;
+    const int team = static_cast<int>(std::min<int64_t>(threads, parts));
+    const double step = step_cycles(work, (work.rows + row_parts - 1) / row_parts, work.blocks);
+    // The first and the last chunks do not keep all threads busy.
+    const double rounds = static_cast<double>((parts + team - 1) / team);
+    const double idle = parts > team ? rounds : layers - 1;
+    const double cycles = (chunks * rounds + idle) * chunk * step +
+                          (chunks + layers) * barrier_cycles(team) + kRegionCycles;
+    if (cycles < best_cycles) {
+      best = {team, static_cast<int>(row_parts), chunk};
+      best_cycles = cycles;
+    }
+    if (parts >= threads) break;
+  }
   return best;
 }
 

@@ -33,6 +33,16 @@ struct ThreadPlan {
 // The division that should take the least time.
 ThreadPlan plan_threads(const Work& work, int threads);
 
+// How layers on top of each other run side by side, see forward_stack.h.
+struct StackPlan {
+  int threads = 1;    // 1: they do not
+  int row_parts = 1;  // into which each layer's rows are divided
+  int64_t chunk = 0;  // steps that a layer takes at once
+};
+
+// For layers of `work` each, where that should take less time than one after the other.
+StackPlan plan_stack(const Work& work, int layers, int threads);
+
 // The half-open range of `rank`'s share of `count` items.
 struct Range {
   int64_t begin, end;

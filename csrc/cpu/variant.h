@@ -2,6 +2,7 @@
 #pragma once
 
 #include "scan.h"
+#include "schedule.h"
 
 namespace fastrnn {
 
@@ -9,6 +10,9 @@ struct CpuVariant {
   const char* name;
   const char* flags;  // with which it was compiled, see CMakeLists.txt
   void (*forward)(const ForwardArgs& args, int threads);
+  // Layers on top of each other that differ in their input alone, from the lowest on.
+  StackPlan (*plan_stack)(const ForwardArgs& layer, int count, int threads);
+  void (*forward_stack)(const ForwardArgs* layers, int count, const StackPlan& plan, int threads);
   // Packs the weights of a scan of no steps, unless `to` is null; returns the number of bytes.
   int64_t (*pack)(const ForwardArgs& args, void* to);
   void (*backward)(const BackwardArgs& args, int threads);

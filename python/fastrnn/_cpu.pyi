@@ -205,6 +205,10 @@ def forward(layer: tuple[Any, ...], /) -> tuple[Tensor | None, ...]:
 def backward(layer: tuple[Any, ...], saved: tuple[Any, ...], /) -> list[Tensor | None]:
     """The gradients of x, h_0, c_0, inputs and each weight."""
 
+def plan_stack(layer: tuple[Any, ...], count: int, /) -> tuple[int, int, int]:
+    """How `count` such layers on top of each other run side by side: threads, 1 if they do not;
+    parts of the rows; steps of a chunk. See csrc/cpu/schedule.h."""
+
 def record(ctx: Any, options: tuple[Any, ...], /, *tensors: Any) -> tuple[Tensor, ...]:
     """fastrnn._backends.Backend.record"""
 

@@ -134,6 +134,14 @@ PYBIND11_MODULE(_cpu, m) {
         [](py::handle layer, py::handle saved) { read_saved(read_layer(layer), saved); });
   m.def("forward", [](py::handle layer) { return forward(read_layer(layer)).tuple(); });
   m.def("backward", &backward_of);
+  m.def("plan_stack", [](py::handle record, int count) {
+    const LayerCall layer = read_layer(record);
+    Contiguous contiguous;
+    ForwardArgs args{};
+    set_layer(args, layer, contiguous);
+    const StackPlan plan = plan_stack(args, count);
+    return py::make_tuple(plan.threads, plan.row_parts, plan.chunk);
+  });
   py::class_<PackedLayer, std::shared_ptr<PackedLayer>>(m, "PackedLayer")
       .def(py::init([](py::handle layer, const std::string& storage) {
         return pack(read_layer(layer), storage);

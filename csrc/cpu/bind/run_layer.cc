@@ -88,6 +88,19 @@ void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& sc
   scan(args, threads);
 }
 
+StackPlan plan_stack(const ForwardArgs& layer, int count) {
+  const int threads = torch_threads();
+  if (threads < 2 || count < 2 || layer.directions > 1) return {};
+  return active_variant(layer.dtype).plan_stack(layer, count, threads);
+}
+
+void run_forward(const std::vector<ForwardArgs>& layers, const StackPlan& plan) {
+  const int threads = torch_threads();
+  py::gil_scoped_release release;
+  active_variant(layers[0].dtype)
+      .forward_stack(layers.data(), static_cast<int>(layers.size()), plan, threads);
+}
+
 Results forward(const LayerCall& layer) {
   return forward(layer, active_variant(layer.shape.dtype).forward);
 }

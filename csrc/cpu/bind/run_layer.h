@@ -7,6 +7,7 @@
 
 #include "../../python/layer.h"
 #include "../scan.h"
+#include "../schedule.h"
 #include "modules.h"
 
 namespace fastrnn {
@@ -69,6 +70,10 @@ Results forward(const LayerCall& layer, const Scan& scan);
 // The same into memory that is there.
 void run_forward(const ForwardArgs& args, const LayerCall& layer);
 void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& scan);
+
+// How `count` layers like this one, on top of each other, should run side by side.
+StackPlan plan_stack(const ForwardArgs& layer, int count);
+void run_forward(const std::vector<ForwardArgs>& layers, const StackPlan& plan);
 
 // The gradients of x, h_0, c_0, inputs and each weight, None where not wanted.
 std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given);

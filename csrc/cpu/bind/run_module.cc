@@ -1,6 +1,7 @@
 #include "run_module.h"
 
 #include <array>
+#include <deque>
 #include <iterator>
 #include <limits>
 #include <optional>
@@ -115,10 +116,14 @@ LayerCall layer_of(const Model& model, int k, const Tensor& x, const Tensor& h_0
   return layer;
 }
 
-// All layers, one after the other: the output and the final states.
+// All layers: the output and the final states.
 std::array<py::object, 3> infer(const Model& model, Tensor x, const Tensor& h_0, const Tensor& c_0,
                                 const Tensor* weights) {
-  Made output, h_n, c_n;
+  std::deque<Contiguous> kept;
+  std::vector<ForwardArgs> stack;  // of those that wait for others, to run side by side
+  std::vector<Made> outputs;       // of each, which the next one reads
+  StackPlan plan;
+  Made h_n, c_n;
   for (int k = 0; k < model.layers; ++k) {
     const LayerCall layer = layer_of(model, k, x, h_0, c_0, weights);
     const ScanShape& shape = layer.shape;
@@ -127,18 +132,25 @@ std::array<py::object, 3> infer(const Model& model, Tensor x, const Tensor& h_0,
       h_n = make(layer, {entries, shape.batch, shape.proj});
       c_n = make_if(layer.traits().has_cell_state(), layer, {entries, shape.batch, shape.hidden});
     }
-    Contiguous contiguous;
     ForwardArgs args{};
-    set_layer(args, layer, contiguous);
-    const Made input = output;  // what x views, if it is not the model's own input
-    output = make(layer, layer.steps(shape.directions * shape.proj));
-    args.output = output.tensor.data;
+    set_layer(args, layer, kept.emplace_back());
+    if (k == 0) plan = plan_stack(args, model.layers);
+    const bool is_stack = plan.threads > 1;
+    // One after the other, the outputs of two layers are enough.
+    if (!is_stack && k > 1) outputs.erase(outputs.begin());
+    outputs.push_back(make(layer, layer.steps(shape.directions * shape.proj)));
+    args.output = outputs.back().tensor.data;
     args.h_n = part_of(h_n.tensor, k, model.layers, shape.dtype).data;
     args.c_n = part_of(c_n.tensor, k, model.layers, shape.dtype).data;
-    run_forward(args, layer);
-    x = output.tensor;
+    if (is_stack) {
+      stack.push_back(args);
+    } else {
+      run_forward(args, layer);
+    }
+    x = outputs.back().tensor;
   }
-  return {output.object, h_n.object, c_n.object};
+  if (!stack.empty()) run_forward(stack, plan);
+  return {outputs.back().object, h_n.object, c_n.object};
 }
 
 // The states of layer k of all layers' [L * D, B, features], differentiable.

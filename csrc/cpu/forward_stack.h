@@ -1,0 +1,106 @@
+// Layers on top of each other, side by side on different threads: while one takes a chunk of steps,
+// the layer above it takes the chunk before. Where rows are few, this divides the work better than
+// the rows or units of one layer, and threads need each other once in a chunk, not in a step.
+//
+// The parts of a phase are the layers, or rows of them, and its work is a diagonal: the k-th layer
+// has its chunk number (phase - k). So all that a part reads was written in a phase before, and
+// threads that are late or gone are replaced as in any other phase, see team.h.
+#pragma once
+
+#include <deque>
+
+#include "forward.h"
+
+namespace fastrnn::FASTRNN_VARIANT {
+
+template <class S, class W = Factor<S>>
+class ForwardStack {
+ public:
+  // layers: from the lowest on, each with the output of the one below as its x.
+  ForwardStack(const ForwardArgs* layers, int count, const CellLoops<S>& loops,
+               const StackPlan& plan, Workspace& workspace)
+      : plan_(plan), parts_(count * plan.row_parts) {
+    for (int k = 0; k < count; ++k) layers_.emplace_back(layers[k], loops, workspace);
+  }
+
+  Parts parts(Workspace& workspace) const {
+    Part* const own = workspace.take<Part>(parts_);
+    const int64_t batch = layers_.front().args.batch;
+    for (int i = 0; i < parts_; ++i) {
+      const int rank = i % plan_.row_parts;
+      own[i] = {share(batch, rank, plan_.row_parts), i, parts_, false};
+    }
+    // Weights stay in the cache of their thread, as where units are split.
+    return {own, parts_, {{0, batch}, 0, 1, false}, /*splits_units=*/true};
+  }
+
+  void run(int, PhaseRunner& runner) const {
+    runner.phase([&](const Part& part) {
+      const Layer& layer = layer_of(part);
+      const Part own = rows_of(part);
+      layer.scan.pack(0, own);
+      layer.scan.start_states(0, own, layer.steps.first(0), nullptr);
+    });
+    const int64_t steps = layers_.front().steps.count();
+    const int64_t chunks = (steps + plan_.chunk - 1) / plan_.chunk;
+    const int64_t diagonals = chunks + static_cast<int64_t>(layers_.size()) - 1;
+    for (int64_t i = 0; i < diagonals; ++i) {
+      runner.phase([&](const Part& part) {
+        const int64_t begin = (i - part.rank / plan_.row_parts) * plan_.chunk;
+        if (begin < 0 || begin >= steps) return;
+        const Layer& layer = layer_of(part);
+        Part own{part.rows, 0, 1, false};
+        const Parts parts{&own, 1, own, false};
+        PhaseRunner alone(parts);
+        layer.scan.run_steps(0, alone, layer.steps.first(0) + begin * layer.steps.stride(0),
+                             min_of(plan_.chunk, steps - begin), layer.scan.saved(0), false);
+      });
+    }
+  }
+
+ private:
+  struct Layer {
+    Layer(const ForwardArgs& args, const CellLoops<S>& loops, Workspace& workspace)
+        : args(args), steps(args, workspace), scan(args, loops, steps, workspace) {}
+
+    const ForwardArgs& args;
+    const Steps steps;
+    const ForwardScan<S, W> scan;
+  };
+
+  const StackPlan plan_;
+  const int parts_;
+  std::deque<Layer> layers_;  // which are not moved
+
+  const Layer& layer_of(const Part& part) const { return layers_[part.rank / plan_.row_parts]; }
+  // Its place among the parts of one layer.
+  Part rows_of(const Part& part) const {
+    return {part.rows, part.rank % plan_.row_parts, plan_.row_parts, false};
+  }
+};
+
+// For `count` layers like this one.
+template <class S>
+StackPlan stack_plan(const ForwardArgs& layer, int count, int threads) {
+  Workspace workspace;
+  ForwardArgs upper = layer;
+  upper.input = layer.proj;
+  const Steps steps(upper, workspace);
+  return fastrnn::plan_stack(ForwardScan<S>::work(upper, steps), count, threads);
+}
+
+template <class Device, class S, class W = Factor<S>>
+void forward_stack_dev_impl(const Device& device, const ForwardArgs* layers, int count,
+                            const StackPlan& plan, const CellLoops<S>& loops) {
+  if constexpr (std::is_same_v<S, float> && std::is_same_v<W, Factor<S>>) {
+    if (layers->storage == Storage::kBFloat16) {
+      return forward_stack_dev_impl<Device, S, BFloat16>(device, layers, count, plan, loops);
+    }
+  }
+  Workspace workspace;
+  const ForwardStack<S, W> stack(layers, count, loops, plan, workspace);
+  run_parts(stack, 1, {plan.threads, 1, Split::kRows}, stack.parts(workspace), device.threads,
+            workspace);
+}
+
+}  // namespace fastrnn::FASTRNN_VARIANT
