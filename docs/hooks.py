@@ -28,6 +28,7 @@ import course  # noqa: E402
 from bench import (  # noqa: E402
     calls,
     contention,
+    deep,
     headline,
     heatmap,
     memory,
@@ -43,6 +44,7 @@ from pictures import PICTURES  # noqa: E402
 OTHERS: dict[str, Callable[[list[results.Row]], str]] = {
     "calls": calls.render,
     "contention": contention.render,
+    "deep": deep.render,
     "memory": memory.render,
     "options": options.render,
     "own": own.render,

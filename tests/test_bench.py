@@ -25,6 +25,7 @@ from bench import (
     calls,
     cases,
     compare,
+    deep,
     floor,
     headline,
     heatmap,
@@ -473,6 +474,18 @@ def test_tables_say_what_is_missed():
     text = own.render([row])
     assert "Goals missed:\nLSTM: 2.000 of the built-in cell's time" in text
     assert "Goals missed" not in own.render([row | {"of_built_in": 1.1}])
+
+
+def test_deep_models_beside_their_layers():
+    case = deep.Deep("GRU", "training", (40, 1, 8), 4)
+    outputs = deep.calls(case._replace(mode="inference"), 1)
+    assert outputs["deep"]().shape == outputs["layers"]().shape == (40, 1, 8)
+    assert all(call() is None for call in deep.calls(case, 1).values())
+    row = {"row": case.name, **case._asdict(), "shape": [200, 1, 256], "busy": False}
+    row |= {"us": {"deep": 2e3, "layers": 2.2e3}, "over": {"layers": 1.1}}
+    assert "1.10x, goal 1.5x" in deep.render([row])
+    assert "Goals missed" not in deep.render([row | {"over": {"layers": 1.6}}])
+    assert "Goals missed" not in deep.render([row | {"shape": [1000, 1, 64]}])
 
 
 # Wrong numbers

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import fastrnn
-from fastrnn._functions import FUSED
+from fastrnn._functions import FUSED, FUSED_STACK
 from fastrnn._layer import BUILT_IN, CELLS, CONSTANTS, OPTIONS, TENSORS, Layer, Results
 from fastrnn._load import _cpu, set_torch
 from fastrnn._torch import WATCHERS
@@ -157,6 +157,30 @@ def replayed(fields: list[Any], saved: list[Any]) -> list[Any]:
     state = [fields[:OPTIONS], [*saved[:3], *flat(fields)], needed]
     gradients = saved[3:5] if not CELLS[fields[0]].has_cell_state else saved[3:7]
     return [state, *gradients]
+
+
+def right_stack(r: Random) -> list[Any]:
+    """The arguments of record_stack but for the first: mode, layers, x, h_0, c_0 and weights."""
+    name, dtype = r.choice(("LSTM", "GRU", "RNN")), r.choice((torch.float32, torch.bfloat16))
+    options: dict[str, Any] = {"bias": r.random() < 0.7, "dtype": dtype}
+    if name == "LSTM" and r.random() < 0.3:
+        options["proj_size"] = 2
+    module = getattr(fastrnn, name)(3, 5, r.choice((1, 2, 3)), **options)
+    x = torch.randn(r.choice((0, 1, 40)), r.choice((0, 1, 3)), 3).to(dtype)
+    states = [torch.randn(module.num_layers, x.shape[1], n) for n in (module.proj_size or 5, 5)]
+    given = [None if r.random() < 0.4 else state.to(dtype) for state in states]
+    if name != "LSTM":
+        given[1] = None
+    weights = [weight.detach() for weight in module._flat_weights]
+    return [module.mode, module.num_layers, x, *given, *weights]
+
+
+def replayed_stack(r: Random) -> list[Any]:
+    context, arguments = Context(), right_stack(r)
+    results = _cpu.record_stack(context, *arguments)
+    needed = [False, False, *(t is not None and r.random() < 0.7 for t in arguments[2:])]
+    state = [list(context.options), list(context.saved_tensors), needed]
+    return [state, *(None if r.random() < 0.4 else torch.randn_like(t) for t in results)]
 
 
 def right_module(r: Random) -> list[Any]:
@@ -544,8 +568,13 @@ def check_replay(args: tuple[Any, ...], results: Any) -> None:
         assert len(args) <= 5  # four gradients
 
 
+def check_record_stack(args: tuple[Any, ...], results: Any) -> None:
+    assert len(results) == 2 + (args[1] == "LSTM")
+    assert results[0].shape[:2] == args[3].shape[:2]
+
+
 def run_module(*args: Any) -> Any:
-    return _cpu.run_module(*args, FUSED)
+    return _cpu.run_module(*args, FUSED, FUSED_STACK)
 
 
 def check_run_module(args: tuple[Any, ...], result: Any) -> None:
@@ -639,6 +668,13 @@ TARGETS: dict[str, tuple[Callable[..., Any], Any, Any, int]] = {
     "inspect": (_cpu.inspect, inspect_args, check_inspect, 10),
     "record": (_cpu.record, record_args, check_record, 10),
     "replay": (_cpu.replay, replay_args, check_replay, 10),
+    "record_stack": (
+        _cpu.record_stack,
+        lambda r: [[], *right_stack(r)],
+        check_record_stack,
+        10,
+    ),
+    "replay_stack": (_cpu.replay_stack, replayed_stack, check_replay, 10),
     "run_module": (run_module, right_module, check_run_module, 20),
     "is_contiguous": (_cpu.is_contiguous, lambda r: [right_layer(r)], check_bool, 3),
     "state_step": (STATE.step, step_args, check_step, 10),
@@ -654,6 +690,7 @@ TARGETS: dict[str, tuple[Callable[..., Any], Any, Any, int]] = {
 
 
 NAMES_ARGUMENTS = ("check", "check_saved", "forward", "backward", "record", "replay")
+OF_CONTEXT = ("record", "replay", "record_stack", "replay_stack")
 NO_RESULT = ("check", "check_saved", "set_torch")
 # What is not for them, they hand back, or they take nothing; a wrong number of arguments is rare.
 NEVER_REJECTED = ("inspect", "run_module", "state_step", "state_run")
@@ -690,14 +727,14 @@ def run(number: int) -> str:
     args = make(r)
     count = r.choice((0, 1, 1, 1, 2, 3))
     for _ in range(count):
-        if name in ("record", "replay") and r.random() < 0.5:  # of any number of arguments
+        if name in OF_CONTEXT and r.random() < 0.5:  # of any number of arguments
             args = [args[0], *wrong_list(r, args[1:])]
         else:
             mutate(r, args)
     # Another number of arguments: pybind11 prints them all, which not every wrong tensor survives.
     if count == 0 and r.random() < 0.1:
         args, count = list(wrong_list(r, args)), 1
-    if name in ("record", "replay") and args and type(args[0]) is list and len(args[0]) <= 3:
+    if name in OF_CONTEXT and args and type(args[0]) is list and len(args[0]) <= 3:
         args[0] = Context(*frozen(args[0]))
     given = frozen(args)
     print(f"{name}{describe(given)}", flush=True)
@@ -759,7 +796,7 @@ def test_run_module_takes_projections(num_layers, bias):
     model = fastrnn.LSTM(3, 5, num_layers, bias=bias, proj_size=2)
     x = torch.randn(4, 2, 3)
     with torch.no_grad():
-        output, _ = _cpu.run_module(vars(model), x, None, 0, FUSED)
+        output, _ = _cpu.run_module(vars(model), x, None, 0, FUSED, FUSED_STACK)
     assert torch.equal(output, model(x)[0])
 
 

@@ -55,34 +55,77 @@ class BackwardScan {
     std::memset(zeros_, 0, stride_ * sizeof(F));
   }
 
-  Work work() const {
-    return {args_.steps,
-            steps_.mean_rows(),
-            cell_.gates * args_.hidden * 4,  // every weight is used twice
-            hh_.columns.blocks,
-            hh_.columns.units,
-            max_rows(hh_.columns.units),
-            args_.directions,
-            args_.batch_sizes != nullptr};
+  static Work work(const BackwardArgs& args, const Steps& steps) {
+    const Columns<T> columns(args.proj);
+    return {args.steps,
+            steps.mean_rows(),
+            args.traits->gates * args.hidden * 4,  // every weight is used twice
+            columns.blocks,
+            columns.units,
+            max_rows(columns.units),
+            args.directions,
+            args.batch_sizes != nullptr};
   }
 
   void run(int direction, PhaseRunner& runner) const {
-    runner.phase([&](const Part& part) {
-      pack(direction, part);
-      layer_gradients_.start(direction, part);
-      if (norm_) norm_->start(direction, part);
-    });
+    runner.phase([&](const Part& part) { start(direction, part); });
     if (recomputation_) {
       run_segments(direction, runner);
     } else {
       run_steps(direction, runner, 0, steps_.count(), saved(direction));
     }
-    runner.last_phase([&](const Part& part) {
-      const auto no_d_gates = [](int64_t) { return nullptr; };
-      write_initial(direction, part, kNoStep, no_d_gates, steps_.rows(0), args_.batch);
-      layer_gradients_.write(direction, part);
-      if (norm_) norm_->write(direction, part);
-    });
+    runner.last_phase([&](const Part& part) { write(direction, part); });
+  }
+
+  // The parts of a run.
+
+  void start(int direction, const Part& part) const {
+    pack(direction, part);
+    layer_gradients_.start(direction, part);
+    if (norm_) norm_->start(direction, part);
+  }
+
+  // Steps [from, to], against the order of the direction, of a chunk in which those after them are
+  // done.
+  void run_chunk_steps(int direction, const Chunk& chunk, int64_t from, int64_t to,
+                       const SavedSteps& saved, Phase phase) const {
+    const int64_t stride = steps_.stride(direction);
+    for (int64_t t = from; t != to - stride; t -= stride) {
+      run_step(direction, chunk, t, saved, phase);
+    }
+  }
+
+  // The gradients of x of some rows of a chunk whose steps are done.
+  void write_input(int direction, const Part& part, const Chunk& chunk, Range rows) const {
+    input_gradient_.write(direction, part, chunk, rows);
+  }
+
+  // Where products take pairs of rows: before what follows.
+  void zip(int direction, const Part& part, const Chunk& chunk) const {
+    chunk_gradients_.zip(direction, chunk.rows, part.rank, part.size);
+  }
+
+  // What a complete chunk, of which `last` was the last step to run, leaves beside d_x.
+  void finish_chunk(int direction, const Part& part, const Chunk& chunk, int64_t last) const {
+    if (!norm_) layer_gradients_.add_sums(direction, part, chunk);
+    layer_gradients_.add(direction, part, chunk);
+    keep_d_gates(direction, part, chunk, last);
+  }
+
+  void write(int direction, const Part& part) const {
+    const auto no_d_gates = [](int64_t) { return nullptr; };
+    write_initial(direction, part, kNoStep, no_d_gates, steps_.rows(0), args_.batch);
+    layer_gradients_.write(direction, part);
+    if (norm_) norm_->write(direction, part);
+  }
+
+  int64_t chunk_steps() const { return chunk_steps_; }
+
+  // What forward saved of all steps.
+  SavedSteps saved(int direction) const {
+    return {static_cast<const S*>(args_.gates[direction]),
+            at<T>(args_.extra, direction * cell_.extras * args_.hidden),
+            saved_values(args_) * args_.hidden, args_.directions * cell_.extras * args_.hidden, 0};
   }
 
  private:
@@ -113,13 +156,6 @@ class BackwardScan {
   bool is_one_chunk() const {
     const bool is_one_segment = !recomputes() || args_.steps <= args_.checkpoint_every;
     return args_.steps > 0 && args_.steps <= chunk_steps_ && is_one_segment;
-  }
-
-  // What forward saved of all steps.
-  SavedSteps saved(int direction) const {
-    return {static_cast<const S*>(args_.gates[direction]),
-            at<T>(args_.extra, direction * cell_.extras * args_.hidden),
-            saved_values(args_) * args_.hidden, args_.directions * cell_.extras * args_.hidden, 0};
   }
 
   Range hh_blocks(const Part& part) const { return part.blocks(hh_.columns.blocks); }
@@ -159,9 +195,7 @@ class BackwardScan {
       const Chunk chunk = steps_.chunk(min_of(from, last), max_of(from, last));
       const auto run_chunk = [&](Phase phase) {
         if (norm_) norm_->project(direction, chunk, last, phase);
-        for (int64_t t = from; t != last - stride; t -= stride) {
-          run_step(direction, chunk, t, saved, phase);
-        }
+        run_chunk_steps(direction, chunk, from, last, saved, phase);
       };
       runner.step_phases(run_chunk, false, has_products_);
       from = last - stride;
@@ -174,15 +208,11 @@ class BackwardScan {
         runner.shared_phase([&](const Part& part) { norm_->finish_input(direction, part, chunk); });
       }
       if constexpr (ChunkRows<S>::kZips) {
-        runner.shared_phase([&](const Part& part) {
-          chunk_gradients_.zip(direction, chunk.rows, part.rank, part.size);
-        });
+        runner.shared_phase([&](const Part& part) { zip(direction, part, chunk); });
       }
       runner.shared_phase([&](const Part& part) {
-        if (!norm_) layer_gradients_.add_sums(direction, part, chunk);
-        layer_gradients_.add(direction, part, chunk);
-        input_gradient_.write(direction, part, chunk);
-        keep_d_gates(direction, part, chunk, last);
+        write_input(direction, part, chunk, {0, chunk.rows});
+        finish_chunk(direction, part, chunk, last);
       });
     }
   }
@@ -464,7 +494,7 @@ void backward_dev_impl(const Device& device, const BackwardArgs& args, const Cel
   Workspace workspace;
   const Steps steps(args, workspace);
   const BackwardScan<S> scan(args, loops, steps, device.threads, workspace);
-  run_scan(args, scan.work(), device.threads, workspace, scan);
+  run_scan(args, scan.work(args, steps), device.threads, workspace, scan);
 }
 
 }  // namespace fastrnn::FASTRNN_VARIANT

@@ -7,25 +7,30 @@
 // threads that are late or gone are replaced as in any other phase, see team.h.
 #pragma once
 
-#include <deque>
+#include <memory>
+#include <optional>
 
 #include "forward.h"
 
 namespace fastrnn::FASTRNN_VARIANT {
 
-template <class S, class W = Factor<S>>
+template <class S>
 class ForwardStack {
  public:
-  // layers: from the lowest on, each with the output of the one below as its x.
+  // layers: from the lowest on, each with the output of the one below as its x. Their weights are
+  // not packed yet.
   ForwardStack(const ForwardArgs* layers, int count, const CellLoops<S>& loops,
                const StackPlan& plan, Workspace& workspace)
-      : plan_(plan), parts_(count * plan.row_parts) {
-    for (int k = 0; k < count; ++k) layers_.emplace_back(layers[k], loops, workspace);
+      : plan_(plan),
+        count_(count),
+        parts_(count * plan.row_parts),
+        layers_(std::make_unique<std::optional<Layer>[]>(count)) {
+    for (int k = 0; k < count; ++k) layers_[k].emplace(layers[k], loops, workspace);
   }
 
   Parts parts(Workspace& workspace) const {
     Part* const own = workspace.take<Part>(parts_);
-    const int64_t batch = layers_.front().args.batch;
+    const int64_t batch = layers_[0]->args.batch;
     for (int i = 0; i < parts_; ++i) {
       const int rank = i % plan_.row_parts;
       own[i] = {share(batch, rank, plan_.row_parts), i, parts_, false};
@@ -41,9 +46,9 @@ class ForwardStack {
       layer.scan.pack(0, own);
       layer.scan.start_states(0, own, layer.steps.first(0), nullptr);
     });
-    const int64_t steps = layers_.front().steps.count();
+    const int64_t steps = layers_[0]->steps.count();
     const int64_t chunks = (steps + plan_.chunk - 1) / plan_.chunk;
-    const int64_t diagonals = chunks + static_cast<int64_t>(layers_.size()) - 1;
+    const int64_t diagonals = chunks + count_ - 1;
     for (int64_t i = 0; i < diagonals; ++i) {
       runner.phase([&](const Part& part) {
         const int64_t begin = (i - part.rank / plan_.row_parts) * plan_.chunk;
@@ -65,14 +70,14 @@ class ForwardStack {
 
     const ForwardArgs& args;
     const Steps steps;
-    const ForwardScan<S, W> scan;
+    const ForwardScan<S> scan;
   };
 
   const StackPlan plan_;
-  const int parts_;
-  std::deque<Layer> layers_;  // which are not moved
+  const int count_, parts_;
+  const std::unique_ptr<std::optional<Layer>[]> layers_;
 
-  const Layer& layer_of(const Part& part) const { return layers_[part.rank / plan_.row_parts]; }
+  const Layer& layer_of(const Part& part) const { return *layers_[part.rank / plan_.row_parts]; }
   // Its place among the parts of one layer.
   Part rows_of(const Part& part) const {
     return {part.rows, part.rank % plan_.row_parts, plan_.row_parts, false};
@@ -86,19 +91,14 @@ StackPlan stack_plan(const ForwardArgs& layer, int count, int threads) {
   ForwardArgs upper = layer;
   upper.input = layer.proj;
   const Steps steps(upper, workspace);
-  return fastrnn::plan_stack(ForwardScan<S>::work(upper, steps), count, threads);
+  return fastrnn::plan_stack(ForwardScan<S>::work(upper, steps), count, threads, Pass::kForward);
 }
 
-template <class Device, class S, class W = Factor<S>>
+template <class Device, class S>
 void forward_stack_dev_impl(const Device& device, const ForwardArgs* layers, int count,
                             const StackPlan& plan, const CellLoops<S>& loops) {
-  if constexpr (std::is_same_v<S, float> && std::is_same_v<W, Factor<S>>) {
-    if (layers->storage == Storage::kBFloat16) {
-      return forward_stack_dev_impl<Device, S, BFloat16>(device, layers, count, plan, loops);
-    }
-  }
   Workspace workspace;
-  const ForwardStack<S, W> stack(layers, count, loops, plan, workspace);
+  const ForwardStack<S> stack(layers, count, loops, plan, workspace);
   run_parts(stack, 1, {plan.threads, 1, Split::kRows}, stack.parts(workspace), device.threads,
             workspace);
 }

@@ -27,15 +27,17 @@ class InputGradient {
     weight_.pack(direction, share(weight_.columns.blocks, part.rank, part.size));
   }
 
-  // Of a chunk, whose gate gradients are complete.
-  void write(int direction, const Part& part, const Chunk& chunk) const {
+  // Of rows of a chunk whose gate gradients are complete.
+  void write(int direction, const Part& part, const Chunk& chunk, Range all) const {
     if (args_.d_x == nullptr) return;
     // Each part has its own columns, or its own rows where there are too few columns.
     const Columns<T>& columns = weight_.columns;
     const bool by_columns = columns.blocks >= part.size;
     const Range blocks =
         by_columns ? share(columns.blocks, part.rank, part.size) : Range{0, columns.blocks};
-    const Range rows = by_columns ? Range{0, chunk.rows} : share(chunk.rows, part.rank, part.size);
+    const Range own = by_columns ? Range{0, all.end - all.begin}
+                                 : share(all.end - all.begin, part.rank, part.size);
+    const Range rows{all.begin + own.begin, all.begin + own.end};
     sweep(blocks, 1, false, [&](int64_t block, int64_t, int64_t next) {
       for_each_tile(rows.begin, rows.end, max_rows(columns.units),
                     [&](int64_t row, int count, int64_t index) {

@@ -2,7 +2,7 @@
 #include <array>
 
 #include "../cells/registry.h"
-#include "backward.h"
+#include "backward_stack.h"
 #include "compiled_cell.h"
 #include "forward_stack.h"
 #include "multiply_add.h"
@@ -80,6 +80,12 @@ void backward(const BackwardArgs& args, int threads) {
         [&]<class S>(S) { backward_dev_impl<Cpu, S>({threads}, args, loops_of<S>(args)); });
 }
 
+void backward_stack(const BackwardArgs* layers, int count, int threads) {
+  visit(layers->dtype, [&]<class S>(S) {
+    backward_stack_dev_impl<Cpu, S>({threads}, layers, count, loops_of<S>(*layers));
+  });
+}
+
 }  // namespace
 }  // namespace FASTRNN_VARIANT
 
@@ -92,11 +98,16 @@ extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_BFLOAT16_OF);
 #endif
 
 extern const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT);
-const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT){
-    FASTRNN_STRING(FASTRNN_VARIANT), FASTRNN_FLAGS,
-    FASTRNN_VARIANT::forward,        FASTRNN_VARIANT::plan_stack,
-    FASTRNN_VARIANT::forward_stack,  FASTRNN_VARIANT::pack,
-    FASTRNN_VARIANT::backward,       FASTRNN_VARIANT::multiply_add,
-    FASTRNN_VARIANT::run_tile,       FASTRNN_OTHERS};
+const CpuVariant FASTRNN_JOIN(variant_, FASTRNN_VARIANT){FASTRNN_STRING(FASTRNN_VARIANT),
+                                                         FASTRNN_FLAGS,
+                                                         FASTRNN_VARIANT::forward,
+                                                         FASTRNN_VARIANT::plan_stack,
+                                                         FASTRNN_VARIANT::forward_stack,
+                                                         FASTRNN_VARIANT::pack,
+                                                         FASTRNN_VARIANT::backward,
+                                                         FASTRNN_VARIANT::backward_stack,
+                                                         FASTRNN_VARIANT::multiply_add,
+                                                         FASTRNN_VARIANT::run_tile,
+                                                         FASTRNN_OTHERS};
 
 }  // namespace fastrnn

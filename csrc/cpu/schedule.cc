@@ -17,7 +17,7 @@ constexpr int kVectorBytes = 64;
 // Of layers side by side: the least steps of a chunk, even, since states are kept in two buffers in
 // turn; about how many chunks; and what part of the time of one layer after the other it may take.
 constexpr int64_t kLeastChunk = 8, kChunks = 24;
-constexpr double kStackMargin = 0.9;
+constexpr double kStackMargin = 0.8, kStackCycles = 2.5 * kRegionCycles;
 
 double l2_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -82,12 +82,15 @@ Choice choose(const Work& work, int threads) {
 
 ThreadPlan plan_threads(const Work& work, int threads) { return choose(work, threads).plan; }
 
-StackPlan plan_stack(const Work& work, int layers, int threads) {
+StackPlan plan_stack(const Work& work, int layers, int threads, Pass pass) {
   StackPlan best;
   if (threads < 2 || layers < 2 || work.directions > 1 || work.steps < 4 * kLeastChunk) return best;
   const int64_t chunk = std::max(kLeastChunk, work.steps / kChunks / 2 * 2);
   const double chunks = static_cast<double>(work.steps) / chunk;
-  double best_cycles = kStackMargin * layers * work.steps * choose(work, threads).step_cycles;
+  const Choice alone = choose(work, threads);
+  const bool divides_rows = alone.plan.threads > 1 && alone.plan.split == Split::kRows;
+  if (pass == Pass::kBackward && divides_rows) return best;
+  double best_cycles = kStackMargin * layers * work.steps * alone.step_cycles;
   for (int64_t row_parts = 1; row_parts <= work.rows; row_parts *= 2) {
     const int64_t parts = layers * row_parts;
     const int team = static_cast<int>(std::min<int64_t>(threads, parts));
@@ -96,12 +99,12 @@ StackPlan plan_stack(const Work& work, int layers, int threads) {
     const double rounds = static_cast<double>((parts + team - 1) / team);
     const double idle = parts > team ? rounds : layers - 1;
     const double cycles = (chunks * rounds + idle) * chunk * step +
-                          (chunks + layers) * barrier_cycles(team) + kRegionCycles;
+                          (chunks + layers) * barrier_cycles(team) + kStackCycles;
     if (cycles < best_cycles) {
       best = {team, static_cast<int>(row_parts), chunk};
       best_cycles = cycles;
     }
-    if (parts >= threads) break;
+    if (parts >= threads || pass == Pass::kBackward) break;
   }
   return best;
 }

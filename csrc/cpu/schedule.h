@@ -40,8 +40,11 @@ struct StackPlan {
   int64_t chunk = 0;  // steps that a layer takes at once
 };
 
-// For layers of `work` each, where that should take less time than one after the other.
-StackPlan plan_stack(const Work& work, int layers, int threads);
+// For layers of `work` each, where that should take less time than one after the other. Backward
+// divides no rows, and leaves layers alone that do: theirs is the better way, as its largest
+// products take whole chunks of rows.
+enum class Pass { kForward, kBackward };
+StackPlan plan_stack(const Work& work, int layers, int threads, Pass pass);
 
 // The half-open range of `rank`'s share of `count` items.
 struct Range {

@@ -16,6 +16,7 @@ struct CpuVariant {
   // Packs the weights of a scan of no steps, unless `to` is null; returns the number of bytes.
   int64_t (*pack)(const ForwardArgs& args, void* to);
   void (*backward)(const BackwardArgs& args, int threads);
+  void (*backward_stack)(const BackwardArgs* layers, int count, int threads);
   int64_t (*multiply_add)(int64_t rounds);  // see multiply_add.h
   int64_t (*run_tile)(int vectors, int64_t depth, bool transposed, int64_t rounds);  // tile_rate.h
   const CpuVariant* others;  // runs all dtypes but bfloat16; null: this one does

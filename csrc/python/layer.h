@@ -147,6 +147,9 @@ SavedCall read_saved(const LayerCall& layer, py::handle record);
 SavedCall read_saved(const LayerCall& layer, const SavedFields& fields,
                      const std::vector<bool>& wanted);
 
+// ValueError unless they are the layer's.
+void expect_saved(const LayerCall& layer, const SavedCall& given);
+
 // ValueError unless `tensor` is of this shape, of x's device, and of this element type.
 void expect(const LayerCall& layer, const char* name, const Tensor& tensor, const Shape& shape,
             Element element);

@@ -74,11 +74,13 @@ class Backend(ABC):
         hx: Any,
         checkpoint_every: int,
         functions: dict[str, Callable[..., tuple[Tensor, ...]]],
+        stack: Callable[..., tuple[Tensor, ...]],
         /,
     ) -> Any:
         """All layers of an RNN module, by its __dict__, on plain tensors.
 
         functions: for each mode, record() as a differentiable function of options and tensors.
+        stack: record_stack() as a differentiable function.
 
         Returns what the module's forward returns; None where the call is more than that, or where
         the arguments are wrong, so that the module's own checks raise the error.
@@ -104,6 +106,22 @@ class Backend(ABC):
     def replay(self, ctx: Any, /, *gradients: Tensor | None) -> tuple[Tensor | None, ...] | None:
         """Its backward; None where this one is not enough, since something watches or wants to
         differentiate it again."""
+        return None
+
+    def record_stack(self, ctx: Any, mode: str, layers: int, /, *tensors: Any) -> tuple[Any, ...]:
+        """record() of several layers in one direction, each taking the output of the one before.
+
+        tensors: x, h_0 and c_0 [L, B, features] or None, and the weights, layer by layer.
+
+        Returns output, h_n, and of cells with a cell state c_n. Only for a backend whose
+        run_module() calls it.
+        """
+        raise NotImplementedError
+
+    def replay_stack(
+        self, ctx: Any, /, *gradients: Tensor | None
+    ) -> tuple[Tensor | None, ...] | None:
+        """Its backward, as replay() is that of record()."""
         return None
 
 

@@ -186,6 +186,7 @@ def run_module(
     hx: Any,
     checkpoint_every: int,
     functions: dict[str, Callable[..., tuple[Tensor, ...]]],
+    stack: Callable[..., tuple[Tensor, ...]],
     /,
 ) -> Any:
     """fastrnn._backends.Backend.run_module"""
@@ -214,3 +215,9 @@ def record(ctx: Any, options: tuple[Any, ...], /, *tensors: Any) -> tuple[Tensor
 
 def replay(ctx: Any, /, *gradients: Tensor | None) -> tuple[Tensor | None, ...] | None:
     """fastrnn._backends.Backend.replay"""
+
+def record_stack(ctx: Any, mode: str, layers: int, /, *tensors: Any) -> tuple[Tensor, ...]:
+    """fastrnn._backends.Backend.record_stack"""
+
+def replay_stack(ctx: Any, /, *gradients: Tensor | None) -> tuple[Tensor | None, ...] | None:
+    """Its backward, as replay is that of record."""

@@ -17,6 +17,8 @@ class CpuBackend(Backend):
     run_module = staticmethod(_cpu.run_module)
     record = staticmethod(_cpu.record)
     replay = staticmethod(_cpu.replay)
+    record_stack = staticmethod(_cpu.record_stack)
+    replay_stack = staticmethod(_cpu.replay_stack)
     packs = True
     keep = staticmethod(_cpu.PackedModel)
 

@@ -436,6 +436,55 @@ FUSED = {
 }
 
 
+class FusedStack(torch.autograd.Function):
+    """FusedLayer of several layers in one direction, which run side by side.
+
+    Its arguments are the cell's mode, the number of layers, x, h_0, c_0 and all weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        return backend("cpu").record_stack(ctx, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = None if is_batched(grads) else backend("cpu").replay_stack(ctx, *grads)
+        return _through_each_layer(ctx, grads) if gradients is None else gradients
+
+
+FUSED_STACK = bind_apply(FusedStack)
+
+
+def _through_each_layer(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of a FusedStack, differentiable, by running its layers again."""
+    create_graph = torch.is_grad_enabled()
+    mode, layers = ctx.options
+    _, _, *needed = ctx.needs_input_grad
+    tensors = ctx.saved_tensors[-len(needed) :]
+    x, h_0, c_0, *weights = tensors
+    each = len(weights) // layers
+    finals = []
+    with torch.enable_grad():
+        output = x
+        for k in range(layers):
+            h, c = (None if states is None else states[k : k + 1] for states in (h_0, c_0))
+            own = weights[k * each : (k + 1) * each]
+            layer = Layer.plain(mode, 1, x.shape[1], output, h, c, own, keep=True, all_c=False)
+            output, states, _ = run_layer(layer)
+            finals.append(states)
+        results = [output, *map(torch.cat, zip(*finals))]
+        given = [(result, grad) for result, grad in zip(results, grads) if grad is not None]
+        gradients = torch.autograd.grad(
+            [result for result, _ in given],
+            [t for t, need in zip(tensors, needed) if need],
+            [grad for _, grad in given],
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
+    found = iter(gradients)
+    return None, None, *(next(found) if need else None for need in needed)
+
+
 def add_function(mode: str, name: str) -> None:
     """Makes the functions of a cell that is not built in."""
     function = type(f"{name}Function", (LayerFunction,), {"modes": (mode,)})

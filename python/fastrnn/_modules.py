@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._backends import backend, takes_mask
 from ._drop_in import DropIn
-from ._functions import FUSED, run_layer, run_packed
+from ._functions import FUSED, FUSED_STACK, run_layer, run_packed
 from ._layer import CELLS, Layer
 from ._onnx import refuse
 from ._onnx import run_layer as run_onnx_layer
@@ -202,7 +202,7 @@ class _RNNBase(DropIn, RNNBase):
         if self._options and (self.training or self.zoneout or self.grad_clip or self.layer_norm):
             return None
         every = self.checkpoint_every or 0
-        return backend("cpu").run_module(self.__dict__, input, hx, every, FUSED)
+        return backend("cpu").run_module(self.__dict__, input, hx, every, FUSED, FUSED_STACK)
 
     def _run_frozen(self, input: Any, hx: Any) -> Any:
         """The same of a frozen module."""

@@ -19,6 +19,7 @@
 #include "run_function.h"
 #include "run_layer.h"
 #include "run_module.h"
+#include "run_stack.h"
 #include "state_type.h"
 
 namespace fastrnn {
@@ -178,4 +179,6 @@ PYBIND11_MODULE(_cpu, m) {
   add_state_type(m);
   m.def("record", &record);
   m.def("replay", &replay);
+  m.def("record_stack", &record_stack);
+  m.def("replay_stack", &replay_stack);
 }

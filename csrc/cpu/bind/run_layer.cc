@@ -105,17 +105,11 @@ Results forward(const LayerCall& layer) {
   return forward(layer, active_variant(layer.shape.dtype).forward);
 }
 
-Results forward(const LayerCall& layer, const Scan& scan) {
-  expect_cpu(layer);
+Results make_steps(ForwardArgs& args, const LayerCall& layer) {
   const ScanShape& shape = layer.shape;
-  Contiguous contiguous;
-  ForwardArgs args{};
-  set_layer(args, layer, contiguous);
+  const CellTraits& traits = layer.traits();
   Results results;
   results.output = make(layer, layer.steps(shape.directions * shape.proj));
-  results.h_n = make(layer, layer.states(shape.proj));
-  const CellTraits& traits = layer.traits();
-  results.c_n = make_if(traits.has_cell_state(), layer, layer.states(traits.states * shape.hidden));
   if (layer.keeps_extra()) {
     const Shape every = layer.steps(shape.directions * traits.extras * shape.hidden);
     results.extra = make(layer, every, layer.state_element());
@@ -129,16 +123,26 @@ Results forward(const LayerCall& layer, const Scan& scan) {
               layer.rows * layer.saves() * shape.hidden);
   }
   args.output = results.output.tensor.data;
+  args.extra = results.extra.tensor.data;
+  return results;
+}
+
+Results forward(const LayerCall& layer, const Scan& scan) {
+  expect_cpu(layer);
+  const ScanShape& shape = layer.shape;
+  Contiguous contiguous;
+  ForwardArgs args{};
+  set_layer(args, layer, contiguous);
+  Results results = make_steps(args, layer);
+  results.h_n = make(layer, layer.states(shape.proj));
+  const CellTraits& traits = layer.traits();
+  results.c_n = make_if(traits.has_cell_state(), layer, layer.states(traits.states * shape.hidden));
   args.h_n = results.h_n.tensor.data;
   args.c_n = results.c_n.tensor.data;
-  args.extra = results.extra.tensor.data;
   run_forward(args, layer, scan);
   return results;
 }
 
-namespace {
-
-// What backward is given, into its arguments.
 void set_given(BackwardArgs& args, const LayerCall& layer, const SavedCall& given,
                Contiguous& contiguous) {
   const CellTraits& traits = layer.traits();
@@ -158,34 +162,47 @@ void set_given(BackwardArgs& args, const LayerCall& layer, const SavedCall& give
   args.d_extra = contiguous(given.d_extra);
 }
 
-// The gradients of x, h_0, c_0, inputs and each weight, made one after the other.
-class Gradients {
- public:
-  Gradients(const LayerCall& layer, const std::vector<bool>& wanted)
-      : layer_(layer), wanted_(wanted) {}
+void* Gradients::add(const Shape& shape, bool is_needed) {
+  const bool is_wanted = wanted_[all_.size()];
+  const Made made = make_if(is_wanted || is_needed, layer_, shape);
+  all_.push_back(is_wanted ? made.object : py::none());
+  if (is_needed && !is_wanted) unwanted_.push_back(made.object);
+  return made.tensor.data;
+}
 
-  // Memory for the next one, if it is wanted; or needed all the same.
-  void* add(const Shape& shape, bool is_needed = false) {
-    const bool is_wanted = wanted_[all_.size()];
-    const Made made = make_if(is_wanted || is_needed, layer_, shape);
-    all_.push_back(is_wanted ? made.object : py::none());
-    if (is_needed && !is_wanted) unwanted_.push_back(made.object);
-    return made.tensor.data;
+void Gradients::add_biases(const Shape& ih, const Shape& hh, void*& d_bias_ih, void*& d_bias_hh) {
+  const bool is_needed = wanted_[all_.size()] || wanted_[all_.size() + 1];
+  d_bias_ih = add(ih, is_needed);
+  d_bias_hh = add(hh, is_needed);
+}
+
+void Gradients::add_weights(BackwardArgs& args) {
+  const ScanShape& shape = layer_.shape;
+  const CellTraits& traits = layer_.traits();
+  const int64_t gates = traits.gates * shape.hidden, recurrent = traits.recurrent * shape.hidden;
+  for (int d = 0; d < shape.directions; ++d) {
+    const LayerCall::Weights& w = layer_.weights[d];
+    args.d_weight_ih[d] = add({gates, shape.input});
+    if (w.hh) args.d_weight_hh[d] = add({recurrent, shape.proj});
+    if (w.bias_ih && w.bias_hh) {
+      add_biases({gates}, {recurrent}, args.d_bias_ih[d], args.d_bias_hh[d]);
+    } else if (w.bias_ih) {
+      args.d_bias_ih[d] = add({gates});
+    }
+    if (w.hr) args.d_weight_hr[d] = add({shape.proj, shape.hidden});
+    for (const int64_t size : layer_.vector_sizes()) parameters_[d].push_back(add({size}));
+    args.d_parameters[d] = parameters_[d].data();
   }
-  // The gradients of both biases: each comes with the other.
-  void add_biases(const Shape& ih, const Shape& hh, void*& d_bias_ih, void*& d_bias_hh) {
-    const bool is_needed = wanted_[all_.size()] || wanted_[all_.size() + 1];
-    d_bias_ih = add(ih, is_needed);
-    d_bias_hh = add(hh, is_needed);
-  }
+}
 
-  std::vector<py::object>& all() { return all_; }
+void run_backward(const std::vector<BackwardArgs>& layers) {
+  const int threads = torch_threads();
+  py::gil_scoped_release release;
+  active_variant(layers[0].dtype)
+      .backward_stack(layers.data(), static_cast<int>(layers.size()), threads);
+}
 
- private:
-  const LayerCall& layer_;
-  const std::vector<bool>& wanted_;
-  std::vector<py::object> all_, unwanted_;
-};
+namespace {
 
 void run_backward(const BackwardArgs& args, const LayerCall& layer) {
   const int threads = torch_threads();
@@ -224,23 +241,7 @@ std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given)
   const CellTraits& traits = layer.traits();
   args.d_c_0 = gradients.add(layer.states(traits.states * shape.hidden));
   args.d_inputs = gradients.add(layer.inputs.shape);
-  const int64_t gates = traits.gates * shape.hidden, recurrent = traits.recurrent * shape.hidden;
-  std::vector<void*> d_parameters[kMaxDirections];
-  for (int d = 0; d < shape.directions; ++d) {
-    const LayerCall::Weights& w = layer.weights[d];
-    args.d_weight_ih[d] = gradients.add({gates, shape.input});
-    if (w.hh) args.d_weight_hh[d] = gradients.add({recurrent, shape.proj});
-    if (w.bias_ih && w.bias_hh) {
-      gradients.add_biases({gates}, {recurrent}, args.d_bias_ih[d], args.d_bias_hh[d]);
-    } else if (w.bias_ih) {
-      args.d_bias_ih[d] = gradients.add({gates});
-    }
-    if (w.hr) args.d_weight_hr[d] = gradients.add({shape.proj, shape.hidden});
-    for (const int64_t size : layer.vector_sizes()) {
-      d_parameters[d].push_back(gradients.add({size}));
-    }
-    args.d_parameters[d] = d_parameters[d].data();
-  }
+  gradients.add_weights(args);
   run_backward(args, layer);
 
   std::vector<py::object>& all = gradients.all();

@@ -74,6 +74,38 @@ void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& sc
 // How `count` layers like this one, on top of each other, should run side by side.
 StackPlan plan_stack(const ForwardArgs& layer, int count);
 void run_forward(const std::vector<ForwardArgs>& layers, const StackPlan& plan);
+void run_backward(const std::vector<BackwardArgs>& layers);
+
+// What forward leaves of a layer, beside its final states, where args say.
+Results make_steps(ForwardArgs& args, const LayerCall& layer);
+
+// The gradients of x, h_0, c_0, inputs and each weight, made one after the other.
+class Gradients {
+ public:
+  Gradients(const LayerCall& layer, const std::vector<bool>& wanted)
+      : layer_(layer), wanted_(wanted) {}
+
+  // Memory for the next one, if it is wanted; or needed all the same.
+  void* add(const Shape& shape, bool is_needed = false);
+  // One whose memory is somebody else's.
+  void skip() { all_.push_back(py::none()); }
+  // The gradients of both biases: each comes with the other.
+  void add_biases(const Shape& ih, const Shape& hh, void*& d_bias_ih, void*& d_bias_hh);
+  // Those of the weights.
+  void add_weights(BackwardArgs& args);
+
+  std::vector<py::object>& all() { return all_; }
+
+ private:
+  const LayerCall& layer_;
+  const std::vector<bool>& wanted_;
+  std::vector<py::object> all_, unwanted_;
+  std::vector<void*> parameters_[kMaxDirections];
+};
+
+// Sets what backward is given.
+void set_given(BackwardArgs& args, const LayerCall& layer, const SavedCall& given,
+               Contiguous& contiguous);
 
 // The gradients of x, h_0, c_0, inputs and each weight, None where not wanted.
 std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given);

@@ -1,7 +1,7 @@
 #include "run_module.h"
 
+#include <algorithm>
 #include <array>
-#include <deque>
 #include <iterator>
 #include <limits>
 #include <optional>
@@ -10,7 +10,7 @@
 #include "../../cells/registry.h"
 #include "inspector.h"
 #include "modules.h"
-#include "run_layer.h"
+#include "run_stack.h"
 
 namespace fastrnn {
 
@@ -86,80 +86,13 @@ std::optional<Model> read_model(py::handle module) {
   return model;
 }
 
-// Part k of `parts` of a contiguous tensor, cut along its first dimension.
-Tensor part_of(const Tensor& whole, int64_t k, int64_t parts, DType dtype) {
-  if (!whole) return whole;
-  Tensor part = whole;
-  part.shape = {whole.shape[0] / parts, whole.shape[1], whole.shape[2]};
-  part.data = static_cast<char*>(whole.data) + k * part.shape.count() * size_of(dtype);
-  return part;
-}
-
-// The k-th layer of a model, on x.
-LayerCall layer_of(const Model& model, int k, const Tensor& x, const Tensor& h_0, const Tensor& c_0,
-                   const Tensor* weights) {
-  LayerCall layer;
-  layer.cell = model.cell;
-  layer.directions = model.directions;
-  layer.batch = x.shape[1];
-  layer.x = x;
-  const DType dtype = static_cast<DType>(x.element);
-  layer.h_0 = part_of(h_0, k, model.layers, dtype);
-  layer.c_0 = part_of(c_0, k, model.layers, dtype);
-  const size_t each = model.weights_per_layer() / model.directions;
-  weights += k * model.weights_per_layer();
-  for (int d = 0; d < model.directions; ++d) {
-    read_direction(layer.weights[d], layer.traits(), each, layer.traits().parameters,
-                   [&](const char*, const char*) { return *weights++; });
-  }
-  layer.complete();
-  return layer;
-}
-
-// All layers: the output and the final states.
-std::array<py::object, 3> infer(const Model& model, Tensor x, const Tensor& h_0, const Tensor& c_0,
-                                const Tensor* weights) {
-  std::deque<Contiguous> kept;
-  std::vector<ForwardArgs> stack;  // of those that wait for others, to run side by side
-  std::vector<Made> outputs;       // of each, which the next one reads
-  StackPlan plan;
-  Made h_n, c_n;
-  for (int k = 0; k < model.layers; ++k) {
-    const LayerCall layer = layer_of(model, k, x, h_0, c_0, weights);
-    const ScanShape& shape = layer.shape;
-    const int64_t entries = model.layers * model.directions;
-    if (k == 0) {
-      h_n = make(layer, {entries, shape.batch, shape.proj});
-      c_n = make_if(layer.traits().has_cell_state(), layer, {entries, shape.batch, shape.hidden});
-    }
-    ForwardArgs args{};
-    set_layer(args, layer, kept.emplace_back());
-    if (k == 0) plan = plan_stack(args, model.layers);
-    const bool is_stack = plan.threads > 1;
-    // One after the other, the outputs of two layers are enough.
-    if (!is_stack && k > 1) outputs.erase(outputs.begin());
-    outputs.push_back(make(layer, layer.steps(shape.directions * shape.proj)));
-    args.output = outputs.back().tensor.data;
-    args.h_n = part_of(h_n.tensor, k, model.layers, shape.dtype).data;
-    args.c_n = part_of(c_n.tensor, k, model.layers, shape.dtype).data;
-    if (is_stack) {
-      stack.push_back(args);
-    } else {
-      run_forward(args, layer);
-    }
-    x = outputs.back().tensor;
-  }
-  if (!stack.empty()) run_forward(stack, plan);
-  return {outputs.back().object, h_n.object, c_n.object};
-}
-
 // The states of layer k of all layers' [L * D, B, features], differentiable.
 py::object states_of(const Model& model, int k, py::handle states) {
   if (states.is_none() || model.layers == 1) return py::reinterpret_borrow<py::object>(states);
   return states.attr("narrow")(0, k * model.directions, model.directions);
 }
 
-// The same as infer(), by the autograd Function of a layer: function(options, *tensors).
+// The same as infer(), layer by layer: function(options, *tensors) is the autograd Function of one.
 std::array<py::object, 3> train(const Model& model, py::object x, py::handle h_0, py::handle c_0,
                                 const py::object& checkpoint_every, py::handle function) {
   py::list finals[2];
@@ -192,10 +125,32 @@ std::array<py::object, 3> train(const Model& model, py::object x, py::handle h_0
   return {x, join(finals[0]), join(finals[1])};
 }
 
+// The same by the autograd Function of all layers: stack(mode, layers, x, h_0, c_0, *weights).
+std::array<py::object, 3> train_stack(const Model& model, const py::object& x, py::handle h_0,
+                                      py::handle c_0, const py::object& stack) {
+  const py::object layers = py::int_(model.layers);
+  std::vector<PyObject*> arguments{model.mode.ptr(), layers.ptr(), x.ptr(), h_0.ptr(), c_0.ptr()};
+  for (const py::object& weight : model.weights) arguments.push_back(weight.ptr());
+  const py::object made = py::reinterpret_steal<py::object>(
+      PyObject_Vectorcall(stack.ptr(), arguments.data(), arguments.size(), nullptr));
+  if (!made) throw py::error_already_set();
+  const py::tuple results = py::reinterpret_borrow<py::tuple>(made);
+  return {results[0], results[1],
+          results.size() > 2 ? py::object(results[2]) : py::object(py::none())};
+}
+
+// Whether backward needs to go through all layers.
+bool all_require_grad(const std::vector<py::object>& weights) {
+  static const Attribute requires_grad("requires_grad");
+  return std::all_of(weights.begin(), weights.end(),
+                     [](const py::object& weight) { return requires_grad.is_true(weight); });
+}
+
 // All layers of an RNN module on plain tensors: what the module's forward returns. None where the
 // call is more than that; throws ValueError where it is not right.
 py::object run_checked(py::handle module, py::handle input, py::handle hx,
-                       const py::object& checkpoint_every, const py::dict& functions) {
+                       const py::object& checkpoint_every, const py::dict& functions,
+                       const py::object& stack_function) {
   const std::optional<Model> model = read_model(module);
   if (!model) return py::none();
   const CellTraits& traits = cell_traits(model->cell);
@@ -238,10 +193,18 @@ py::object run_checked(py::handle module, py::handle input, py::handle hx,
       return py::none();
     }
   }
-  const auto [output, h_n, c_n] =
-      inspector.call() == Call::kPlain
-          ? infer(*model, x, states[0], states[1], next)
-          : train(*model, by_step, given[0], given[1], checkpoint_every, functions[model->mode]);
+  const Stack stack{
+      model->cell, model->layers, model->directions, model->weights_per_layer(), states[0],
+      states[1],   next};
+  const auto run = [&]() -> std::array<py::object, 3> {
+    if (inspector.call() == Call::kPlain) return infer(stack, x);
+    if (!PyObject_IsTrue(checkpoint_every.ptr()) && all_require_grad(model->weights) &&
+        plan_stack(stack, x).threads > 1) {
+      return train_stack(*model, by_step, given[0], given[1], stack_function);
+    }
+    return train(*model, by_step, given[0], given[1], checkpoint_every, functions[model->mode]);
+  };
+  const auto [output, h_n, c_n] = run();
   const py::object result =
       model->batch_first ? py::object(output.attr("transpose")(0, 1)) : output;
   if (!has_cell_state) return py::make_tuple(result, h_n);
@@ -251,9 +214,10 @@ py::object run_checked(py::handle module, py::handle input, py::handle hx,
 }  // namespace
 
 py::object run_module(py::handle module, py::handle input, py::handle hx,
-                      const py::object& checkpoint_every, const py::dict& functions) {
+                      const py::object& checkpoint_every, const py::dict& functions,
+                      const py::object& stack) {
   try {
-    return run_checked(module, input, hx, checkpoint_every, functions);
+    return run_checked(module, input, hx, checkpoint_every, functions, stack);
   } catch (const py::value_error&) {
     return py::none();
   } catch (const py::error_already_set& error) {
