@@ -198,8 +198,8 @@ py::object run_checked(py::handle module, py::handle input, py::handle hx,
       states[1],   next};
   const auto run = [&]() -> std::array<py::object, 3> {
     if (inspector.call() == Call::kPlain) return infer(stack, x);
-    if (!PyObject_IsTrue(checkpoint_every.ptr()) && all_require_grad(model->weights) &&
-        plan_stack(stack, x).threads > 1) {
+    if (model->layers > 1 && !PyObject_IsTrue(checkpoint_every.ptr()) &&
+        all_require_grad(model->weights) && plan_stack(stack, x).threads > 1) {
       return train_stack(*model, by_step, given[0], given[1], stack_function);
     }
     return train(*model, by_step, given[0], given[1], checkpoint_every, functions[model->mode]);
