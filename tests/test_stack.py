@@ -57,6 +57,24 @@ def test_same_bits_as_one_after_the_other(cell, shape, dtype, count):
             assert_same_bits(run(model, *args), expected)
 
 
+@pytest.mark.parametrize("weights", [None, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"zoneout": 0.2}], ids=str)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_frozen_models(cell, options, weights):
+    torch.manual_seed(0)
+    if weights is torch.int8 and options:
+        pytest.skip("8 bits are for plain layers")
+    model = fastrnn.freeze(MODELS[cell](20, 64, 3, **options).eval(), weights)
+    x = torch.randn(200, 2, 20)
+    hx = states_for(cell, 3, 2, 64, torch.float32)
+    args = (x, tuple(hx) if cell == "LSTM" else hx[0])
+    with torch.no_grad():
+        torch.set_num_threads(1)
+        expected = run(model, *args)
+        torch.set_num_threads(3)
+        assert_same_bits(run(model, *args), expected)
+
+
 def train(model, x, states, count: int, *, finals_only: bool = False) -> dict[str, torch.Tensor]:
     """Results and gradients on so many threads."""
     torch.set_num_threads(count)

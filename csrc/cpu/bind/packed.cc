@@ -53,6 +53,19 @@ class PackedTiles : public PackedLayer {
   }
 
   void run(ForwardArgs args, int threads) const override {
+    set(args);
+    variant_.forward(args, threads);
+  }
+
+  bool set_weights(ForwardArgs& args) const override {
+    set(args);
+    return storage_ == Storage::kOwn;
+  }
+
+  int64_t bytes() const override { return bytes_; }
+
+ private:
+  void set(ForwardArgs& args) const {
     args.traits = &cell_traits(args.cell);
     args.loops = loops_;
     args.packed = memory_.get();
@@ -68,12 +81,8 @@ class PackedTiles : public PackedLayer {
       args.bias_hh[d] = data(vectors_[2 * d + 1]);
       args.parameters[d] = pointers_[d].data();
     }
-    variant_.forward(args, threads);
   }
 
-  int64_t bytes() const override { return bytes_; }
-
- private:
   const CpuVariant& variant_;
   const void* const loops_;
   const Storage storage_;
@@ -307,7 +316,9 @@ py::object PackedModel::run_layers(const Tensor& x, int64_t steps, int64_t batch
                                    const char* c_0, char* h_n, char* c_n) const {
   Contiguous contiguous;
   const void* from = contiguous(x);
-  py::object output, before;
+  std::vector<py::object> made;      // of each layer, what the next one reads
+  std::vector<ForwardArgs> waiting;  // for others, to run side by side
+  StackPlan plan;
   for (size_t k = 0; k < layers_.size(); ++k) {
     const PackedLayer& layer = *layers_[k];
     ForwardArgs args{};
@@ -317,22 +328,30 @@ py::object PackedModel::run_layers(const Tensor& x, int64_t steps, int64_t batch
     const int64_t c = k * entries * args.hidden * cell_traits(args.cell).states;
     Shape shape = outputs;
     shape.push(args.directions * args.proj);
-    before = output;  // what `from` points into
-    output = make_tensor(x, shape, x.element);
+    // One after the other, the outputs of two layers are enough.
+    if (waiting.empty() && k > 1) made.erase(made.begin());
+    made.push_back(make_tensor(x, shape, x.element));
     args.steps = batch == 0 ? 0 : steps;
     args.batch = batch;
     args.x = from;
     args.h_0 = at(h_0, h);
     args.c_0 = at(c_0, c);
-    args.output = view(output).data;
+    args.output = view(made.back()).data;
     args.h_n = h_n + h;
     args.c_n = at(c_n, c);
     zoneouts.set(args);
     prefer_large_pages(args.output, shape.count() * size_of(args.dtype));
-    fastrnn::run(layer, args);
     from = args.output;
+    const bool may_wait = steps > 1 && layers_.size() > 1 && layer.set_weights(args);
+    if (k == 0 && may_wait) plan = plan_stack(args, static_cast<int>(layers_.size()));
+    if (plan.threads > 1) {
+      waiting.push_back(args);
+    } else {
+      fastrnn::run(layer, args);
+    }
   }
-  return output;
+  if (!waiting.empty()) run_forward(waiting, plan);
+  return made.back();
 }
 
 py::object PackedModel::run(const py::dict& module, py::handle x, py::handle h,

@@ -32,6 +32,9 @@ class PackedLayer {
   const ScanShape& shape() const { return shape_; }
   // Runs a scan with these weights; what args says of weights does not count.
   virtual void run(ForwardArgs args, int threads) const = 0;
+  // Sets these weights, for a scan that runs beside others; false where there is none such. All
+  // layers of a model are of one kind.
+  virtual bool set_weights(ForwardArgs&) const { return false; }
   // The bytes of the weights.
   virtual int64_t bytes() const = 0;
 

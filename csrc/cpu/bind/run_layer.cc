@@ -89,8 +89,12 @@ void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& sc
 }
 
 StackPlan plan_stack(const ForwardArgs& layer, int count) {
+  if (count < 2 || layer.directions > 1) return {};
+  // The outputs of all layers are there at once.
+  constexpr int64_t kMostBytes = int64_t{256} << 20;
+  const int64_t bytes = layer.steps * layer.batch * layer.proj * count * size_of(layer.dtype);
   const int threads = torch_threads();
-  if (threads < 2 || count < 2 || layer.directions > 1) return {};
+  if (threads < 2 || bytes > kMostBytes) return {};
   return active_variant(layer.dtype).plan_stack(layer, count, threads);
 }
 

@@ -118,7 +118,6 @@ StackPlan plan_stack(const Stack& stack, const Tensor& x) {
 }
 
 std::array<py::object, 3> infer(const Stack& stack, Tensor x) {
-  constexpr int64_t kMostOutputBytes = int64_t{256} << 20;
   std::deque<Contiguous> kept;
   std::vector<ForwardArgs> waiting;  // for others, to run side by side
   std::vector<Made> outputs;         // of each layer, which the next one reads
@@ -130,13 +129,10 @@ std::array<py::object, 3> infer(const Stack& stack, Tensor x) {
     set_layer(args, layer, kept.emplace_back());
     if (k == 0) {
       finals.emplace(stack, layer);
-      // One after the other, the outputs of two layers are enough.
-      const int64_t features = args.directions * args.proj * stack.layers;
-      if (layer.rows * features * size_of(args.dtype) <= kMostOutputBytes) {
-        plan = plan_stack(args, stack.layers);
-      }
+      plan = plan_stack(args, stack.layers);
     }
     const bool waits = plan.threads > 1;
+    // One after the other, the outputs of two layers are enough.
     if (!waits && k > 1) outputs.erase(outputs.begin());
     outputs.push_back(make(layer, layer.steps(layer.directions * layer.shape.proj)));
     args.output = outputs.back().tensor.data;
