@@ -136,11 +136,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("forward", [](py::handle layer) { return forward(read_layer(layer)).tuple(); });
   m.def("backward", &backward_of);
   m.def("plan_stack", [](py::handle record, int count) {
-    const LayerCall layer = read_layer(record);
-    Contiguous contiguous;
-    ForwardArgs args{};
-    set_layer(args, layer, contiguous);
-    const StackPlan plan = plan_stack(args, count);
+    const StackPlan plan = plan_stack(read_layer(record).shape, count);
     return py::make_tuple(plan.threads, plan.row_parts, plan.chunk);
   });
   py::class_<PackedLayer, std::shared_ptr<PackedLayer>>(m, "PackedLayer")

@@ -342,9 +342,11 @@ py::object PackedModel::run_layers(const Tensor& x, int64_t steps, int64_t batch
     zoneouts.set(args);
     prefer_large_pages(args.output, shape.count() * size_of(args.dtype));
     from = args.output;
-    const bool may_wait = steps > 1 && layers_.size() > 1 && layer.set_weights(args);
-    if (k == 0 && may_wait) plan = plan_stack(args, static_cast<int>(layers_.size()));
+    if (k == 0 && steps > 1 && layers_.size() > 1 && layer.set_weights(args)) {
+      plan = plan_stack(args, static_cast<int>(layers_.size()));
+    }
     if (plan.threads > 1) {
+      layer.set_weights(args);
       waiting.push_back(args);
     } else {
       fastrnn::run(layer, args);

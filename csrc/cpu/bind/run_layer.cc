@@ -88,14 +88,17 @@ void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& sc
   scan(args, threads);
 }
 
-StackPlan plan_stack(const ForwardArgs& layer, int count) {
-  if (count < 2 || layer.directions > 1) return {};
+StackPlan plan_stack(const ScanShape& shape, int count) {
+  if (count < 2 || shape.directions > 1) return {};
   // The outputs of all layers are there at once.
   constexpr int64_t kMostBytes = int64_t{256} << 20;
-  const int64_t bytes = layer.steps * layer.batch * layer.proj * count * size_of(layer.dtype);
+  const int64_t bytes = shape.steps * shape.batch * shape.proj * count * size_of(shape.dtype);
   const int threads = torch_threads();
   if (threads < 2 || bytes > kMostBytes) return {};
-  return active_variant(layer.dtype).plan_stack(layer, count, threads);
+  ForwardArgs args{};
+  static_cast<ScanShape&>(args) = shape;
+  args.traits = &cell_traits(shape.cell);
+  return active_variant(shape.dtype).plan_stack(args, count, threads);
 }
 
 void run_forward(const std::vector<ForwardArgs>& layers, const StackPlan& plan) {

@@ -110,11 +110,7 @@ LayerCall Stack::layer(int k, const Tensor& x) const {
 
 StackPlan plan_stack(const Stack& stack, const Tensor& x) {
   if (stack.layers < 2 || stack.directions > 1) return {};
-  const LayerCall layer = stack.layer(0, x);
-  ForwardArgs args{};
-  static_cast<ScanShape&>(args) = layer.shape;
-  args.traits = &layer.traits();
-  return plan_stack(args, stack.layers);
+  return plan_stack(stack.layer(0, x).shape, stack.layers);
 }
 
 std::array<py::object, 3> infer(const Stack& stack, Tensor x) {
