@@ -477,11 +477,13 @@ def test_tables_say_what_is_missed():
 
 
 def test_deep_models_beside_their_layers():
-    case = deep.Deep("GRU", "training", (40, 1, 8), 4)
-    outputs = deep.calls(case._replace(mode="inference"), 1)
-    assert outputs["deep"]().shape == outputs["layers"]().shape == (40, 1, 8)
-    assert all(call() is None for call in deep.calls(case, 1).values())
-    row = {"row": case.name, **case._asdict(), "shape": [200, 1, 256], "busy": False}
+    for kind in ("plain", *deep.KINDS):
+        case = deep.Deep("GRU", "training", (40, 2, 8), 4, kind)
+        calls = deep.calls(case._replace(mode="inference"), 1)
+        a, b = (call() for call in calls.values())
+        assert a.data.shape == b.data.shape
+        assert all(call() is None for call in deep.calls(case, 1).values())
+    row = {**case._asdict(), "row": "", "kind": "plain", "shape": [200, 1, 256], "busy": False}
     row |= {"us": {"deep": 2e3, "layers": 2.2e3}, "over": {"layers": 1.1}}
     assert "1.10x, goal 1.5x" in deep.render([row])
     assert "Goals missed" not in deep.render([row | {"over": {"layers": 1.6}}])

@@ -160,7 +160,7 @@ def replayed(fields: list[Any], saved: list[Any]) -> list[Any]:
 
 
 def right_stack(r: Random) -> list[Any]:
-    """The arguments of record_stack but for the first: mode, layers, x, h_0, c_0 and weights."""
+    """The arguments of record_stack but for the first: layers, options, dropout and tensors."""
     name, dtype = r.choice(("LSTM", "GRU", "RNN")), r.choice((torch.float32, torch.bfloat16))
     options: dict[str, Any] = {"bias": r.random() < 0.7, "dtype": dtype}
     if name == "LSTM" and r.random() < 0.3:
@@ -172,13 +172,28 @@ def right_stack(r: Random) -> list[Any]:
     if name != "LSTM":
         given[1] = None
     weights = [weight.detach() for weight in module._flat_weights]
-    return [module.mode, module.num_layers, x, *given, *weights]
+    resets = None if r.random() < 0.5 else torch.rand(x.shape[:2]) < 0.3
+    dropout = None
+    if r.random() < 0.5:
+        size = module.proj_size or 5
+        dropout = torch.rand(module.num_layers - 1, *x.shape[:2], size).to(dtype)
+    stack = Layer.plain(
+        module.mode, 1, x.shape[1], x, *given, weights, None, resets, all_c=r.random() < 0.5
+    )
+    return [module.num_layers, stack.options, dropout, *stack.tensors]
+
+
+def stack_args(r: Random) -> list[Any]:
+    """Those of forward_stack: the record, layers and dropout."""
+    layers, options, dropout, *tensors = right_stack(r)
+    return [Layer.of(options, tensors), layers, dropout]
 
 
 def replayed_stack(r: Random) -> list[Any]:
     context, arguments = Context(), right_stack(r)
     results = _cpu.record_stack(context, *arguments)
-    needed = [False, False, *(t is not None and r.random() < 0.7 for t in arguments[2:])]
+    tensors = arguments[3:]
+    needed = [False] * 3 + [t is not None and r.random() < 0.7 for t in tensors]
     state = [list(context.options), list(context.saved_tensors), needed]
     return [state, *(None if r.random() < 0.4 else torch.randn_like(t) for t in results)]
 
@@ -568,9 +583,31 @@ def check_replay(args: tuple[Any, ...], results: Any) -> None:
         assert len(args) <= 5  # four gradients
 
 
+def check_replay_stack(args: tuple[Any, ...], results: Any) -> None:
+    if results is not None:
+        assert len(results) == len(args[0].needs_input_grad)
+        layers, (mode, *_, all_c, _, _, _, _) = args[0].options
+        assert len(args) - 1 <= 2 + (mode == "LSTM") + layers * bool(all_c)
+
+
+def check_stack(layers: int, stack: Layer, results: Any) -> None:
+    finals = 2 + (stack.mode == "LSTM")
+    states = layers - (stack.mode != "LSTM") if stack.all_c else 0
+    assert len(results) == finals + states
+    assert results[0].shape[:-1] == stack.x.shape[:-1]
+
+
+def check_forward_stack(args: tuple[Any, ...], results: Any) -> None:
+    check_stack(args[1], Layer._make(args[0]), results)
+
+
 def check_record_stack(args: tuple[Any, ...], results: Any) -> None:
-    assert len(results) == 2 + (args[1] == "LSTM")
-    assert results[0].shape[:2] == args[3].shape[:2]
+    check_stack(args[1], Layer.of(args[2], args[4:]), results)
+
+
+def check_plan_stack(args: tuple[Any, ...], plan: Any) -> None:
+    threads, row_parts, _ = plan
+    assert min(threads, row_parts) >= 1
 
 
 def run_module(*args: Any) -> Any:
@@ -674,7 +711,9 @@ TARGETS: dict[str, tuple[Callable[..., Any], Any, Any, int]] = {
         check_record_stack,
         10,
     ),
-    "replay_stack": (_cpu.replay_stack, replayed_stack, check_replay, 10),
+    "forward_stack": (_cpu.forward_stack, stack_args, check_forward_stack, 10),
+    "plan_stack": (_cpu.plan_stack, lambda r: stack_args(r)[:2], check_plan_stack, 5),
+    "replay_stack": (_cpu.replay_stack, replayed_stack, check_replay_stack, 10),
     "run_module": (run_module, right_module, check_run_module, 20),
     "is_contiguous": (_cpu.is_contiguous, lambda r: [right_layer(r)], check_bool, 3),
     "state_step": (STATE.step, step_args, check_step, 10),

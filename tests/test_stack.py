@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from fastrnn._layer import Layer
@@ -26,10 +27,10 @@ def threads():
 
 
 def plan(model, steps: int, batch: int) -> tuple[int, int, int]:
-    weights = tuple(model.all_weights[-1])
-    x = torch.zeros(steps, batch, model.hidden_size, dtype=weights[0].dtype)
-    layer = Layer.plain(model.mode, 1, batch, x, None, None, weights, keep=False, all_c=False)
-    return _cpu.plan_stack(layer, model.num_layers)
+    weights = tuple(model._flat_weights)
+    x = torch.zeros(steps, batch, model.input_size, dtype=weights[0].dtype)
+    stack = Layer.plain(model.mode, 1, batch, x, None, None, weights)
+    return _cpu.plan_stack(stack, model.num_layers)
 
 
 def run(model, *args) -> dict[str, torch.Tensor]:
@@ -89,6 +90,118 @@ def train(model, x, states, count: int, *, finals_only: bool = False) -> dict[st
     return {name: t.detach() for name, t in (results | gradients).items()}
 
 
+def names_in(graph) -> set[str]:
+    """The names of the nodes of a graph."""
+    found, left = set(), [graph]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [following for following, _ in node.next_functions]
+    return {type(node).__name__ for node in found}
+
+
+def train_with(
+    model, x, count: int, *, forward_only: bool = False, **given
+) -> tuple[list[torch.Tensor], set[str]]:
+    """Results and, unless without, gradients of a call with options, on so many threads; and the
+    names in its graph."""
+    torch.set_num_threads(count)
+    torch.manual_seed(7)
+    data = (x.data if isinstance(x, PackedSequence) else x).detach().clone().requires_grad_()
+    own = PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
+    with torch.set_grad_enabled(not forward_only):
+        output, states, *sequences = model(own, **given)
+    states = states if isinstance(states, tuple) else (states,)
+    every = [output, *states, *(sequences[0] if sequences else ())]
+    results = [t.data if isinstance(t, PackedSequence) else t for t in every]
+    if forward_only:
+        return results, set()
+    sums = ((t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in results)
+    gradients = torch.autograd.grad(sum(sums), [data, *model.parameters()])
+    return [*(t.detach() for t in results), *gradients], names_in(results[0].grad_fn)
+
+
+def marks(steps: int, batch: int, share: float) -> torch.Tensor:
+    return torch.rand(steps, batch, generator=torch.Generator().manual_seed(0)) < share
+
+
+CALLS = {
+    "lengths": lambda t, b: {"lengths": [t, *range(t // 3, t // 3 + b - 1)]},
+    "an empty row": lambda t, b: {"lengths": [t, *([0] * (b - 1))]},
+    "mask": lambda t, b: {"mask": marks(t, b, 0.7)},
+    "reset": lambda t, b: {"reset": marks(t, b, 0.05)},
+    "return_states": lambda t, b: {"return_states": True},
+    "grad_scale": lambda t, b: {"grad_scale": marks(t, b, 0.9).float() * 0.9},
+    "all": lambda t, b: {
+        "mask": marks(t, b, 0.8),
+        "reset": marks(t, b, 0.1),
+        "grad_scale": marks(t, b, 0.9).float(),
+        "return_states": True,
+    },
+}
+OPTIONS = {
+    "plain": {},
+    "dropout": {"dropout": 0.3},
+    "one mask per row": {"dropout": 0.3, "variational": True},
+    "clipped": {"grad_clip": 0.01},
+    "W_hh dropped": {"weight_dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("cell", MODELS)
+def test_options(cell, options, call, count):
+    torch.manual_seed(0)
+    steps, batch, layers = 130, 3, 3
+    model = MODELS[cell](9, 64, layers, **OPTIONS[options])
+    x, given = torch.randn(steps, batch, 9), CALLS[call](steps, batch)
+    for forward_only in (False, True):
+        found, _ = train_with(model, x, count, forward_only=forward_only, **given)
+        expected, names = train_with(model, x, 1, forward_only=forward_only, **given)
+        assert "FusedStackBackward" not in names
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_same_bits({f"result {i}": a}, {f"result {i}": b})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", MODELS)
+def test_dropout_and_states_of_each_type(cell, dtype):
+    torch.manual_seed(0)
+    model = MODELS[cell](9, 33, 3, dropout=0.4, batch_first=True, dtype=dtype)
+    x, reset = torch.randn(2, 200, 9).to(dtype), marks(2, 200, 0.1)
+    for given in ({"return_states": True, "reset": reset}, {"lengths": [70, 200]}):
+        found, _ = train_with(model, x, 2, **given)
+        expected, _ = train_with(model, x, 1, **given)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_packed_sequences():
+    torch.manual_seed(0)
+    model = fastrnn.GRU(9, 64, 3, dropout=0.2)
+    rows = [torch.randn(n, 9) for n in (40, 150, 3)]
+    x = torch.nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)
+    for given in ({}, {"return_states": True}):
+        found, _ = train_with(model, x, 2, **given)
+        for a, b in zip(found, train_with(model, x, 1, **given)[0], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    for cell in MODELS.values():
+        model, x = cell(9, 64, 2), torch.randn(200, 1, 9)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = train_with(model, x, 2, return_states=True)
+            expected, _ = train_with(model, x, 1, return_states=True)
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
 def states_for(cell: str, layers: int, batch: int, hidden: int, dtype) -> list[torch.Tensor]:
     return [torch.randn(layers, batch, hidden).to(dtype) for _ in range(1 + (cell == "LSTM"))]
 
@@ -136,13 +249,30 @@ def both(work) -> tuple:
     return found, work()
 
 
-def test_second_derivatives(deep):
+@pytest.mark.parametrize("call", [{}, *CALLS], ids=str)
+def test_options_run_side_by_side(deep, call):
+    _, x = deep
+    for given in ({}, {"dropout": 0.3}, {"dropout": 0.3, "variational": True}):
+        own = fastrnn.LSTM(20, 64, 2, dtype=torch.float64, **given)
+        _, names = train_with(own, x, 2, **(CALLS[call](*x.shape[:2]) if call else {}))
+        assert "FusedStackBackward" in names
+    own = fastrnn.LSTM(20, 64, 2, dtype=torch.float64, recurrent_dropout=0.3)
+    assert "FusedStackBackward" not in train_with(own, x, 2)[1]
+
+
+@pytest.mark.parametrize("call", [{}, *CALLS], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_second_derivatives(deep, dropout, call):
     model, x = deep
+    model.dropout = dropout
+    given = CALLS[call](*x.shape[:2]) if call else {}
 
     def work():
-        y, _ = model(x)
+        torch.manual_seed(0)
+        y, _, *states = model(x, **given)
         parameters = list(model.parameters())
-        first = torch.autograd.grad((y**2).sum(), [x, *parameters], create_graph=True)
+        loss = (y**2).sum() + sum((s**2).sum() for s in (states[0] if states else ()))
+        first = torch.autograd.grad(loss, [x, *parameters], create_graph=True)
         return torch.autograd.grad(sum((g**2).sum() for g in first), [x, *parameters])
 
     for a, b in zip(*both(work), strict=True):

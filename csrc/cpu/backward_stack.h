@@ -10,6 +10,18 @@
 
 namespace fastrnn::FASTRNN_VARIANT {
 
+// Turns gradients of the x of the layer above, of some rows, into those of the output.
+template <class S>
+void complete_output(const BackwardArgs& args, int64_t begin, int64_t rows, void* d_x) {
+  S* const d_output = static_cast<S*>(d_x) + begin * args.proj;
+  const auto join = [&](const void* other, auto operation) {
+    if (other == nullptr) return;
+    join_each(d_output, at<S>(other, begin * args.proj), d_output, rows * args.proj, operation);
+  };
+  join(args.dropout, [](auto a, auto b) { return a * b; });
+  join(args.d_result, [](auto a, auto b) { return a + b; });
+}
+
 template <class S>
 class BackwardStack {
   using SavedSteps = Saved<const S, const Compute<S>>;
@@ -95,6 +107,9 @@ class BackwardStack {
     const Chunk steps = layer.steps.chunk(piece.to, piece.from);
     const int64_t begin = steps.begin - piece.chunk.begin;
     layer.scan.write_input(0, own, piece.chunk, {begin, begin + steps.rows});
+    if (part.rank + 1 < count_) {
+      complete_output<S>(layers_[part.rank + 1]->args, steps.begin, steps.rows, layer.args.d_x);
+    }
   }
 
   // Calls body(layer, piece) for the layers of which a chunk is complete after the i-th diagonal.
@@ -135,7 +150,11 @@ void backward_stack_dev_impl(const Device& device, const BackwardArgs* layers, i
   const Work work = BackwardScan<S>::work(highest, Steps(highest, workspace));
   const StackPlan plan = plan_stack(work, count, device.threads, Pass::kBackward);
   if (plan.threads < 2) {
-    for (int k = count; k-- > 0;) backward_dev_impl<Device, S>(device, layers[k], loops);
+    const int64_t rows = Steps(highest, workspace).total();
+    for (int k = count; k-- > 0;) {
+      backward_dev_impl<Device, S>(device, layers[k], loops);
+      if (k > 0) complete_output<S>(layers[k - 1], 0, rows, layers[k].d_x);
+    }
     return;
   }
   const BackwardStack<S> stack(layers, count, loops, plan, workspace);

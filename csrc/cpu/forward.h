@@ -128,43 +128,45 @@ class ForwardScan {
   // `count` steps from `first` on. Last: nothing follows.
   void run_steps(int direction, PhaseRunner& runner, int64_t first, int64_t count,
                  const Saved<S, T>& saved, bool is_last) const {
-    const auto run_all = [&](Phase phase) {
-      const int64_t ahead = input_.steps_ahead, stride = steps_.stride(direction);
-      int64_t t = first;
-      for (int64_t i = 0; i < count; ++i, t += stride) {
-        if (i % ahead == 0) input_.run(direction, t, min_of(ahead, count - i), phase);
-        const int64_t rows = steps_.rows(t), rows_after = min_of(rows, steps_.rows(t + stride));
-        const auto finish = [&](const Part& part) {
-          if (args_.h_n != nullptr) finish_rows(direction, part, t, rows_after, rows);
-          if (args_.boundaries != nullptr) keep_states(direction, part, t + stride, i + 1);
-        };
-        const ForwardStep<S> step{t, i, saved};
-        const auto draw = [&](const Part& part) {
-          const Range own{part.rows.begin, min_of(rows, part.rows.end)};
-          zoneout_.draw(Zoneout<S>::kC, direction, t, own, unit_range(part));
-          if (!projects_) zoneout_.draw(Zoneout<S>::kH, direction, t, own, unit_range(part));
-        };
+    const auto run_all = [&](Phase phase) { run_steps(direction, first, count, saved, phase); };
+    runner.step_phases(run_all, is_last, has_products_ || InputProjection<S, W>::kCopies);
+  }
+  void run_steps(int direction, int64_t first, int64_t count, const Saved<S, T>& saved,
+                 Phase phase) const {
+    const int64_t ahead = input_.steps_ahead, stride = steps_.stride(direction);
+    int64_t t = first;
+    for (int64_t i = 0; i < count; ++i, t += stride) {
+      if (i % ahead == 0) input_.run(direction, t, min_of(ahead, count - i), phase);
+      const int64_t rows = steps_.rows(t), rows_after = min_of(rows, steps_.rows(t + stride));
+      const auto finish = [&](const Part& part) {
+        if (args_.h_n != nullptr) finish_rows(direction, part, t, rows_after, rows);
+        if (args_.boundaries != nullptr) keep_states(direction, part, t + stride, i + 1);
+      };
+      const ForwardStep<S> step{t, i, saved};
+      const auto draw = [&](const Part& part) {
+        const Range own{part.rows.begin, min_of(rows, part.rows.end)};
+        zoneout_.draw(Zoneout<S>::kC, direction, t, own, unit_range(part));
+        if (!projects_) zoneout_.draw(Zoneout<S>::kH, direction, t, own, unit_range(part));
+      };
+      phase([&](const Part& part) {
+        if (!args_.layer_norm) draw(part);
+        run_rows(direction, part, step, rows);
+        if (!args_.layer_norm && !projects_) finish(part);
+      });
+      if (args_.layer_norm) {
         phase([&](const Part& part) {
-          if (!args_.layer_norm) draw(part);
-          run_rows(direction, part, step, rows);
-          if (!args_.layer_norm && !projects_) finish(part);
-        });
-        if (args_.layer_norm) {
-          phase([&](const Part& part) {
-            const Part own = row_part(part, rows);
-            draw(own);
-            run_whole_rows(direction, own, step, rows);
-            if (!projects_) finish(own);
-          });
-        }
-        if (!projects_) continue;
-        phase([&](const Part& part) {
-          project_hidden(direction, part, t, i, rows);
-          finish(part);
+          const Part own = row_part(part, rows);
+          draw(own);
+          run_whole_rows(direction, own, step, rows);
+          if (!projects_) finish(own);
         });
       }
-    };
-    runner.step_phases(run_all, is_last, has_products_ || InputProjection<S, W>::kCopies);
+      if (!projects_) continue;
+      phase([&](const Part& part) {
+        project_hidden(direction, part, t, i, rows);
+        finish(part);
+      });
+    }
   }
 
   // What all steps leave for backward.

@@ -30,13 +30,14 @@ class ForwardStack {
 
   Parts parts(Workspace& workspace) const {
     Part* const own = workspace.take<Part>(parts_);
-    const int64_t batch = layers_[0]->args.batch;
+    const ForwardArgs& args = layers_[0]->args;
     for (int i = 0; i < parts_; ++i) {
-      const int rank = i % plan_.row_parts;
-      own[i] = {share(batch, rank, plan_.row_parts), i, parts_, false};
+      const Range rows = share_rows(args.batch_sizes, args.steps, args.batch, i % plan_.row_parts,
+                                    plan_.row_parts);
+      own[i] = {rows, i, parts_, false};
     }
     // Weights stay in the cache of their thread, as where units are split.
-    return {own, parts_, {{0, batch}, 0, 1, false}, /*splits_units=*/true};
+    return {own, parts_, {{0, args.batch}, 0, 1, false}, /*splits_units=*/true};
   }
 
   void run(int, PhaseRunner& runner) const {
@@ -54,11 +55,11 @@ class ForwardStack {
         const int64_t begin = (i - part.rank / plan_.row_parts) * plan_.chunk;
         if (begin < 0 || begin >= steps) return;
         const Layer& layer = layer_of(part);
-        Part own{part.rows, 0, 1, false};
-        const Parts parts{&own, 1, own, false};
-        PhaseRunner alone(parts);
-        layer.scan.run_steps(0, alone, layer.steps.first(0) + begin * layer.steps.stride(0),
-                             min_of(plan_.chunk, steps - begin), layer.scan.saved(0), false);
+        const int64_t first = layer.steps.first(0) + begin * layer.steps.stride(0);
+        const int64_t count = min_of(plan_.chunk, steps - begin);
+        const auto alone = [&](Body body) { body({part.rows, 0, 1, false}); };
+        layer.scan.run_steps(0, first, count, layer.scan.saved(0), alone);
+        if (layer.args.dropped != nullptr) drop(layer, part.rows, first, count);
       });
     }
   }
@@ -76,6 +77,18 @@ class ForwardStack {
   const StackPlan plan_;
   const int count_, parts_;
   const std::unique_ptr<std::optional<Layer>[]> layers_;
+
+  static void drop(const Layer& layer, Range rows, int64_t first, int64_t count) {
+    const int64_t features = layer.args.proj;
+    for (int64_t i = 0, t = first; i < count; ++i, t += layer.steps.stride(0)) {
+      const int64_t begin = (layer.steps.offset(t) + rows.begin) * features;
+      const int64_t end =
+          (layer.steps.offset(t) + min_of(rows.end, layer.steps.rows(t))) * features;
+      join_each(at<S>(layer.args.output, begin), at<S>(layer.args.dropout, begin),
+                static_cast<S*>(layer.args.dropped) + begin, end - begin,
+                [](auto a, auto b) { return a * b; });
+    }
+  }
 
   const Layer& layer_of(const Part& part) const { return *layers_[part.rank / plan_.row_parts]; }
   // Its place among the parts of one layer.

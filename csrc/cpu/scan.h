@@ -42,12 +42,17 @@ struct LayerArgs : ScanShape {
   // Normalises what the cell takes: see layer_norm.h. `parameters` then begin with the gains of
   // W_ih x [G*H] and of W_hh h [R*H] and, of cells that normalise c, gain and bias [H] of it.
   bool layer_norm;
+
+  // Of layers on top of each other, see forward_stack.h: multiplies the output before the layer
+  // above takes it. [N, P] or null.
+  const void* dropout;
 };
 
 struct ForwardArgs : LayerArgs {
-  void* output;  // [N, D*P]: every h_t
-  void* h_n;     // [D, B, P]: h after each row's last step. Must not alias h_0.
-  void* c_n;     // [D, B, C*H]; only cells with such states
+  void* output;   // [N, D*P]: every h_t
+  void* dropped;  // [N, P], with `dropout`: the layer above's x
+  void* h_n;      // [D, B, P]: h after each row's last step. Must not alias h_0.
+  void* c_n;      // [D, B, C*H]; only cells with such states
 
   // What backward needs, or null if there will be no backward.
   // [N, K*H]: the activated gates, or what else a cell saves; with layer_norm W_hh h, R for K.
@@ -79,10 +84,12 @@ struct BackwardArgs : LayerArgs {
   double grad_clip;        // 0: any magnitude
 
   // Incoming gradients; null means zero.
-  const void* d_output;  // [N, D*P]
-  const void* d_h_n;     // [D, B, P]
-  const void* d_c_n;     // [D, B, C*H]
-  const void* d_extra;   // [N, D*C*H]; only cells whose extra are states
+  const void* d_output;  // [N, D*P]; in a stack, that of the layer above writes it
+  // In a stack: what is to be added to that, where the output is a result too. [N, P] or null.
+  const void* d_result;
+  const void* d_h_n;    // [D, B, P]
+  const void* d_c_n;    // [D, B, C*H]
+  const void* d_extra;  // [N, D*C*H]; only cells whose extra are states
 
   // Outgoing gradients; null if not wanted.
   void* d_x;                          // [D, N, I]: the part of each direction, to be added up

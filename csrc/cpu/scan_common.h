@@ -64,18 +64,14 @@ using Phase = Called<Body>;        // does it for parts
 class PhaseRunner {
  public:
   PhaseRunner(const Parts& parts, Phases& phases, int rank, int size)
-      : parts_(parts), phases_(&phases), member_{rank, size, parts.splits_units} {}
-  // Of a thread that has all parts for itself.
-  explicit PhaseRunner(const Parts& parts)
-      : parts_(parts), phases_(nullptr), member_{0, 1, parts.splits_units} {}
+      : parts_(parts), phases_(phases), member_{rank, size, parts.splits_units} {}
 
   void phase(Body body) {
     run(parts_.count, [&](int i) { body(parts_.own[i]); });
   }
   // The same, but nothing may follow: it returns when all parts have begun.
   void last_phase(Body body) {
-    if (phases_ == nullptr) return phase(body);
-    for (int i; (i = phases_->next_part_of_last(member_, parts_.count)) >= 0;) body(parts_.own[i]);
+    for (int i; (i = phases_.next_part_of_last(member_, parts_.count)) >= 0;) body(parts_.own[i]);
   }
   // Work that is divided with share() by the part's rank and size, neither by rows nor by units.
   void shared_phase(Body body) {
@@ -103,18 +99,14 @@ class PhaseRunner {
 
  private:
   const Parts& parts_;
-  Phases* const phases_;
+  Phases& phases_;
   Member member_;
 
   template <class Run>
   void run(int count, const Run& run_part) {
-    if (phases_ == nullptr) {
-      for (int i = 0; i < count; ++i) run_part(i);
-      return;
-    }
-    for (int i; (i = phases_->next_part(member_, count)) >= 0;) {
+    for (int i; (i = phases_.next_part(member_, count)) >= 0;) {
       run_part(i);
-      phases_->done(member_, i, count);
+      phases_.done(member_, i, count);
     }
   }
 };

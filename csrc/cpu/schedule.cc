@@ -84,7 +84,9 @@ ThreadPlan plan_threads(const Work& work, int threads) { return choose(work, thr
 
 StackPlan plan_stack(const Work& work, int layers, int threads, Pass pass) {
   StackPlan best;
-  if (threads < 2 || layers < 2 || work.directions > 1 || work.steps < 4 * kLeastChunk) return best;
+  if (threads < 2 || layers < 2 || work.directions > 1 || work.steps < kLeastStackSteps) {
+    return best;
+  }
   const int64_t chunk = std::max(kLeastChunk, work.steps / kChunks / 2 * 2);
   const double chunks = static_cast<double>(work.steps) / chunk;
   const Choice alone = choose(work, threads);

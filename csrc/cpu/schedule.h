@@ -44,6 +44,7 @@ struct StackPlan {
 // divides no rows, and leaves layers alone that do: theirs is the better way, as its largest
 // products take whole chunks of rows.
 enum class Pass { kForward, kBackward };
+constexpr int64_t kLeastStackSteps = 32;  // below, the answer is no
 StackPlan plan_stack(const Work& work, int layers, int threads, Pass pass);
 
 // The half-open range of `rank`'s share of `count` items.

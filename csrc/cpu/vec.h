@@ -216,6 +216,15 @@ template <class T, class S>
   left < Vec<T>::lanes ? value.store(p, left) : value.store(p);
 }
 
+// to[i] = join(a[i], b[i]), rounded to S.
+template <class S, class Join>
+[[gnu::noinline]] void join_each(const S* a, const S* b, S* to, int64_t count, Join join) {
+  for (int64_t i = 0; i < count; i += Vec<Compute<S>>::lanes) {
+    const int64_t left = count - i;
+    store_lanes(join(load_lanes(a + i, left), load_lanes(b + i, left)), to + i, left);
+  }
+}
+
 // Copies `count` elements from one element type into another that is computed in the same one.
 template <class From, class To>
 [[gnu::noinline]] void convert_each(const From* from, To* to, int64_t count) {

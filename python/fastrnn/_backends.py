@@ -108,14 +108,31 @@ class Backend(ABC):
         differentiate it again."""
         return None
 
-    def record_stack(self, ctx: Any, mode: str, layers: int, /, *tensors: Any) -> tuple[Any, ...]:
-        """record() of several layers in one direction, each taking the output of the one before.
+    # Several layers in one direction, each taking the output of the one before, times `dropout`
+    # [L-1, ..., P] if that is given. Their record is that of one layer, with the states and weights
+    # of all: h_0 and c_0 [L, B, features], and the weights layer by layer.
 
-        tensors: x, h_0 and c_0 [L, B, features] or None, and the weights, layer by layer.
+    def runs_side_by_side(self, stack: Layer, layers: int, /) -> bool:
+        """Whether it has the following, and they should be faster than layer by layer."""
+        return False
 
-        Returns output, h_n, and of cells with a cell state c_n. Only for a backend whose
-        run_module() calls it.
-        """
+    def forward_stack(
+        self, stack: Layer, layers: int, dropout: Tensor | None, /
+    ) -> tuple[Tensor, ...]:
+        """Output, h_n, of cells with a cell state c_n, and with all_c the states of every step: of
+        such cells the others of each layer, else the output of each layer but the last."""
+        raise NotImplementedError
+
+    def record_stack(
+        self,
+        ctx: Any,
+        layers: int,
+        options: tuple[Any, ...],
+        dropout: Tensor | None,
+        /,
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:
+        """The same, as record() is forward()."""
         raise NotImplementedError
 
     def replay_stack(

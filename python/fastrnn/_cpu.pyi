@@ -206,9 +206,16 @@ def forward(layer: tuple[Any, ...], /) -> tuple[Tensor | None, ...]:
 def backward(layer: tuple[Any, ...], saved: tuple[Any, ...], /) -> list[Tensor | None]:
     """The gradients of x, h_0, c_0, inputs and each weight."""
 
-def plan_stack(layer: tuple[Any, ...], count: int, /) -> tuple[int, int, int]:
-    """How `count` such layers on top of each other run side by side: threads, 1 if they do not;
-    parts of the rows; steps of a chunk. See csrc/cpu/schedule.h."""
+least_stack_steps: int  # with fewer, it is not worth a question
+
+def plan_stack(stack: tuple[Any, ...], layers: int, /) -> tuple[int, int, int]:
+    """How the layers of a stack run side by side: threads, 1 if they do not; parts of the rows;
+    steps of a chunk. See csrc/cpu/schedule.h."""
+
+def forward_stack(
+    stack: tuple[Any, ...], layers: int, dropout: Tensor | None, /
+) -> tuple[Tensor, ...]:
+    """fastrnn._backends.Backend.forward_stack"""
 
 def record(ctx: Any, options: tuple[Any, ...], /, *tensors: Any) -> tuple[Tensor, ...]:
     """fastrnn._backends.Backend.record"""
@@ -216,7 +223,9 @@ def record(ctx: Any, options: tuple[Any, ...], /, *tensors: Any) -> tuple[Tensor
 def replay(ctx: Any, /, *gradients: Tensor | None) -> tuple[Tensor | None, ...] | None:
     """fastrnn._backends.Backend.replay"""
 
-def record_stack(ctx: Any, mode: str, layers: int, /, *tensors: Any) -> tuple[Tensor, ...]:
+def record_stack(
+    ctx: Any, layers: int, options: tuple[Any, ...], dropout: Tensor | None, /, *tensors: Any
+) -> tuple[Tensor, ...]:
     """fastrnn._backends.Backend.record_stack"""
 
 def replay_stack(ctx: Any, /, *gradients: Tensor | None) -> tuple[Tensor | None, ...] | None:

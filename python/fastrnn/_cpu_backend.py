@@ -17,10 +17,15 @@ class CpuBackend(Backend):
     run_module = staticmethod(_cpu.run_module)
     record = staticmethod(_cpu.record)
     replay = staticmethod(_cpu.replay)
+    forward_stack = staticmethod(_cpu.forward_stack)
     record_stack = staticmethod(_cpu.record_stack)
     replay_stack = staticmethod(_cpu.replay_stack)
     packs = True
     keep = staticmethod(_cpu.PackedModel)
+
+    def runs_side_by_side(self, stack: Layer, layers: int, /) -> bool:
+        threads, _, _ = _cpu.plan_stack(stack, layers)
+        return threads > 1
 
     def runs_cell(self, mode: str, dtype: torch.dtype) -> bool:
         return _kernels.load(mode, dtype)

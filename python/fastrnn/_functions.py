@@ -439,7 +439,8 @@ FUSED = {
 class FusedStack(torch.autograd.Function):
     """FusedLayer of several layers in one direction, which run side by side.
 
-    Its arguments are the cell's mode, the number of layers, x, h_0, c_0 and all weights.
+    Its arguments are the number of layers, the options and tensors of a stack's record, and between
+    the two dropout: see Backend.forward_stack.
     """
 
     @staticmethod
@@ -458,21 +459,13 @@ FUSED_STACK = bind_apply(FusedStack)
 def _through_each_layer(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of a FusedStack, differentiable, by running its layers again."""
     create_graph = torch.is_grad_enabled()
-    mode, layers = ctx.options
-    _, _, *needed = ctx.needs_input_grad
-    tensors = ctx.saved_tensors[-len(needed) :]
-    x, h_0, c_0, *weights = tensors
-    each = len(weights) // layers
-    finals = []
+    layers, options = ctx.options
+    _, _, _, *needed = ctx.needs_input_grad
+    first = 3 * layers  # output, extra and saved of each layer come before
+    dropout, *tensors = ctx.saved_tensors[first : first + 1 + len(needed)]
+    stack = Layer.of(options, tensors)
     with torch.enable_grad():
-        output = x
-        for k in range(layers):
-            h, c = (None if states is None else states[k : k + 1] for states in (h_0, c_0))
-            own = weights[k * each : (k + 1) * each]
-            layer = Layer.plain(mode, 1, x.shape[1], output, h, c, own, keep=True, all_c=False)
-            output, states, _ = run_layer(layer)
-            finals.append(states)
-        results = [output, *map(torch.cat, zip(*finals))]
+        results = _run_one_by_one(stack, layers, dropout)
         given = [(result, grad) for result, grad in zip(results, grads) if grad is not None]
         gradients = torch.autograd.grad(
             [result for result, _ in given],
@@ -482,7 +475,57 @@ def _through_each_layer(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tenso
             materialize_grads=True,
         )
     found = iter(gradients)
-    return None, None, *(next(found) if need else None for need in needed)
+    return None, None, None, *(next(found) if need else None for need in needed)
+
+
+def _run_one_by_one(stack: Layer, layers: int, dropout: Tensor | None) -> list[Tensor]:
+    """What Backend.forward_stack returns, one layer after the other."""
+    each = len(stack.weights) // layers
+    x, finals, sequences = stack.x, [], []
+    for k in range(layers):
+        h_0, c_0 = (None if s is None else s[k : k + 1] for s in (stack.h_0, stack.c_0))
+        weights = tuple(stack.weights[k * each : (k + 1) * each])
+        output, states, cells = run_layer(
+            stack._replace(x=x, h_0=h_0, c_0=c_0, weights=weights, keep=False)
+        )
+        finals.append(states)
+        sequences.append(output if cells is None else cells)
+        x = output if dropout is None or k + 1 == layers else output * dropout[k]
+    has_cell_state = stack.cell.has_cell_state
+    kept = sequences if has_cell_state else sequences[:-1]
+    return [x, *map(torch.cat, zip(*finals)), *(kept if stack.all_c else ())]
+
+
+def runs_side_by_side(stack: Layer, layers: int) -> bool:
+    """Whether run_stack() runs these layers, and should be faster than run_layer() of each."""
+    if stack.directions > 1:
+        return False
+    has_cell = stack.x.is_cpu and runs_cell(stack.mode, stack.x)
+    others = stack.inputs, stack.h_mask, stack.seed
+    options = stack.checkpoint_every, stack.layer_norm, stack.zoneout_h, stack.zoneout_c
+    if not has_cell or any(options) or any(t is not None for t in others):
+        return False
+    kind = inspect(stack)
+    # Else backward may end at some layer.
+    if kind is Call.DIFFERENTIABLE and not all(w.requires_grad for w in stack.weights):
+        return False
+    return kind is not Call.WATCHED and backend("cpu").runs_side_by_side(stack, layers)
+
+
+def run_stack(
+    stack: Layer, layers: int, dropout: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+    """Layers side by side: see Backend.forward_stack. Output, final states of all layers, and if
+    asked for the states of every step, layer by layer."""
+    if inspect(stack) is Call.DIFFERENTIABLE:
+        results = FUSED_STACK(layers, stack.keeping(True).options, dropout, *stack.tensors)
+    else:
+        results = backend("cpu").forward_stack(stack, layers, dropout)
+    finals = 2 if stack.cell.has_cell_state else 1
+    output, states, sequences = results[0], results[1 : 1 + finals], list(results[1 + finals :])
+    if stack.all_c and not stack.cell.has_cell_state:
+        sequences.append(output)
+    return output, states, [s.to(output.dtype) for s in sequences]
 
 
 def add_function(mode: str, name: str) -> None:

@@ -23,6 +23,9 @@ TENSORS = 9  # those that are tensors, before the weights
 CONSTANTS = range(3, 8)  # the places among the tensors of those that have no gradient
 
 
+LEAST_STACK_STEPS = _cpu.least_stack_steps  # with fewer, layers do not run side by side
+
+
 class Layer(NamedTuple):
     """One layer in all its directions.
 

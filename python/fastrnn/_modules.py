@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._backends import backend, takes_mask
 from ._drop_in import DropIn
-from ._functions import FUSED, FUSED_STACK, run_layer, run_packed
-from ._layer import CELLS, Layer
+from ._functions import FUSED, FUSED_STACK, run_layer, run_packed, run_stack, runs_side_by_side
+from ._layer import CELLS, LEAST_STACK_STEPS, Layer
 from ._onnx import refuse
 from ._onnx import run_layer as run_onnx_layer
 from ._options import OPTIONS, option, written
@@ -61,6 +61,26 @@ class _Rows(NamedTuple):
     inputs: tuple[Tensor, ...] | None = None  # of each layer, laid out as its x: see Layer.inputs
     grad_scale: Tensor | None = None  # laid out as resets
     order: Tensor | None = None  # int64 [B]: the caller's row of each row, where they were sorted
+
+
+class _Call(NamedTuple):
+    """What the layers of a module run on, in the types in which they do."""
+
+    x: Tensor
+    states: Sequence[States] | None  # of each layer, or of all of them together
+    rows: _Rows
+    weights: list[Tensor]
+    options: tuple[Any, ...]  # of each layer's record
+    output_dtype: torch.dtype | None  # None: x's
+
+    def as_results(
+        self, output: Tensor, final: States, sequences: list[Tensor]
+    ) -> tuple[Tensor, States, list[Tensor]]:
+        """The results in the types in which the module returns them."""
+        dtype = self.output_dtype
+        if dtype is None:
+            return output, final, sequences
+        return output.to(dtype), tuple(s.to(dtype) for s in final), [s.to(dtype) for s in sequences]
 
 
 class _RNNBase(DropIn, RNNBase):
@@ -263,36 +283,30 @@ class _RNNBase(DropIn, RNNBase):
         if states is None and rows.batch_sizes is not None and is_tracing():
             # The one argument by which the traced operator knows B.
             states = self._zeros(x, rows.batch)
-        own: list[States] | None = None
-        if states is not None:
-            own = [states]
-            if self.num_layers > 1:
-                directions = 2 if self.bidirectional else 1
-                parts = [
-                    slice(k * directions, (k + 1) * directions) for k in range(self.num_layers)
-                ]
-                own = [tuple(s[part] for s in states) for part in parts]
-        x, finals, sequences = self._run_layers(x, own, rows, all_states)
+        call = self._prepare(x, None if states is None else [states], rows, all_states)
+        stack = self._as_stack(call)
+        if stack is not None:
+            dropout = self._dropout_between(stack.x, call.rows)
+            return call.as_results(*run_stack(stack, self.num_layers, dropout))
+        if states is not None and self.num_layers > 1:
+            assert call.states is not None
+            directions = 2 if self.bidirectional else 1
+            parts = [slice(k * directions, (k + 1) * directions) for k in range(self.num_layers)]
+            call = call._replace(states=[tuple(s[p] for s in call.states[0]) for p in parts])
+        x, finals, sequences = self._run_each(call, all_states)
         final = finals[0] if self.num_layers == 1 else tuple(map(torch.cat, zip(*finals)))
-        return x, final, sequences
+        return call.as_results(x, final, sequences)
 
-    def _run_layers(
-        self,
-        x: Tensor,
-        states: Sequence[States] | None,
-        rows: _Rows,
-        all_states: bool,
-    ) -> tuple[Tensor, list[States], list[Tensor]]:
-        """The same with the states of each layer by themselves, [D, B, H]."""
+    def _prepare(
+        self, x: Tensor, states: Sequence[States] | None, rows: _Rows, all_states: bool
+    ) -> _Call:
+        """What the layers run on: with autocast and dropout on weights."""
         weights = self._weights()
-        each = len(weights) // self.num_layers
         if self.training and self._options:
             weights = self._drop_weights(weights)
         output_dtype = None
-        model = None
         if self._frozen is not None:
             x, states = self._as_frozen(x, states)
-            model = None if torch.compiler.is_compiling() or is_tracing() else packed(self)
         elif not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             if self.mode == "GRU" and x.device.type == "cpu":  # as torch.nn.GRU
@@ -302,27 +316,63 @@ class _RNNBase(DropIn, RNNBase):
             if rows.inputs is not None:
                 rows = rows._replace(inputs=_autocast(dtype, *rows.inputs))
             states = None if states is None else [_autocast(dtype, *each) for each in states]
-        directions = 2 if self.bidirectional else 1
-        to_onnx = is_exporting_to_onnx()
         # Without gradients there is nothing to save.
         every = (self.checkpoint_every or 0) if torch.is_grad_enabled() else 0
+        directions = 2 if self.bidirectional else 1
         clip, zoneout = self.grad_clip or 0.0, self._zoneout_of_each()
         kept = every, False, all_states
         options = (self.mode, directions, rows.batch, False, *kept, clip, *zoneout, self.layer_norm)
-        grad_scale = rows.grad_scale
-        if grad_scale is not None:  # in the type that states are carried in
-            grad_scale = grad_scale.to(torch.float32 if x.dtype.itemsize == 2 else x.dtype)
+        if rows.grad_scale is not None:  # in the type that states are carried in
+            state_dtype = torch.float32 if x.dtype.itemsize == 2 else x.dtype
+            rows = rows._replace(grad_scale=rows.grad_scale.to(state_dtype))
+        return _Call(x, states, rows, weights, options, output_dtype)
+
+    @staticmethod
+    def _layer(
+        call: _Call,
+        x: Tensor,
+        states: States | None,
+        weights: Sequence[Tensor],
+        drawn: tuple[Tensor | None, Tensor | None] = (None, None),
+        inputs: Tensor | None = None,
+    ) -> Layer:
+        """The record of a layer, or of all of them together."""
+        rows = call.rows
+        h_0: Tensor | None = None
+        c_0: Tensor | None = None
+        if states is not None:
+            h_0, c_0 = (*states, None)[:2]
+        steps = rows.batch_sizes, rows.resets, rows.grad_scale
+        return Layer.of(call.options, (x, h_0, c_0, *steps, *drawn, inputs, *weights))
+
+    def _as_stack(self, call: _Call) -> Layer | None:
+        """The layers' common record, if they run side by side."""
+        if torch.compiler.is_compiling() or self.num_layers < 2:
+            return None
+        x, states, rows, weights, *_ = call
+        steps = x if rows.batch_sizes is None else rows.batch_sizes
+        if steps.shape[0] < LEAST_STACK_STEPS or rows.mask is not None or self._frozen is not None:
+            return None
+        if (self.training and self.recurrent_dropout) or rows.inputs is not None:
+            return None
+        stack = self._layer(call, x, states[0] if states else None, weights)
+        return stack if runs_side_by_side(stack, self.num_layers) else None
+
+    def _run_each(self, call: _Call, all_states: bool) -> tuple[Tensor, list[States], list[Tensor]]:
+        """One layer after the other, from the states of each, [D, B, H]."""
+        x, rows = call.x, call.rows
+        each = len(call.weights) // self.num_layers
+        to_onnx = is_exporting_to_onnx()
+        model = None
+        if self._frozen is not None and not (torch.compiler.is_compiling() or is_tracing()):
+            model = packed(self)
         finals, sequences = [], []
         for k in range(self.num_layers):
-            h_0: Tensor | None = None
-            c_0: Tensor | None = None
-            if states is not None:
-                h_0, c_0 = (*states[k], None)[:2]
-            own_weights = tuple(weights[k * each : (k + 1) * each])
+            states = None if call.states is None else call.states[k]
+            weights = call.weights[k * each : (k + 1) * each]
             inputs = None if rows.inputs is None else rows.inputs[k]
-            steps = rows.batch_sizes, rows.resets, grad_scale
             drawn = self._draw(x, rows) if self.training and self._options else (None, None)
-            layer = Layer(*options, x, h_0, c_0, *steps, *drawn, inputs, own_weights)
+            layer = self._layer(call, x, states, weights, drawn, inputs)
             if to_onnx:
                 x, final, cells = run_onnx_layer(layer, rows.lengths, self.hidden_size)
             elif self._frozen is not None:
@@ -335,9 +385,6 @@ class _RNNBase(DropIn, RNNBase):
                 sequences += self._states_of(x, cells)
             if self.dropout and self.training and k < self.num_layers - 1:
                 x = self._drop_between(x, rows)
-        if output_dtype is not None:
-            x, *sequences = (t.to(output_dtype) for t in (x, *sequences))
-            finals = [tuple(s.to(output_dtype) for s in final) for final in finals]
         return x, finals, sequences
 
     def _as_frozen(
@@ -382,15 +429,25 @@ class _RNNBase(DropIn, RNNBase):
             seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
         return h_mask, seed
 
-    def _drop_between(self, x: Tensor, rows: _Rows) -> Tensor:
+    def _drop_between(self, x: Tensor, rows: _Rows, *, inplace: bool = False) -> Tensor:
         """Dropout between two layers."""
         dropout = torch.nn.functional.dropout
         if not self.variational:
-            return dropout(x, self.dropout)
+            return dropout(x, self.dropout, inplace=inplace)
         mask = dropout(x.new_ones(rows.batch, x.shape[-1]), self.dropout)
         if x.dim() == 2 and rows.batch_sizes is not None:  # packed
             mask = mask[row_of_each(rows.batch_sizes, x, rows.order)]
-        return x * mask
+        return x.mul_(mask) if inplace else x * mask
+
+    def _dropout_between(self, x: Tensor, rows: _Rows) -> Tensor | None:
+        """What dropout multiplies the output of each layer but the last by."""
+        if not (self.dropout and self.training):
+            return None
+        size = self.proj_size or self.hidden_size
+        factors = x.new_ones(self.num_layers - 1, *x.shape[:-1], size)
+        for between in factors:
+            self._drop_between(between, rows, inplace=True)
+        return factors
 
     def _zeros(self, x: Tensor, batch: Any) -> States:
         entries = self.num_layers * (2 if self.bidirectional else 1)
@@ -422,8 +479,12 @@ class _RNNBase(DropIn, RNNBase):
     ) -> tuple[Tensor, list[States]]:
         """All layers over x [T, B, I], from the states of each layer: the output and the states
         after it."""
-        output, finals, _ = self._run_layers(x, states, _Rows(x.shape[1], inputs=inputs), False)
-        return output, finals
+        call = self._prepare(x, states, _Rows(x.shape[1], inputs=inputs), False)
+        output, finals, _ = self._run_each(call, False)
+        if call.output_dtype is None:
+            return output, finals
+        finals = [tuple(s.to(call.output_dtype) for s in each) for each in finals]
+        return output.to(call.output_dtype), finals
 
     def _states_of(self, output: Tensor, others: Tensor | None) -> list[Tensor]:
         """What return_states gives of one layer."""

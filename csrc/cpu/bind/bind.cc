@@ -19,7 +19,7 @@
 #include "run_function.h"
 #include "run_layer.h"
 #include "run_module.h"
-#include "run_stack.h"
+#include "stack_function.h"
 #include "state_type.h"
 
 namespace fastrnn {
@@ -135,10 +135,12 @@ PYBIND11_MODULE(_cpu, m) {
         [](py::handle layer, py::handle saved) { read_saved(read_layer(layer), saved); });
   m.def("forward", [](py::handle layer) { return forward(read_layer(layer)).tuple(); });
   m.def("backward", &backward_of);
-  m.def("plan_stack", [](py::handle record, int count) {
-    const StackPlan plan = plan_stack(read_layer(record).shape, count);
+  m.def("plan_stack", [](py::handle record, int layers) {
+    const StackPlan plan = plan_stack(record, layers);
     return py::make_tuple(plan.threads, plan.row_parts, plan.chunk);
   });
+  m.attr("least_stack_steps") = kLeastStackSteps;
+  m.def("forward_stack", &forward_stack);
   py::class_<PackedLayer, std::shared_ptr<PackedLayer>>(m, "PackedLayer")
       .def(py::init([](py::handle layer, const std::string& storage) {
         return pack(read_layer(layer), storage);

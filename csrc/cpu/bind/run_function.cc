@@ -11,26 +11,6 @@ namespace fastrnn {
 
 namespace {
 
-// The layer of such options and tensors.
-LayerCall layer_of(py::handle options, const py::tuple& tensors) {
-  constexpr size_t kOptions = static_cast<size_t>(LayerField::kX);
-  constexpr size_t kSingle = static_cast<size_t>(LayerField::kWeights) - kOptions;
-  if (!PyTuple_Check(options.ptr()) || PyTuple_GET_SIZE(options.ptr()) != kOptions) {
-    throw py::value_error("options: expected a tuple of " + std::to_string(kOptions) + ", got " +
-                          describe(options));
-  }
-  if (tensors.size() < kSingle) {
-    throw py::value_error("tensors: expected at least " + std::to_string(kSingle) + ", got " +
-                          std::to_string(tensors.size()));
-  }
-  LayerFields fields;
-  for (size_t i = 0; i < kOptions; ++i) fields[i] = PyTuple_GET_ITEM(options.ptr(), i);
-  for (size_t i = 0; i < kSingle; ++i) fields[kOptions + i] = PyTuple_GET_ITEM(tensors.ptr(), i);
-  const py::tuple weights = tensors[py::slice(kSingle, tensors.size(), 1)];
-  fields.back() = weights;
-  return read_layer(fields);
-}
-
 // The places of what is not differentiated among the Function's arguments: the options are the
 // first one, the layer's tensors follow.
 bool is_constant(size_t argument) {
@@ -42,19 +22,41 @@ bool is_constant(size_t argument) {
 
 }  // namespace
 
-py::tuple record(py::handle ctx, py::handle options, const py::args& tensors) {
-  const LayerCall layer = layer_of(options, tensors);
-  const Results results = forward(layer);
+FunctionFields::FunctionFields(py::handle options, const py::tuple& tensors) {
+  if (!PyTuple_Check(options.ptr()) || PyTuple_GET_SIZE(options.ptr()) != kOptions) {
+    throw py::value_error("options: expected a tuple of " + std::to_string(kOptions) + ", got " +
+                          describe(options));
+  }
+  if (tensors.size() < kSingle) {
+    throw py::value_error("tensors: expected at least " + std::to_string(kSingle) + ", got " +
+                          std::to_string(tensors.size()));
+  }
+  for (size_t i = 0; i < kOptions; ++i) all[i] = PyTuple_GET_ITEM(options.ptr(), i);
+  for (size_t i = 0; i < kSingle; ++i) all[kOptions + i] = PyTuple_GET_ITEM(tensors.ptr(), i);
+  weights_ = tensors[py::slice(kSingle, tensors.size(), 1)];
+  all.back() = weights_;
+}
 
+void save(py::handle ctx, py::handle options, const std::vector<PyObject*>& tensors) {
   static const Method set_materialize_grads("set_materialize_grads");
   static const Method save_for_backward("save_for_backward");
-  std::vector<PyObject*> saved{ctx.ptr(), results.output.object.ptr(), results.extra.object.ptr(),
-                               results.saved.object.ptr()};
-  for (const py::handle tensor : tensors) saved.push_back(tensor.ptr());
-  save_for_backward.call(saved);
+  std::vector<PyObject*> arguments;
+  arguments.reserve(1 + tensors.size());
+  arguments.push_back(ctx.ptr());
+  arguments.insert(arguments.end(), tensors.begin(), tensors.end());
+  save_for_backward.call(arguments);
   PyObject* no_zeros[] = {ctx.ptr(), Py_False};
   set_materialize_grads.call(no_zeros);
   ctx.attr("options") = options;
+}
+
+py::tuple record(py::handle ctx, py::handle options, const py::args& tensors) {
+  const LayerCall layer = read_layer(FunctionFields(options, tensors).all);
+  const Results results = forward(layer);
+  std::vector<PyObject*> saved{results.output.object.ptr(), results.extra.object.ptr(),
+                               results.saved.object.ptr()};
+  for (const py::handle tensor : tensors) saved.push_back(tensor.ptr());
+  save(ctx, options, saved);
 
   if (!layer.traits().has_cell_state())
     return py::make_tuple(results.output.object, results.h_n.object);
@@ -87,7 +89,7 @@ py::object replay(py::handle ctx, const py::args& gradients) {
 
   const py::tuple tensors = saved[py::slice(kSaved, saved.size(), 1)];
   const py::object given_options = options(ctx);
-  const LayerCall layer = layer_of(given_options, tensors);
+  const LayerCall layer = read_layer(FunctionFields(given_options, tensors).all);
   SavedFields given;
   given.fill(py::none());
   for (size_t i = 0; i < kSaved; ++i) given[i] = saved[i];

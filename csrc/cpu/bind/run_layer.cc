@@ -167,6 +167,8 @@ void set_given(BackwardArgs& args, const LayerCall& layer, const SavedCall& give
   args.d_h_n = contiguous(given.d_h_n);
   args.d_c_n = contiguous(given.d_c_n);
   args.d_extra = contiguous(given.d_extra);
+  args.grad_scale = contiguous(layer.grad_scale);
+  args.grad_clip = layer.grad_clip;
 }
 
 void* Gradients::add(const Shape& shape, bool is_needed) {
@@ -236,8 +238,6 @@ std::vector<py::object> backward(const LayerCall& layer, const SavedCall& given)
   BackwardArgs args{};
   set_layer(args, layer, contiguous);
   set_given(args, layer, given, contiguous);
-  args.grad_scale = contiguous(layer.grad_scale);
-  args.grad_clip = layer.grad_clip;
 
   Gradients gradients(layer, given.wanted);
   // Each direction writes a d_x of its own.

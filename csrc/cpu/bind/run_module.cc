@@ -5,6 +5,7 @@
 #include <iterator>
 #include <limits>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "../../cells/registry.h"
@@ -92,28 +93,44 @@ py::object states_of(const Model& model, int k, py::handle states) {
   return states.attr("narrow")(0, k * model.directions, model.directions);
 }
 
-// The same as infer(), layer by layer: function(options, *tensors) is the autograd Function of one.
+// The options of a layer's record.
+py::tuple options_of(const Model& model, py::handle x, py::handle checkpoint_every) {
+  return py::make_tuple(model.mode, model.directions, view(x).shape[1], /*reverse=*/false,
+                        checkpoint_every, /*keep=*/true, /*all_c=*/false, /*grad_clip=*/0.0,
+                        /*zoneout_h=*/0.0, /*zoneout_c=*/0.0, /*layer_norm=*/false);
+}
+
+// Calls an autograd Function with `first` arguments, and after them x, states and weights of a
+// record without any other tensors.
+template <class Weights>
+py::tuple apply(py::handle function, std::initializer_list<PyObject*> first, py::handle x,
+                py::handle h_0, py::handle c_0, const Weights& weights) {
+  constexpr int kOthers =
+      static_cast<int>(LayerField::kWeights) - static_cast<int>(LayerField::kBatchSizes);
+  std::vector<PyObject*> arguments;
+  arguments.reserve(first.size() + 3 + kOthers + weights.size());
+  arguments.insert(arguments.end(), first);
+  for (const py::handle tensor : {x, h_0, c_0}) arguments.push_back(tensor.ptr());
+  arguments.insert(arguments.end(), kOthers, Py_None);
+  for (const py::object& weight : weights) arguments.push_back(weight.ptr());
+  PyObject* const made =
+      PyObject_Vectorcall(function.ptr(), arguments.data(), arguments.size(), nullptr);
+  if (made == nullptr) throw py::error_already_set();
+  const py::object results = py::reinterpret_steal<py::object>(made);
+  return py::reinterpret_borrow<py::tuple>(results);
+}
+
+// Output, h_n and c_n or None, layer by layer: function(options, *tensors) is the autograd Function
+// of one.
 std::array<py::object, 3> train(const Model& model, py::object x, py::handle h_0, py::handle c_0,
                                 const py::object& checkpoint_every, py::handle function) {
   py::list finals[2];
-  const py::tuple options =
-      py::make_tuple(model.mode, model.directions, view(x).shape[1], false, checkpoint_every,
-                     /*keep=*/true, /*all_c=*/false, /*grad_clip=*/0.0, /*zoneout_h=*/0.0,
-                     /*zoneout_c=*/0.0, /*layer_norm=*/false);
+  const py::tuple options = options_of(model, x, checkpoint_every);
   for (int k = 0; k < model.layers; ++k) {
     const py::object h = states_of(model, k, h_0), c = states_of(model, k, c_0);
-    std::vector<PyObject*> arguments{options.ptr(), x.ptr(), h.ptr(), c.ptr()};
-    constexpr int kOthers =
-        static_cast<int>(LayerField::kWeights) - static_cast<int>(LayerField::kBatchSizes);
-    arguments.insert(arguments.end(), kOthers, Py_None);
-    const auto first = model.weights.begin() + k * model.weights_per_layer();
-    for (auto weight = first; weight != first + model.weights_per_layer(); ++weight) {
-      arguments.push_back(weight->ptr());
-    }
-    const py::object made = py::reinterpret_steal<py::object>(
-        PyObject_Vectorcall(function.ptr(), arguments.data(), arguments.size(), nullptr));
-    if (!made) throw py::error_already_set();
-    const py::tuple results = py::reinterpret_borrow<py::tuple>(made);
+    const py::object* const weights = model.weights.data() + k * model.weights_per_layer();
+    const py::tuple results =
+        apply(function, {options.ptr()}, x, h, c, std::span(weights, model.weights_per_layer()));
     x = results[0];
     for (size_t i = 1; i < results.size(); ++i) finals[i - 1].append(results[i]);
   }
@@ -125,16 +142,13 @@ std::array<py::object, 3> train(const Model& model, py::object x, py::handle h_0
   return {x, join(finals[0]), join(finals[1])};
 }
 
-// The same by the autograd Function of all layers: stack(mode, layers, x, h_0, c_0, *weights).
+// The same by the autograd Function of all layers: stack(layers, options, dropout, *tensors).
 std::array<py::object, 3> train_stack(const Model& model, const py::object& x, py::handle h_0,
                                       py::handle c_0, const py::object& stack) {
-  const py::object layers = py::int_(model.layers);
-  std::vector<PyObject*> arguments{model.mode.ptr(), layers.ptr(), x.ptr(), h_0.ptr(), c_0.ptr()};
-  for (const py::object& weight : model.weights) arguments.push_back(weight.ptr());
-  const py::object made = py::reinterpret_steal<py::object>(
-      PyObject_Vectorcall(stack.ptr(), arguments.data(), arguments.size(), nullptr));
-  if (!made) throw py::error_already_set();
-  const py::tuple results = py::reinterpret_borrow<py::tuple>(made);
+  const py::int_ layers(model.layers);
+  const py::tuple options = options_of(model, x, py::int_(0));
+  const py::tuple results =
+      apply(stack, {layers.ptr(), options.ptr(), Py_None}, x, h_0, c_0, model.weights);
   return {results[0], results[1],
           results.size() > 2 ? py::object(results[2]) : py::object(py::none())};
 }
@@ -193,11 +207,17 @@ py::object run_checked(py::handle module, py::handle input, py::handle hx,
       return py::none();
     }
   }
-  const Stack stack{
-      model->cell, model->layers, model->directions, model->weights_per_layer(), states[0],
-      states[1],   next};
+  LayerCall every;
+  every.cell = model->cell;
+  every.directions = model->directions;
+  every.batch = x.shape[1];
+  const Stack stack{every, model->layers, model->weights_per_layer(), states[0], states[1],
+                    {},    next};
   const auto run = [&]() -> std::array<py::object, 3> {
-    if (inspector.call() == Call::kPlain) return infer(stack, x);
+    if (inspector.call() == Call::kPlain) {
+      const StackResults results = forward(stack, x);
+      return {results.layers.back().output.object, results.h_n.object, results.c_n.object};
+    }
     if (model->layers > 1 && !PyObject_IsTrue(checkpoint_every.ptr()) &&
         all_require_grad(model->weights) && plan_stack(stack, x).threads > 1) {
       return train_stack(*model, by_step, given[0], given[1], stack_function);

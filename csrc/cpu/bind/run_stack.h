@@ -1,35 +1,43 @@
-// Layers on top of each other, the output of one being the next one's input: all in one call, and
-// with gradients in one node of autograd.
+// Layers on top of each other, the output of one being the next one's input: all in one call.
 #pragma once
 
-#include <array>
+#include <vector>
 
 #include "run_layer.h"
 
 namespace fastrnn {
 
-// Of one cell, with states and weights of all of them together.
+// Layers of one cell, with the states and weights of all of them together.
 struct Stack {
-  int cell, layers, directions;
+  LayerCall every;  // what they share: all but x, states and weights
+  int layers;
   size_t weights_per_layer;
   Tensor h_0, c_0;  // [L*D, B, features] or none
+  Tensor dropout;   // [L-1, ..., D*P] or none: multiplies what each layer but the first takes
   const Tensor* weights;
 
   // The k-th layer, on x.
   LayerCall layer(int k, const Tensor& x) const;
 };
 
+// Part k of `parts` of a contiguous tensor, cut along its first dimension.
+Tensor part_of(const Tensor& whole, int64_t k, int64_t parts);
+
 // How they should run side by side.
 StackPlan plan_stack(const Stack& stack, const Tensor& x);
 
-// Output, h_n and c_n or None, without gradients.
-std::array<py::object, 3> infer(const Stack& stack, Tensor x);
+struct StackResults {
+  std::vector<Results> layers;  // without final states; of some layers none, if nobody asks for it
+  std::vector<Made> dropped;    // with dropout: what each layer but the first took
+  Made h_n, c_n;                // of all layers
 
-// forward and backward of the autograd Function of a stack of plain tensors in one direction; its
-// arguments are mode, number of layers, x, h_0, c_0 and all weights, and its results output, h_n
-// and, of cells with a cell state, c_n. See run_function.h.
-py::tuple record_stack(py::handle ctx, const std::string& mode, int layers,
-                       const py::args& tensors);
-py::object replay_stack(py::handle ctx, const py::args& gradients);
+  // Output, h_n, of cells with a cell state c_n, and with all_c the states of each step: of such
+  // cells the others of each layer, else h of each layer but the last.
+  py::tuple tuple(const Stack& stack) const;
+};
+
+// Side by side or one after the other, as should be faster; what is kept or dropped out of, always
+// side by side.
+StackResults forward(const Stack& stack, Tensor x);
 
 }  // namespace fastrnn
