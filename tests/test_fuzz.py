@@ -587,12 +587,12 @@ def check_replay_stack(args: tuple[Any, ...], results: Any) -> None:
     if results is not None:
         assert len(results) == len(args[0].needs_input_grad)
         layers, (mode, *_, all_c, _, _, _, _) = args[0].options
-        assert len(args) - 1 <= 2 + (mode == "LSTM") + layers * bool(all_c)
+        assert len(args) - 1 <= 2 + (mode == "LSTM") + 2 * layers * bool(all_c)
 
 
 def check_stack(layers: int, stack: Layer, results: Any) -> None:
     finals = 2 + (stack.mode == "LSTM")
-    states = layers - (stack.mode != "LSTM") if stack.all_c else 0
+    states = layers - 1 + layers * (stack.mode == "LSTM") if stack.all_c else 0
     assert len(results) == finals + states
     assert results[0].shape[:-1] == stack.x.shape[:-1]
 

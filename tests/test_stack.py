@@ -101,6 +101,16 @@ def names_in(graph) -> set[str]:
     return {type(node).__name__ for node in found}
 
 
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, PackedSequence):
+        yield value.data
+    else:
+        for each in value:
+            yield from tensors_in(each)
+
+
 def train_with(
     model, x, count: int, *, forward_only: bool = False, **given
 ) -> tuple[list[torch.Tensor], set[str]]:
@@ -112,9 +122,7 @@ def train_with(
     own = PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
     with torch.set_grad_enabled(not forward_only):
         output, states, *sequences = model(own, **given)
-    states = states if isinstance(states, tuple) else (states,)
-    every = [output, *states, *(sequences[0] if sequences else ())]
-    results = [t.data if isinstance(t, PackedSequence) else t for t in every]
+    results = list(tensors_in((output, states, sequences)))
     if forward_only:
         return results, set()
     sums = ((t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in results)
@@ -362,12 +370,14 @@ def test_plan(cell):
     assert plan(model, 400, 2)[0] == 1
 
 
-def test_cell_of_the_users_own():
+@pytest.mark.parametrize("name", ["MGU", "PeepholeLSTM"])
+def test_cells_of_a_users_own(name):
     torch.manual_seed(0)
-    model = fastrnn.cells.MGU(16, 64, 3)
+    model = getattr(fastrnn.cells, name)(16, 64, 3, dropout=0.1)
     x = torch.randn(120, 2, 16)
-    torch.set_num_threads(2)
-    with torch.no_grad():
-        found = run(model, x)
-        torch.set_num_threads(1)
-        assert_same_bits(found, run(model, x))
+    for forward_only in (True, False):
+        for given in ({}, {"return_states": True, "reset": marks(120, 2, 0.1)}):
+            found, _ = train_with(model, x, 2, forward_only=forward_only, **given)
+            expected, _ = train_with(model, x, 1, forward_only=forward_only, **given)
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b)

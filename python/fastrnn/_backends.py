@@ -119,8 +119,8 @@ class Backend(ABC):
     def forward_stack(
         self, stack: Layer, layers: int, dropout: Tensor | None, /
     ) -> tuple[Tensor, ...]:
-        """Output, h_n, of cells with a cell state c_n, and with all_c the states of every step: of
-        such cells the others of each layer, else the output of each layer but the last."""
+        """Output, h_n, of cells with a cell state c_n, and with all_c the states of every step: the
+        output of each layer but the last, and of such cells the others of each layer."""
         raise NotImplementedError
 
     def record_stack(

@@ -481,7 +481,7 @@ def _through_each_layer(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tenso
 def _run_one_by_one(stack: Layer, layers: int, dropout: Tensor | None) -> list[Tensor]:
     """What Backend.forward_stack returns, one layer after the other."""
     each = len(stack.weights) // layers
-    x, finals, sequences = stack.x, [], []
+    x, finals, outputs, others = stack.x, [], [], []
     for k in range(layers):
         h_0, c_0 = (None if s is None else s[k : k + 1] for s in (stack.h_0, stack.c_0))
         weights = tuple(stack.weights[k * each : (k + 1) * each])
@@ -489,11 +489,13 @@ def _run_one_by_one(stack: Layer, layers: int, dropout: Tensor | None) -> list[T
             stack._replace(x=x, h_0=h_0, c_0=c_0, weights=weights, keep=False)
         )
         finals.append(states)
-        sequences.append(output if cells is None else cells)
+        outputs.append(output)
+        others.append(cells)
         x = output if dropout is None or k + 1 == layers else output * dropout[k]
-    has_cell_state = stack.cell.has_cell_state
-    kept = sequences if has_cell_state else sequences[:-1]
-    return [x, *map(torch.cat, zip(*finals)), *(kept if stack.all_c else ())]
+    results = [x, *map(torch.cat, zip(*finals))]
+    if stack.all_c:
+        results += [*outputs[:-1], *(t for t in others if t is not None)]
+    return results
 
 
 def runs_side_by_side(stack: Layer, layers: int) -> bool:
@@ -514,18 +516,20 @@ def runs_side_by_side(stack: Layer, layers: int) -> bool:
 
 def run_stack(
     stack: Layer, layers: int, dropout: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, ...], list[tuple[Tensor, Tensor | None]]]:
     """Layers side by side: see Backend.forward_stack. Output, final states of all layers, and if
-    asked for the states of every step, layer by layer."""
+    asked for the output and every c_t of each layer."""
     if inspect(stack) is Call.DIFFERENTIABLE:
         results = FUSED_STACK(layers, stack.keeping(True).options, dropout, *stack.tensors)
     else:
         results = backend("cpu").forward_stack(stack, layers, dropout)
     finals = 2 if stack.cell.has_cell_state else 1
-    output, states, sequences = results[0], results[1 : 1 + finals], list(results[1 + finals :])
-    if stack.all_c and not stack.cell.has_cell_state:
-        sequences.append(output)
-    return output, states, [s.to(output.dtype) for s in sequences]
+    output, states, others = results[0], results[1 : 1 + finals], results[1 + finals :]
+    if not stack.all_c:
+        return output, states, []
+    outputs = *others[: layers - 1], output
+    cells = [c.to(output.dtype) for c in others[layers - 1 :]] or [None] * layers
+    return output, states, list(zip(outputs, cells))
 
 
 def add_function(mode: str, name: str) -> None:

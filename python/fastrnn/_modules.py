@@ -287,7 +287,9 @@ class _RNNBase(DropIn, RNNBase):
         stack = self._as_stack(call)
         if stack is not None:
             dropout = self._dropout_between(stack.x, call.rows)
-            return call.as_results(*run_stack(stack, self.num_layers, dropout))
+            output, final, every = run_stack(stack, self.num_layers, dropout)
+            sequences = [s for each in every for s in self._states_of(*each)]
+            return call.as_results(output, final, sequences)
         if states is not None and self.num_layers > 1:
             assert call.states is not None
             directions = 2 if self.bidirectional else 1

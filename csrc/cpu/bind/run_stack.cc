@@ -97,8 +97,9 @@ py::tuple StackResults::tuple(const Stack& stack) const {
   all.append(h_n.object);
   if (has_cell_state) all.append(c_n.object);
   if (!stack.every.all_c) return py::tuple(std::move(all));
-  for (size_t k = 0; k + !has_cell_state < layers.size(); ++k) {
-    all.append(has_cell_state ? layers[k].extra.object : layers[k].output.object);
+  for (size_t k = 0; k + 1 < layers.size(); ++k) all.append(layers[k].output.object);
+  if (has_cell_state) {
+    for (const Results& layer : layers) all.append(layer.extra.object);
   }
   return py::tuple(std::move(all));
 }

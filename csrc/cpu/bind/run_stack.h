@@ -31,8 +31,8 @@ struct StackResults {
   std::vector<Made> dropped;    // with dropout: what each layer but the first took
   Made h_n, c_n;                // of all layers
 
-  // Output, h_n, of cells with a cell state c_n, and with all_c the states of each step: of such
-  // cells the others of each layer, else h of each layer but the last.
+  // Output, h_n, of cells with a cell state c_n, and with all_c the states of each step: the output
+  // of each layer but the last, and of such cells the others of each layer.
   py::tuple tuple(const Stack& stack) const;
 };
 

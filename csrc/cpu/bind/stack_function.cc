@@ -195,15 +195,15 @@ struct SavedStack {
 
 // The gradients of what StackResults::tuple() gives.
 struct Incoming {
-  Tensor output, h_n, c_n;
-  std::vector<Tensor> states;  // of each layer that has such a result, or none at all
+  Tensor h_n, c_n;
+  std::vector<Tensor> outputs, extras;  // of each layer, mostly none
 
   Incoming(const py::args& gradients, const Stack& stack, Contiguous& kept) {
     const bool has_cell_state = stack.every.traits().has_cell_state();
-    const size_t finals = 2 + has_cell_state;
-    const size_t states_count = stack.every.all_c ? stack.layers - !has_cell_state : 0;
-    if (gradients.size() > finals + states_count) {
-      throw py::value_error("gradients: expected at most " + std::to_string(finals + states_count) +
+    const size_t finals = 2 + has_cell_state, layers = stack.layers;
+    const size_t of_steps = stack.every.all_c ? layers - 1 + layers * has_cell_state : 0;
+    if (gradients.size() > finals + of_steps) {
+      throw py::value_error("gradients: expected at most " + std::to_string(finals + of_steps) +
                             ", got " + std::to_string(gradients.size()));
     }
     const auto read = [&](const char* name, size_t i) {
@@ -214,13 +214,12 @@ struct Incoming {
       expect_states(name, final, stack.layers);
       return contiguous_view(final, kept);
     };
-    output = read("d_output", 0);
     h_n = read_final("d_h_n", 1);
     if (has_cell_state) c_n = read_final("d_c_n", 2);
-    for (size_t i = finals; i < gradients.size(); ++i) states.push_back(read("d_states", i));
-  }
-  Tensor states_of(int k) const {
-    return static_cast<size_t>(k) < states.size() ? states[k] : Tensor{};
+    for (size_t k = 0; k < layers; ++k) {
+      outputs.push_back(read("d_output", k + 1 < layers ? finals + k : 0));
+      extras.push_back(read("d_extra", finals + layers - 1 + k));
+    }
   }
 };
 
@@ -245,10 +244,8 @@ py::object replay_stack(py::handle ctx, const py::args& gradients) {
   Given given(fields.all, layers, all_saved.dropout());
   Stack& stack = given.stack;
   stack.every.keep = true;
-  const bool has_cell_state = stack.every.traits().has_cell_state();
   Contiguous kept;
   const Incoming incoming(gradients, stack, kept);
-  Tensor d_output = incoming.output;
   Made d_h_0, d_c_0;
   std::deque<LayerBackward> all;  // the highest layer first
   std::vector<BackwardArgs> args(layers);
@@ -259,7 +256,7 @@ py::object replay_stack(py::handle ctx, const py::args& gradients) {
     for (size_t i = 0; i < stack.weights_per_layer; ++i) {
       wanted.push_back(all_saved.wants(FunctionFields::kSingle + k * stack.weights_per_layer + i));
     }
-    if (!is_highest) d_output = all.back().d_x.tensor;
+    const Tensor d_output = is_highest ? incoming.outputs[k] : all.back().d_x.tensor;
     LayerBackward& own =
         all.emplace_back(stack.layer(k, k == 0 ? given.x : all_saved.x_of(k)), std::move(wanted));
     const SavedCall saved_call{all_saved.result(k, 0),
@@ -268,7 +265,7 @@ py::object replay_stack(py::handle ctx, const py::args& gradients) {
                                d_output,
                                part_of(incoming.h_n, k, layers),
                                part_of(incoming.c_n, k, layers),
-                               has_cell_state ? incoming.states_of(k) : Tensor{},
+                               incoming.extras[k],
                                {}};
     expect_saved(own.layer, saved_call);
     set_layer(args[k], own.layer, own.kept);
@@ -278,8 +275,8 @@ py::object replay_stack(py::handle ctx, const py::args& gradients) {
       d_c_0 = make_like(stack.c_0, all_saved.wants(2), own.layer);
     } else {
       args[k].dropout = part_of(stack.dropout, k, layers - 1).data;
-      if (const Tensor d_result = incoming.states_of(k); !has_cell_state && d_result) {
-        expect(own.layer, "d_states", d_result, d_output.shape, own.layer.element());
+      if (const Tensor& d_result = incoming.outputs[k]) {
+        expect(own.layer, "d_output", d_result, d_output.shape, own.layer.element());
         args[k].d_result = own.kept(d_result);
       }
     }
