@@ -23,8 +23,10 @@ NAMES = ROOT / "python" / "fastrnn" / "_torch.py"
 # What torch and the tests import; pip would add CUDA's libraries to torch's own needs.
 NEEDS = ["filelock", "fsspec", "jinja2", "networkx", "numpy", "setuptools", "sympy"]
 NEEDS += ["typing-extensions", "expecttest", "hypothesis", "pytest>=8"]
-TESTS = [f"tests/test_{name}.py" for name in ("cells", "errors", "function", "interface", "masked")]
-TESTS += [f"tests/test_{name}.py" for name in ("parity_torch", "replace", "states", "transforms")]
+SUITES = (
+    "cells compile errors function interface masked parity_torch replace stack states transforms"
+)
+TESTS = [f"tests/test_{name}.py" for name in SUITES.split()]
 
 
 def dotted(node: ast.AST) -> str:

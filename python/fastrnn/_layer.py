@@ -8,7 +8,7 @@ operators' schemas are made from its fields, and csrc/python/layer.cc checks it,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,17 @@ BUILT_IN = tuple(CELLS)  # not of the user's own
 OPTIONS = 11  # the fields of Layer before its first tensor
 TENSORS = 9  # those that are tensors, before the weights
 CONSTANTS = range(3, 8)  # the places among the tensors of those that have no gradient
+
+
+Record = TypeVar("Record", bound=tuple[Any, ...])
+
+
+def replaced(record: Record, **fields: Any) -> Record:
+    """A NamedTuple with other values of some fields. torch.compile of torch 2.6 can follow neither
+    _replace nor _make."""
+    cls = type(record)
+    names: tuple[str, ...] = cls._fields  # type: ignore[attr-defined]
+    return cls(*[fields.get(name, value) for name, value in zip(names, record)])
 
 
 LEAST_STACK_STEPS = _cpu.least_stack_steps  # with fewer, layers do not run side by side
@@ -80,7 +91,8 @@ class Layer(NamedTuple):
     @classmethod
     def of(cls, options: Sequence[Any], tensors: Sequence[Any]) -> Layer:
         """The layer of such options and tensors."""
-        return cls._make((*options, *tensors[:TENSORS], tensors[TENSORS:]))
+        fields: tuple[Any, ...] = (*options, *tensors[:TENSORS], tensors[TENSORS:])
+        return cls(*fields)
 
     @classmethod
     def plain(
@@ -109,10 +121,8 @@ class Layer(NamedTuple):
         )
 
     def keeping(self, keep: bool) -> Layer:
-        """The layer with another `keep`. torch.compile of torch 2.6 cannot follow _replace."""
-        fields: list[Any] = list(self)
-        fields[_KEEP] = keep
-        return Layer(*fields)
+        """The layer with another `keep`."""
+        return replaced(self, keep=keep)
 
     @property
     def cell(self) -> Any:
@@ -209,9 +219,6 @@ class Layer(NamedTuple):
         yield self.x.shape if self.inputs is None else self.inputs.shape
         for weight in self.weights:
             yield weight.shape
-
-
-_KEEP = Layer._fields.index("keep")
 
 
 class Results(NamedTuple):

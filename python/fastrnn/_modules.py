@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ._backends import backend, takes_mask
 from ._drop_in import DropIn
 from ._functions import FUSED, FUSED_STACK, run_layer, run_packed, run_stack, runs_side_by_side
-from ._layer import CELLS, LEAST_STACK_STEPS, Layer
+from ._layer import CELLS, LEAST_STACK_STEPS, Layer, replaced
 from ._onnx import refuse
 from ._onnx import run_layer as run_onnx_layer
 from ._options import OPTIONS, option, written
@@ -294,7 +294,7 @@ class _RNNBase(DropIn, RNNBase):
             assert call.states is not None
             directions = 2 if self.bidirectional else 1
             parts = [slice(k * directions, (k + 1) * directions) for k in range(self.num_layers)]
-            call = call._replace(states=[tuple(s[p] for s in call.states[0]) for p in parts])
+            call = replaced(call, states=[tuple(s[p] for s in call.states[0]) for p in parts])
         x, finals, sequences = self._run_each(call, all_states)
         final = finals[0] if self.num_layers == 1 else tuple(map(torch.cat, zip(*finals)))
         return call.as_results(x, final, sequences)
@@ -316,7 +316,7 @@ class _RNNBase(DropIn, RNNBase):
                 output_dtype = torch.promote_types(dtype, state_dtype)
             x, *weights = _autocast(dtype, x, *weights)
             if rows.inputs is not None:
-                rows = rows._replace(inputs=_autocast(dtype, *rows.inputs))
+                rows = replaced(rows, inputs=_autocast(dtype, *rows.inputs))
             states = None if states is None else [_autocast(dtype, *each) for each in states]
         # Without gradients there is nothing to save.
         every = (self.checkpoint_every or 0) if torch.is_grad_enabled() else 0
@@ -326,7 +326,7 @@ class _RNNBase(DropIn, RNNBase):
         options = (self.mode, directions, rows.batch, False, *kept, clip, *zoneout, self.layer_norm)
         if rows.grad_scale is not None:  # in the type that states are carried in
             state_dtype = torch.float32 if x.dtype.itemsize == 2 else x.dtype
-            rows = rows._replace(grad_scale=rows.grad_scale.to(state_dtype))
+            rows = replaced(rows, grad_scale=rows.grad_scale.to(state_dtype))
         return _Call(x, states, rows, weights, options, output_dtype)
 
     @staticmethod
@@ -612,12 +612,12 @@ class _RNNBase(DropIn, RNNBase):
     ) -> tuple[tuple[Tensor, ...], States]:
         """As the masked steps allow, padded or packed. mask and the resets are [T, B]."""
         if mask is None or is_per_sample(mask):
-            return self._run_padded(input, states, rows._replace(mask=mask), all_states)
+            return self._run_padded(input, states, replaced(rows, mask=mask), all_states)
         saves = CELLS[self.mode].saves_gates or self.layer_norm
         if takes_mask(input) and not (self.checkpoint_every and saves):
             # Segments of steps are cut from packed rows, where no reset hides behind a masked step.
             resets = None if rows.resets is None else segment_starts(mask, rows.resets)
-            rows = rows._replace(batch_sizes=mask, resets=resets)
+            rows = replaced(rows, batch_sizes=mask, resets=resets)
             return self._run_padded(input, states, rows, all_states)
         return self._run_ragged(input, states, mask, rows, all_states)
 
@@ -627,7 +627,7 @@ class _RNNBase(DropIn, RNNBase):
         """All steps of all rows: output and the states of each layer's steps; final states."""
         x = input.transpose(0, 1) if self.batch_first else input
         if self.batch_first and rows.inputs is not None:
-            rows = rows._replace(inputs=tuple(z.transpose(0, 1) for z in rows.inputs))
+            rows = replaced(rows, inputs=tuple(z.transpose(0, 1) for z in rows.inputs))
         output, final, sequences = self._run(x, states, rows, all_states)
         laid_out = (s.transpose(0, 1) if self.batch_first else s for s in (output, *sequences))
         return tuple(laid_out), final
