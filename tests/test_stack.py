@@ -268,6 +268,22 @@ def test_options_run_side_by_side(deep, call):
     assert "FusedStackBackward" not in train_with(own, x, 2)[1]
 
 
+@pytest.mark.parametrize("given", [{}, {"dropout": 0.3}, {"lengths": [150]}], ids=str)
+def test_functions(deep, given):
+    _, x = deep
+    own = fastrnn.LSTM(20, 64, 2, dtype=torch.float64)
+
+    def work():
+        torch.manual_seed(0)
+        y, _ = fastrnn.functional.lstm(x, None, own._flat_weights, num_layers=2, **given)
+        return names_in(y.grad_fn), torch.autograd.grad(y.sum(), [x, *own.parameters()])
+
+    (names, found), (alone, expected) = both(work)
+    assert "FusedStackBackward" in names - alone
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("call", [{}, *CALLS], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_second_derivatives(deep, dropout, call):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from ._backends import backend, has_kernel, runs_cell, runs_options
-from ._layer import CELLS, CONSTANTS, Layer, Results, Saved
+from ._layer import CELLS, CONSTANTS, LEAST_STACK_STEPS, Layer, Results, Saved, replaced
 from ._operators import (
     Call,
     filled,
@@ -464,8 +464,15 @@ def _through_each_layer(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tenso
     first = 3 * layers  # output, extra and saved of each layer come before
     dropout, *tensors = ctx.saved_tensors[first : first + 1 + len(needed)]
     stack = Layer.of(options, tensors)
+
+    def between(output: Tensor, k: int) -> Tensor:
+        return output if dropout is None else output * dropout[k]
+
     with torch.enable_grad():
-        results = _run_one_by_one(stack, layers, dropout)
+        outputs, finals, others = zip(*_run_one_by_one(stack, layers, between))
+        results = [outputs[-1], *map(torch.cat, zip(*finals))]
+        if stack.all_c:
+            results += [*outputs[:-1], *(t for t in others if t is not None)]
         given = [(result, grad) for result, grad in zip(results, grads) if grad is not None]
         gradients = torch.autograd.grad(
             [result for result, _ in given],
@@ -478,29 +485,53 @@ def _through_each_layer(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tenso
     return None, None, None, *(next(found) if need else None for need in needed)
 
 
-def _run_one_by_one(stack: Layer, layers: int, dropout: Tensor | None) -> list[Tensor]:
-    """What Backend.forward_stack returns, one layer after the other."""
-    each = len(stack.weights) // layers
-    x, finals, outputs, others = stack.x, [], [], []
+def _run_one_by_one(
+    stack: Layer,
+    layers: int,
+    between: Callable[[Tensor, int], Tensor],
+    mask: Tensor | None = None,
+) -> list[tuple[Tensor, tuple[Tensor, ...], Tensor | None]]:
+    """run_layer() of each layer; the next one runs on between(output, number of the layer)."""
+    each, directions = len(stack.weights) // layers, stack.directions
+    x, results = stack.x, []
     for k in range(layers):
-        h_0, c_0 = (None if s is None else s[k : k + 1] for s in (stack.h_0, stack.c_0))
+        part = slice(k * directions, (k + 1) * directions)
+        h_0, c_0 = [None if s is None else s[part] for s in (stack.h_0, stack.c_0)]
         weights = tuple(stack.weights[k * each : (k + 1) * each])
-        output, states, cells = run_layer(
-            stack._replace(x=x, h_0=h_0, c_0=c_0, weights=weights, keep=False)
-        )
-        finals.append(states)
-        outputs.append(output)
-        others.append(cells)
-        x = output if dropout is None or k + 1 == layers else output * dropout[k]
-    results = [x, *map(torch.cat, zip(*finals))]
-    if stack.all_c:
-        results += [*outputs[:-1], *(t for t in others if t is not None)]
+        layer = replaced(stack, x=x, h_0=h_0, c_0=c_0, weights=weights, keep=False)
+        results.append(run_layer(layer, mask))
+        if k + 1 < layers:
+            x = between(results[k][0], k)
     return results
+
+
+def run_layers(
+    stack: Layer, layers: int, dropout: float, mask: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Layers with dropout between them, side by side where that should be faster: output and final
+    states of all. mask: as in run_layer."""
+    drop = torch.nn.functional.dropout
+    if mask is None and runs_side_by_side(stack, layers):
+        factors = None
+        if dropout:
+            factors = stack.x.new_ones(layers - 1, *stack.x.shape[:-1], stack.proj)
+            for each in factors:
+                drop(each, dropout, inplace=True)
+        output, finals, _ = run_stack(stack, layers, factors)
+        return output, finals
+
+    def between(output: Tensor, _: int) -> Tensor:
+        return drop(output, dropout) if dropout else output
+
+    outputs, finals, _ = zip(*_run_one_by_one(stack, layers, between, mask))
+    return outputs[-1], tuple(torch.cat(s) for s in zip(*finals))
 
 
 def runs_side_by_side(stack: Layer, layers: int) -> bool:
     """Whether run_stack() runs these layers, and should be faster than run_layer() of each."""
-    if stack.directions > 1:
+    if torch.compiler.is_compiling() or layers < 2 or stack.directions > 1:
+        return False
+    if stack.steps < LEAST_STACK_STEPS:
         return False
     has_cell = stack.x.is_cpu and runs_cell(stack.mode, stack.x)
     others = stack.inputs, stack.h_mask, stack.seed

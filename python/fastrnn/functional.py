@@ -48,7 +48,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._backends import takes_mask
-from ._functions import run_layer
+from ._functions import run_layers
 from ._layer import CELLS, Layer
 from ._ragged import (
     check_lengths,
@@ -412,19 +412,10 @@ def _run(
             states = tuple(s.index_select(1, ragged.sorted_indices) for s in states)
 
     every = (checkpoint_every or 0) if torch.is_grad_enabled() else 0
-    each = len(weights) // num_layers
-    finals = []
-    for k in range(num_layers):
-        own = tuple(weights[k * each : (k + 1) * each])
-        part = slice(k * directions, (k + 1) * directions)
-        h_0, c_0 = (None, None) if states is None else (*(s[part] for s in states), None)[:2]
-        given = x, h_0, c_0, own, batch_sizes, resets
-        layer = Layer.plain(mode, directions, batch, *given, checkpoint_every=every)
-        x, final, _ = run_layer(layer, valid)
-        finals.append(final)
-        if dropout and k < num_layers - 1:
-            x = torch.nn.functional.dropout(x, dropout)
-    last = tuple(torch.cat(s) for s in zip(*finals))
+    h_0, c_0 = (None, None) if states is None else (*states, None)[:2]
+    given = x, h_0, c_0, weights, batch_sizes, resets
+    layer = Layer.plain(mode, directions, batch, *given, checkpoint_every=every)
+    x, last = run_layers(layer, num_layers, dropout, valid)
 
     if ragged is None:
         return x.transpose(0, 1) if batch_first else x, last
