@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
 from fastrnn._layer import Layer
@@ -198,18 +199,6 @@ def test_packed_sequences():
             assert torch.equal(a, b)
 
 
-def test_autocast():
-    torch.manual_seed(0)
-    for cell in MODELS.values():
-        model, x = cell(9, 64, 2), torch.randn(200, 1, 9)
-        with torch.autocast("cpu", torch.bfloat16):
-            found, _ = train_with(model, x, 2, return_states=True)
-            expected, _ = train_with(model, x, 1, return_states=True)
-        for a, b in zip(found, expected, strict=True):
-            assert a.dtype == b.dtype
-            assert torch.equal(a, b)
-
-
 def states_for(cell: str, layers: int, batch: int, hidden: int, dtype) -> list[torch.Tensor]:
     return [torch.randn(layers, batch, hidden).to(dtype) for _ in range(1 + (cell == "LSTM"))]
 
@@ -342,6 +331,68 @@ def test_only_what_is_asked_for(deep):
     assert torch.equal(weight, expected)
 
 
+def sharing(x, kind: str):
+    """A function of x whose stack has inputs that depend on each other, and its parameters."""
+    model = fastrnn.LSTM(64, 64, 2, dtype=torch.float64)
+    x = torch.nn.functional.pad(x, (0, 44))
+    if kind == "tied weights":
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            setattr(model, f"{name}_l1", getattr(model, f"{name}_l0"))
+        return lambda: model(x)[0], list(model.parameters())
+    if kind == "states of x":
+        states = (torch.stack([x.mean(0).tanh()] * 2), torch.stack([x.amax(0).tanh()] * 2))
+        return lambda: model(x, states)[0], list(model.parameters())
+    return lambda: model(model(x)[0])[0], list(model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["tied weights", "states of x", "twice"])
+def test_inputs_that_share(deep, kind):
+    _, x = deep
+    run, parameters = sharing(x, kind)
+    y = run()
+    assert "FusedStackBackward" in names_in(y.grad_fn)
+    expected = torch.autograd.grad(y.sum(), [x, *parameters], retain_graph=True)
+    found = torch.autograd.grad(y.sum(), [x, *parameters], create_graph=True)
+    batched = torch.autograd.grad(
+        y, [x, *parameters], torch.ones_like(y)[None], is_grads_batched=True, retain_graph=True
+    )
+    with FlopCounterMode(display=False):
+        watched = torch.autograd.grad(y.sum(), [x, *parameters])
+    for a, *others in zip(expected, found, batched, watched, strict=True):
+        for b in others:
+            torch.testing.assert_close(b.reshape(a.shape), a, rtol=1e-10, atol=1e-12)
+
+
+def test_layers_that_do_not_fit(deep):
+    model, x = deep
+    stack = Layer.plain("LSTM", 1, 1, x.detach(), None, None, tuple(model._flat_weights))
+    for name, value in (("reverse", True), ("checkpoint_every", 10), ("zoneout_h", 0.1)):
+        with pytest.raises(ValueError, match=f"{name}: expected none"):
+            _cpu.forward_stack(stack._replace(**{name: value}), 2, None)
+
+
+class Copies:
+    """A sequence that makes its tensors when it is asked for them."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def __len__(self):
+        return len(self.tensors)
+
+    def __getitem__(self, i):
+        return self.tensors[i].clone()
+
+
+def test_weights_in_any_sequence(deep):
+    model, x = deep
+    weights = tuple(w.detach() for w in model._flat_weights)
+    stack = Layer.plain("LSTM", 1, 1, x.detach(), None, None, weights)
+    copies = (*stack[:-1], Copies(weights))
+    for a, b in zip(_cpu.forward_stack(stack, 2, None), _cpu.forward_stack(copies, 2, None)):
+        assert torch.equal(a, b)
+
+
 def test_what_was_changed_in_place_is_an_error(deep):
     model, x = deep
     y, _ = model(x)
@@ -386,7 +437,18 @@ def test_plan(cell):
     assert plan(model, 400, 2)[0] == 1
 
 
-@pytest.mark.parametrize("name", ["MGU", "PeepholeLSTM"])
+@pytest.mark.skipif("avx512" not in _cpu.cpu_variant(), reason="figures of AVX-512")
+def test_plan_of_rows_that_end():
+    """It is that of the rows that there are at a step on average."""
+    torch.set_num_threads(2)
+    model = fastrnn.LSTM(64, 64, 2)
+    sizes = torch.tensor([64] + [1] * 399)
+    x, weights = torch.zeros(int(sizes.sum()), 64), tuple(model._flat_weights)
+    stack = Layer.plain("LSTM", 1, 64, x, None, None, weights, sizes)
+    assert _cpu.plan_stack(stack, 2) == plan(model, 400, 2)
+
+
+@pytest.mark.parametrize("name", ["MGU", "PeepholeLSTM", "SLSTM"])
 def test_cells_of_a_users_own(name):
     torch.manual_seed(0)
     model = getattr(fastrnn.cells, name)(16, 64, 3, dropout=0.1)

@@ -84,7 +84,7 @@ struct BackwardArgs : LayerArgs {
   double grad_clip;        // 0: any magnitude
 
   // Incoming gradients; null means zero.
-  const void* d_output;  // [N, D*P]; in a stack, that of the layer above writes it
+  const void* d_output;  // [N, D*P]; in a stack, the layer above writes it
   // In a stack: what is to be added to that, where the output is a result too. [N, P] or null.
   const void* d_result;
   const void* d_h_n;    // [D, B, P]

@@ -110,7 +110,8 @@ class Backend(ABC):
 
     # Several layers in one direction, each taking the output of the one before, times `dropout`
     # [L-1, ..., P] if that is given. Their record is that of one layer, with the states and weights
-    # of all: h_0 and c_0 [L, B, features], and the weights layer by layer.
+    # of all: h_0 and c_0 [L, B, features], and the weights layer by layer. It has none of reverse,
+    # checkpoint_every, zoneout, layer_norm, h_mask, seed, inputs, and at most one state beside h.
 
     def runs_side_by_side(self, stack: Layer, layers: int, /) -> bool:
         """Whether it has the following, and they should be faster than layer by layer."""
@@ -132,7 +133,7 @@ class Backend(ABC):
         /,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        """The same, as record() is forward()."""
+        """forward_stack() as the forward of an autograd Function, as record() is of forward()."""
         raise NotImplementedError
 
     def replay_stack(

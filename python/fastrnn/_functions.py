@@ -462,22 +462,26 @@ def _through_each_layer(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tenso
     layers, options = ctx.options
     _, _, _, *needed = ctx.needs_input_grad
     first = 3 * layers  # output, extra and saved of each layer come before
-    dropout, *tensors = ctx.saved_tensors[first : first + 1 + len(needed)]
-    stack = Layer.of(options, tensors)
-
-    def between(output: Tensor, k: int) -> Tensor:
-        return output if dropout is None else output * dropout[k]
-
+    dropout, *given = ctx.saved_tensors[first : first + 1 + len(needed)]
     with torch.enable_grad():
-        outputs, finals, others = zip(*_run_one_by_one(stack, layers, between))
-        results = [outputs[-1], *map(torch.cat, zip(*finals))]
+        # Aliases: one input may depend on another one, or be the same tensor.
+        tensors = [t.view_as(t) if need else t for t, need in zip(given, needed)]
+        stack = Layer.of(options, tensors)
+        x, outputs, finals, others = stack.x, [], [], []
+        for k in range(layers):
+            output, final, cells = run_layer(_layer_of(stack, layers, k, x))
+            outputs.append(output)
+            finals.append(final)
+            others.append(cells)
+            x = output if dropout is None or k + 1 == layers else output * dropout[k]
+        results = [x, *map(torch.cat, zip(*finals))]
         if stack.all_c:
             results += [*outputs[:-1], *(t for t in others if t is not None)]
-        given = [(result, grad) for result, grad in zip(results, grads) if grad is not None]
+        used = [(result, grad) for result, grad in zip(results, grads) if grad is not None]
         gradients = torch.autograd.grad(
-            [result for result, _ in given],
+            [result for result, _ in used],
             [t for t, need in zip(tensors, needed) if need],
-            [grad for _, grad in given],
+            [grad for _, grad in used],
             create_graph=create_graph,
             materialize_grads=True,
         )
@@ -485,24 +489,13 @@ def _through_each_layer(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tenso
     return None, None, None, *(next(found) if need else None for need in needed)
 
 
-def _run_one_by_one(
-    stack: Layer,
-    layers: int,
-    between: Callable[[Tensor, int], Tensor],
-    mask: Tensor | None = None,
-) -> list[tuple[Tensor, tuple[Tensor, ...], Tensor | None]]:
-    """run_layer() of each layer; the next one runs on between(output, number of the layer)."""
+def _layer_of(stack: Layer, layers: int, k: int, x: Tensor) -> Layer:
+    """The k-th layer of a stack, on x."""
     each, directions = len(stack.weights) // layers, stack.directions
-    x, results = stack.x, []
-    for k in range(layers):
-        part = slice(k * directions, (k + 1) * directions)
-        h_0, c_0 = [None if s is None else s[part] for s in (stack.h_0, stack.c_0)]
-        weights = tuple(stack.weights[k * each : (k + 1) * each])
-        layer = replaced(stack, x=x, h_0=h_0, c_0=c_0, weights=weights, keep=False)
-        results.append(run_layer(layer, mask))
-        if k + 1 < layers:
-            x = between(results[k][0], k)
-    return results
+    part = slice(k * directions, (k + 1) * directions)
+    h_0, c_0 = [None if s is None else s[part] for s in (stack.h_0, stack.c_0)]
+    weights = tuple(stack.weights[k * each : (k + 1) * each])
+    return replaced(stack, x=x, h_0=h_0, c_0=c_0, weights=weights, keep=False)
 
 
 def run_layers(
@@ -511,46 +504,54 @@ def run_layers(
     """Layers with dropout between them, side by side where that should be faster: output and final
     states of all. mask: as in run_layer."""
     drop = torch.nn.functional.dropout
-    if mask is None and runs_side_by_side(stack, layers):
-        factors = None
-        if dropout:
-            factors = stack.x.new_ones(layers - 1, *stack.x.shape[:-1], stack.proj)
-            for each in factors:
-                drop(each, dropout, inplace=True)
-        output, finals, _ = run_stack(stack, layers, factors)
-        return output, finals
+    x, finals = stack.x, []
+    if mask is None and may_run_side_by_side(x, stack.batch_sizes, layers):
+        kind = runs_side_by_side(stack, layers)
+        if kind:
+            factors = None
+            if dropout:
+                factors = x.new_ones(layers - 1, *x.shape[:-1], stack.proj)
+                for each in factors:
+                    drop(each, dropout, inplace=True)
+            output, states, _ = run_stack(kind, stack, layers, factors)
+            return output, states
+    for k in range(layers):
+        x, final, _ = run_layer(_layer_of(stack, layers, k, x), mask)
+        finals.append(final)
+        if dropout and k + 1 < layers:
+            x = drop(x, dropout)
+    return x, tuple(torch.cat(s) for s in zip(*finals))
 
-    def between(output: Tensor, _: int) -> Tensor:
-        return drop(output, dropout) if dropout else output
 
-    outputs, finals, _ = zip(*_run_one_by_one(stack, layers, between, mask))
-    return outputs[-1], tuple(torch.cat(s) for s in zip(*finals))
-
-
-def runs_side_by_side(stack: Layer, layers: int) -> bool:
-    """Whether run_stack() runs these layers, and should be faster than run_layer() of each."""
-    if torch.compiler.is_compiling() or layers < 2 or stack.directions > 1:
+def may_run_side_by_side(x: Tensor, batch_sizes: Tensor | None, layers: int) -> bool:
+    """Whether runs_side_by_side() is worth a record of all layers."""
+    if layers < 2 or torch.compiler.is_compiling() or is_tracing():
         return False
-    if stack.steps < LEAST_STACK_STEPS:
-        return False
-    has_cell = stack.x.is_cpu and runs_cell(stack.mode, stack.x)
-    others = stack.inputs, stack.h_mask, stack.seed
+    return (x if batch_sizes is None else batch_sizes).shape[0] >= LEAST_STACK_STEPS
+
+
+def runs_side_by_side(stack: Layer, layers: int) -> Call:
+    """What the call of run_stack() is, if that runs these layers and should be faster than
+    run_layer() of each; else Call.WATCHED."""
     options = stack.checkpoint_every, stack.layer_norm, stack.zoneout_h, stack.zoneout_c
-    if not has_cell or any(options) or any(t is not None for t in others):
-        return False
-    kind = inspect(stack)
+    others = stack.inputs, stack.h_mask, stack.seed
+    if stack.directions > 1 or stack.reverse or stack.cell.states > 1:
+        return Call.WATCHED
+    if any(options) or any(t is not None for t in others):
+        return Call.WATCHED
+    kind = inspect(stack) if stack.x.is_cpu and runs_cell(stack.mode, stack.x) else Call.WATCHED
     # Else backward may end at some layer.
     if kind is Call.DIFFERENTIABLE and not all(w.requires_grad for w in stack.weights):
-        return False
-    return kind is not Call.WATCHED and backend("cpu").runs_side_by_side(stack, layers)
+        return Call.WATCHED
+    return kind if kind and backend("cpu").runs_side_by_side(stack, layers) else Call.WATCHED
 
 
 def run_stack(
-    stack: Layer, layers: int, dropout: Tensor | None
+    kind: Call, stack: Layer, layers: int, dropout: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...], list[tuple[Tensor, Tensor | None]]]:
     """Layers side by side: see Backend.forward_stack. Output, final states of all layers, and if
     asked for the output and every c_t of each layer."""
-    if inspect(stack) is Call.DIFFERENTIABLE:
+    if kind is Call.DIFFERENTIABLE:
         results = FUSED_STACK(layers, stack.keeping(True).options, dropout, *stack.tensors)
     else:
         results = backend("cpu").forward_stack(stack, layers, dropout)

@@ -18,8 +18,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._backends import backend, takes_mask
 from ._drop_in import DropIn
-from ._functions import FUSED, FUSED_STACK, run_layer, run_packed, run_stack, runs_side_by_side
-from ._layer import CELLS, LEAST_STACK_STEPS, Layer, replaced
+from ._functions import (
+    FUSED,
+    FUSED_STACK,
+    may_run_side_by_side,
+    run_layer,
+    run_packed,
+    run_stack,
+    runs_side_by_side,
+)
+from ._layer import CELLS, Layer, replaced
 from ._onnx import refuse
 from ._onnx import run_layer as run_onnx_layer
 from ._options import OPTIONS, option, written
@@ -67,20 +75,10 @@ class _Call(NamedTuple):
     """What the layers of a module run on, in the types in which they do."""
 
     x: Tensor
-    states: Sequence[States] | None  # of each layer, or of all of them together
     rows: _Rows
     weights: list[Tensor]
     options: tuple[Any, ...]  # of each layer's record
     output_dtype: torch.dtype | None  # None: x's
-
-    def as_results(
-        self, output: Tensor, final: States, sequences: list[Tensor]
-    ) -> tuple[Tensor, States, list[Tensor]]:
-        """The results in the types in which the module returns them."""
-        dtype = self.output_dtype
-        if dtype is None:
-            return output, final, sequences
-        return output.to(dtype), tuple(s.to(dtype) for s in final), [s.to(dtype) for s in sequences]
 
 
 class _RNNBase(DropIn, RNNBase):
@@ -283,26 +281,28 @@ class _RNNBase(DropIn, RNNBase):
         if states is None and rows.batch_sizes is not None and is_tracing():
             # The one argument by which the traced operator knows B.
             states = self._zeros(x, rows.batch)
-        call = self._prepare(x, None if states is None else [states], rows, all_states)
-        stack = self._as_stack(call)
-        if stack is not None:
-            dropout = self._dropout_between(stack.x, call.rows)
-            output, final, every = run_stack(stack, self.num_layers, dropout)
-            sequences = [s for each in every for s in self._states_of(*each)]
-            return call.as_results(output, final, sequences)
-        if states is not None and self.num_layers > 1:
-            assert call.states is not None
-            directions = 2 if self.bidirectional else 1
-            parts = [slice(k * directions, (k + 1) * directions) for k in range(self.num_layers)]
-            call = replaced(call, states=[tuple(s[p] for s in call.states[0]) for p in parts])
-        x, finals, sequences = self._run_each(call, all_states)
+        call, given = self._prepare(x, None if states is None else [states], rows, all_states)
+        states = None if given is None else given[0]
+        together = self._run_side_by_side(call, states)
+        if together is not None:
+            return together
+        own: list[States] | None = None
+        if states is not None:
+            own = [states]
+            if self.num_layers > 1:
+                directions = 2 if self.bidirectional else 1
+                parts = [
+                    slice(k * directions, (k + 1) * directions) for k in range(self.num_layers)
+                ]
+                own = [tuple(s[part] for s in states) for part in parts]
+        x, finals, sequences = self._run_each(call, own, all_states)
         final = finals[0] if self.num_layers == 1 else tuple(map(torch.cat, zip(*finals)))
-        return call.as_results(x, final, sequences)
+        return x, final, sequences
 
     def _prepare(
         self, x: Tensor, states: Sequence[States] | None, rows: _Rows, all_states: bool
-    ) -> _Call:
-        """What the layers run on: with autocast and dropout on weights."""
+    ) -> tuple[_Call, Sequence[States] | None]:
+        """What the layers run on, and the states: with autocast and dropout on weights."""
         weights = self._weights()
         if self.training and self._options:
             weights = self._drop_weights(weights)
@@ -327,7 +327,7 @@ class _RNNBase(DropIn, RNNBase):
         if rows.grad_scale is not None:  # in the type that states are carried in
             state_dtype = torch.float32 if x.dtype.itemsize == 2 else x.dtype
             rows = replaced(rows, grad_scale=rows.grad_scale.to(state_dtype))
-        return _Call(x, states, rows, weights, options, output_dtype)
+        return _Call(x, rows, weights, options, output_dtype), states
 
     @staticmethod
     def _layer(
@@ -347,20 +347,28 @@ class _RNNBase(DropIn, RNNBase):
         steps = rows.batch_sizes, rows.resets, rows.grad_scale
         return Layer.of(call.options, (x, h_0, c_0, *steps, *drawn, inputs, *weights))
 
-    def _as_stack(self, call: _Call) -> Layer | None:
-        """The layers' common record, if they run side by side."""
-        if torch.compiler.is_compiling() or self.num_layers < 2:
+    def _run_side_by_side(
+        self, call: _Call, states: States | None
+    ) -> tuple[Tensor, States, list[Tensor]] | None:
+        """What _run returns, if the layers run side by side; else None."""
+        rows, layers = call.rows, self.num_layers
+        if not may_run_side_by_side(call.x, rows.batch_sizes, layers):
             return None
-        x, states, rows, weights, *_ = call
-        steps = x if rows.batch_sizes is None else rows.batch_sizes
-        if steps.shape[0] < LEAST_STACK_STEPS or rows.mask is not None or self._frozen is not None:
+        if self._frozen is not None or rows.mask is not None or rows.inputs is not None:
             return None
-        if (self.training and self.recurrent_dropout) or rows.inputs is not None:
+        if self.training and self.recurrent_dropout:
             return None
-        stack = self._layer(call, x, states[0] if states else None, weights)
-        return stack if runs_side_by_side(stack, self.num_layers) else None
+        stack = self._layer(call, call.x, states, call.weights)
+        kind = runs_side_by_side(stack, layers)
+        if not kind:
+            return None
+        dropout = self._dropout_between(call.x, rows)
+        output, final, every = run_stack(kind, stack, layers, dropout)
+        return output, final, [s for each in every for s in self._states_of(*each)]
 
-    def _run_each(self, call: _Call, all_states: bool) -> tuple[Tensor, list[States], list[Tensor]]:
+    def _run_each(
+        self, call: _Call, states: Sequence[States] | None, all_states: bool
+    ) -> tuple[Tensor, list[States], list[Tensor]]:
         """One layer after the other, from the states of each, [D, B, H]."""
         x, rows = call.x, call.rows
         each = len(call.weights) // self.num_layers
@@ -370,16 +378,16 @@ class _RNNBase(DropIn, RNNBase):
             model = packed(self)
         finals, sequences = [], []
         for k in range(self.num_layers):
-            states = None if call.states is None else call.states[k]
+            own = None if states is None else states[k]
             weights = call.weights[k * each : (k + 1) * each]
             inputs = None if rows.inputs is None else rows.inputs[k]
             drawn = self._draw(x, rows) if self.training and self._options else (None, None)
-            layer = self._layer(call, x, states, weights, drawn, inputs)
+            layer = self._layer(call, x, own, weights, drawn, inputs)
             if to_onnx:
                 x, final, cells = run_onnx_layer(layer, rows.lengths, self.hidden_size)
             elif self._frozen is not None:
-                own = None if model is None else model.layers[k]
-                x, final, cells = run_packed(layer, rows.mask, self._frozen, own)
+                ready = None if model is None else model.layers[k]
+                x, final, cells = run_packed(layer, rows.mask, self._frozen, ready)
             else:
                 x, final, cells = run_layer(layer, rows.mask)
             finals.append(final)
@@ -387,6 +395,9 @@ class _RNNBase(DropIn, RNNBase):
                 sequences += self._states_of(x, cells)
             if self.dropout and self.training and k < self.num_layers - 1:
                 x = self._drop_between(x, rows)
+        if call.output_dtype is not None:
+            x, *sequences = (t.to(call.output_dtype) for t in (x, *sequences))
+            finals = [tuple(s.to(call.output_dtype) for s in final) for final in finals]
         return x, finals, sequences
 
     def _as_frozen(
@@ -481,12 +492,9 @@ class _RNNBase(DropIn, RNNBase):
     ) -> tuple[Tensor, list[States]]:
         """All layers over x [T, B, I], from the states of each layer: the output and the states
         after it."""
-        call = self._prepare(x, states, _Rows(x.shape[1], inputs=inputs), False)
-        output, finals, _ = self._run_each(call, False)
-        if call.output_dtype is None:
-            return output, finals
-        finals = [tuple(s.to(call.output_dtype) for s in each) for each in finals]
-        return output.to(call.output_dtype), finals
+        call, own = self._prepare(x, states, _Rows(x.shape[1], inputs=inputs), False)
+        output, finals, _ = self._run_each(call, own, False)
+        return output, finals
 
     def _states_of(self, output: Tensor, others: Tensor | None) -> list[Tensor]:
         """What return_states gives of one layer."""

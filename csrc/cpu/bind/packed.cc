@@ -343,7 +343,7 @@ py::object PackedModel::run_layers(const Tensor& x, int64_t steps, int64_t batch
     prefer_large_pages(args.output, shape.count() * size_of(args.dtype));
     from = args.output;
     if (k == 0 && steps > 1 && layers_.size() > 1 && layer.set_weights(args)) {
-      plan = plan_stack(args, static_cast<int>(layers_.size()));
+      plan = plan_stack(args, nullptr, static_cast<int>(layers_.size()));
     }
     if (plan.threads > 1) {
       layer.set_weights(args);

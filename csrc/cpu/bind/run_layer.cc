@@ -1,5 +1,6 @@
 #include "run_layer.h"
 
+#include <numeric>
 #include <utility>
 
 #include "../variant.h"
@@ -88,16 +89,20 @@ void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& sc
   scan(args, threads);
 }
 
-StackPlan plan_stack(const ScanShape& shape, int count) {
+StackPlan plan_stack(const ScanShape& shape, const int64_t* batch_sizes, int count) {
   if (count < 2 || shape.directions > 1) return {};
   // The outputs of all layers are there at once.
   constexpr int64_t kMostBytes = int64_t{256} << 20;
-  const int64_t bytes = shape.steps * shape.batch * shape.proj * count * size_of(shape.dtype);
+  const int64_t rows = batch_sizes == nullptr
+                           ? shape.steps * shape.batch
+                           : std::accumulate(batch_sizes, batch_sizes + shape.steps, int64_t{0});
+  const int64_t bytes = rows * shape.proj * count * size_of(shape.dtype);
   const int threads = torch_threads();
   if (threads < 2 || bytes > kMostBytes) return {};
   ForwardArgs args{};
   static_cast<ScanShape&>(args) = shape;
   args.traits = &cell_traits(shape.cell);
+  args.batch_sizes = batch_sizes;
   return active_variant(shape.dtype).plan_stack(args, count, threads);
 }
 

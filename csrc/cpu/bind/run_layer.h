@@ -71,8 +71,9 @@ Results forward(const LayerCall& layer, const Scan& scan);
 void run_forward(const ForwardArgs& args, const LayerCall& layer);
 void run_forward(const ForwardArgs& args, const LayerCall& layer, const Scan& scan);
 
-// How `count` layers of this shape, on top of each other, should run side by side.
-StackPlan plan_stack(const ScanShape& shape, int count);
+// How `count` layers of this shape, on top of each other, should run side by side; batch_sizes:
+// null where all rows have all steps.
+StackPlan plan_stack(const ScanShape& shape, const int64_t* batch_sizes, int count);
 void run_forward(const std::vector<ForwardArgs>& layers, const StackPlan& plan);
 void run_backward(const std::vector<BackwardArgs>& layers);
 

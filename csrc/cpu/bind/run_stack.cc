@@ -46,7 +46,8 @@ LayerCall Stack::layer(int k, const Tensor& x) const {
 
 StackPlan plan_stack(const Stack& stack, const Tensor& x) {
   if (stack.layers < 2 || stack.every.directions > 1) return {};
-  return plan_stack(stack.layer(0, x).shape, stack.layers);
+  const LayerCall layer = stack.layer(0, x);
+  return plan_stack(layer.shape, static_cast<const int64_t*>(layer.batch_sizes.data), stack.layers);
 }
 
 StackResults forward(const Stack& stack, Tensor x) {
@@ -62,7 +63,7 @@ StackResults forward(const Stack& stack, Tensor x) {
     set_layer(args, layer, kept.emplace_back());
     if (k == 0) {
       make_finals(results, stack, layer);
-      plan = plan_stack(args, stack.layers);
+      plan = plan_stack(args, args.batch_sizes, stack.layers);
       if (plan.threads < 2 && (stack.every.keep || stack.dropout)) {
         plan = {1, 1, std::max<int64_t>(args.steps, 1)};
       }

@@ -36,8 +36,8 @@ struct StackResults {
   py::tuple tuple(const Stack& stack) const;
 };
 
-// Side by side or one after the other, as should be faster; what is kept or dropped out of, always
-// side by side.
+// Side by side or one after the other, as should be faster. Where backward follows, or with
+// dropout, always by the scan of a stack, if need be on one thread.
 StackResults forward(const Stack& stack, Tensor x);
 
 }  // namespace fastrnn

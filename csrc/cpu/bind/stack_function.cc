@@ -39,10 +39,10 @@ class Given {
     if (!PySequence_Check(weights.ptr())) {
       throw py::value_error("weights: expected a sequence of tensors, got " + describe(weights));
     }
-    const py::tuple all = py::reinterpret_steal<py::tuple>(PySequence_Tuple(weights.ptr()));
-    if (!all) throw py::error_already_set();
+    all_weights_ = py::reinterpret_steal<py::tuple>(PySequence_Tuple(weights.ptr()));
+    if (!all_weights_) throw py::error_already_set();
     const CellTraits& traits = cell_traits(find_cell(fields[0]));
-    const auto count = static_cast<int64_t>(all.size());
+    const auto count = static_cast<int64_t>(all_weights_.size());
     if (layers < 1 || count < layers || !traits.has_weights(count, layers, false) ||
         traits.states > 1 || traits.inputs > 0) {
       throw py::value_error("weights: expected those of " + std::to_string(layers) +
@@ -52,12 +52,12 @@ class Given {
     const auto each = static_cast<size_t>(count / layers);
     const Tensor h_0 = take_states("h_0", fields, LayerField::kH0, layers);
     const Tensor c_0 = take_states("c_0", fields, LayerField::kC0, layers);
-    own_weights_ = all[py::slice(0, static_cast<py::ssize_t>(each), 1)];
-    weights = own_weights_;
+    const py::tuple first = all_weights_[py::slice(0, static_cast<py::ssize_t>(each), 1)];
+    weights = first;
     LayerCall every = read_layer(fields);
     expect_cpu(every);
     expect_plain(every);
-    for (const py::handle weight : all) {
+    for (const py::handle weight : all_weights_) {
       const Tensor viewed = view_optional("weights", weight);
       if (!viewed) throw py::value_error("weights: expected tensors, got None");
       weights_.push_back(viewed);
@@ -80,7 +80,7 @@ class Given {
 
  private:
   Contiguous kept_;
-  py::tuple own_weights_;
+  py::tuple all_weights_;  // keeps them alive, whatever sequence they came in
   std::vector<Tensor> weights_;
 
   Tensor take_states(const char* name, LayerFields& fields, LayerField field, int layers) {
@@ -93,9 +93,13 @@ class Given {
 
   static void expect_plain(const LayerCall& every) {
     const std::pair<const char*, bool> others[] = {
-        {"directions", every.directions > 1}, {"checkpoint_every", every.checkpoint_every > 0},
-        {"zoneout_h", every.zoneout_h > 0},   {"zoneout_c", every.zoneout_c > 0},
-        {"layer_norm", every.layer_norm},     {"h_mask", bool(every.h_mask)},
+        {"directions", every.directions > 1},
+        {"reverse", every.reverse},
+        {"checkpoint_every", every.checkpoint_every > 0},
+        {"zoneout_h", every.zoneout_h > 0},
+        {"zoneout_c", every.zoneout_c > 0},
+        {"layer_norm", every.layer_norm},
+        {"h_mask", bool(every.h_mask)},
         {"seed", bool(every.seed)},
     };
     for (const auto& [name, is_given] : others) {
