@@ -147,13 +147,13 @@ void backward_stack_dev_impl(const Device& device, const BackwardArgs* layers, i
                              const CellLoops<S>& loops) {
   Workspace workspace;
   const BackwardArgs& highest = layers[count - 1];
-  const Work work = BackwardScan<S>::work(highest, Steps(highest, workspace));
+  const Steps steps(highest, workspace);
+  const Work work = BackwardScan<S>::work(highest, steps);
   const StackPlan plan = plan_stack(work, count, device.threads, Pass::kBackward);
   if (plan.threads < 2) {
-    const int64_t rows = Steps(highest, workspace).total();
     for (int k = count; k-- > 0;) {
       backward_dev_impl<Device, S>(device, layers[k], loops);
-      if (k > 0) complete_output<S>(layers[k - 1], 0, rows, layers[k].d_x);
+      if (k > 0) complete_output<S>(layers[k - 1], 0, steps.total(), layers[k].d_x);
     }
     return;
   }

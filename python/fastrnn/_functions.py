@@ -510,9 +510,7 @@ def run_layers(
         if kind:
             factors = None
             if dropout:
-                factors = x.new_ones(layers - 1, *x.shape[:-1], stack.proj)
-                for each in factors:
-                    drop(each, dropout, inplace=True)
+                factors = dropout_factors(stack, layers, lambda y: drop(y, dropout, inplace=True))
             output, states, _ = run_stack(kind, stack, layers, factors)
             return output, states
     for k in range(layers):
@@ -521,6 +519,14 @@ def run_layers(
         if dropout and k + 1 < layers:
             x = drop(x, dropout)
     return x, tuple(torch.cat(s) for s in zip(*finals))
+
+
+def dropout_factors(stack: Layer, layers: int, drop: Callable[[Tensor], Tensor]) -> Tensor:
+    """What dropout, which works in place, multiplies the output of each layer but the last by."""
+    factors = stack.x.new_ones(layers - 1, *stack.x.shape[:-1], stack.proj)
+    for between in factors:
+        drop(between)
+    return factors
 
 
 def may_run_side_by_side(x: Tensor, batch_sizes: Tensor | None, layers: int) -> bool:

@@ -21,6 +21,7 @@ from ._drop_in import DropIn
 from ._functions import (
     FUSED,
     FUSED_STACK,
+    dropout_factors,
     may_run_side_by_side,
     run_layer,
     run_packed,
@@ -362,7 +363,11 @@ class _RNNBase(DropIn, RNNBase):
         kind = runs_side_by_side(stack, layers)
         if not kind:
             return None
-        dropout = self._dropout_between(call.x, rows)
+        dropout = None
+        if self.dropout and self.training:
+            dropout = dropout_factors(
+                stack, layers, lambda y: self._drop_between(y, rows, inplace=True)
+            )
         output, final, every = run_stack(kind, stack, layers, dropout)
         return output, final, [s for each in every for s in self._states_of(*each)]
 
@@ -451,16 +456,6 @@ class _RNNBase(DropIn, RNNBase):
         if x.dim() == 2 and rows.batch_sizes is not None:  # packed
             mask = mask[row_of_each(rows.batch_sizes, x, rows.order)]
         return x.mul_(mask) if inplace else x * mask
-
-    def _dropout_between(self, x: Tensor, rows: _Rows) -> Tensor | None:
-        """What dropout multiplies the output of each layer but the last by."""
-        if not (self.dropout and self.training):
-            return None
-        size = self.proj_size or self.hidden_size
-        factors = x.new_ones(self.num_layers - 1, *x.shape[:-1], size)
-        for between in factors:
-            self._drop_between(between, rows, inplace=True)
-        return factors
 
     def _zeros(self, x: Tensor, batch: Any) -> States:
         entries = self.num_layers * (2 if self.bidirectional else 1)
