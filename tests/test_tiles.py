@@ -39,6 +39,14 @@ def test_few_rows(cell, dtype, sizes):
         assert_close(actual, expected)
 
 
+def test_many_rows(cell, dtype):
+    """More rows a step than a weight's gradient multiplies at once, with any set of registers."""
+    models = pair(cell, 3, 5, dtype=dtype)
+    x, hx = inputs(models[0], 2, 300)
+    actual, expected = (run(model, x, hx) for model in models)
+    assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("kind", ["lengths", "holes"])
 @pytest.mark.parametrize("H", [1, 15, 17, 33])
 def test_masked_tails(cell, dtype, H, kind):

@@ -15,6 +15,10 @@ class WeightGradient {
   using T = Compute<F>;
 
  public:
+  // Rows of gate gradients to multiply at once. With few registers tiles are small and read a panel
+  // often: so many rows of it, one tile wide, stay in L1 beside the gate gradients tiles share.
+  static constexpr int64_t kPanelRows = FASTRNN_REGISTERS < 32 ? 64 : 256;
+
   WeightGradient(int64_t rows, int64_t columns, int directions, bool keeps_sums,
                  Workspace& workspace)
       : rows_(rows),
@@ -52,12 +56,15 @@ class WeightGradient {
   // Adds the products of `depth` rows of gate gradients with the panel, for rows of the weight.
   void add(int direction, int64_t block, Range rows, const F* d_gates, int64_t stride,
            const F* panel, int64_t depth) const {
-    for_each_tile(
-        rows.begin, rows.end, max_rows(columns_.units), [&](int64_t row, int count, int64_t) {
-          tile_for<Accumulate<F>>(columns_.units, count)(d_gates + row * FactorGroup<F>::size,
-                                                         stride, panel, depth,
-                                                         sums(direction, block, row));
-        });
+    for (int64_t k = 0; k < depth; k += kPanelRows) {
+      const int64_t some = min_of(kPanelRows, depth - k);
+      const auto run_tile = [&](int64_t row, int count, int64_t) {
+        tile_for<Accumulate<F>>(columns_.units, count)(
+            d_gates + k * stride + row * FactorGroup<F>::size, stride, panel + k * columns_.width,
+            some, sums(direction, block, row));
+      };
+      for_each_tile(rows.begin, rows.end, max_rows(columns_.units), run_tile);
+    }
   }
 
   // Writes the products of all rows of gate gradients with the panel.
