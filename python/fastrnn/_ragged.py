@@ -119,7 +119,8 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, index: Tensor, rows: int) -> Tensor:
-        return x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x)
+        # In place, as index_copy would copy the zeros first; index_copy_ has no rule for vmap.
+        return x.new_zeros(rows, *x.shape[1:]).index_put_((index,), x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
