@@ -38,6 +38,7 @@ from ._ragged import (
     check_lengths,
     check_scale,
     check_steps,
+    from_lengths,
     from_mask,
     gather,
     is_per_sample,
@@ -66,7 +67,7 @@ class _Rows(NamedTuple):
     batch_sizes: Tensor | None = None  # or a mask, where the backend takes one
     resets: Tensor | None = None
     mask: Tensor | None = None  # bool [T, B], for the reference implementation
-    lengths: Tensor | None = None  # int64 [B], for ONNX
+    lengths: Tensor | None = None  # int64 [B], where every row's first steps are its valid ones
     inputs: tuple[Tensor, ...] | None = None  # of each layer, laid out as its x: see Layer.inputs
     grad_scale: Tensor | None = None  # laid out as resets
     order: Tensor | None = None  # int64 [B]: the caller's row of each row, where they were sorted
@@ -571,12 +572,13 @@ class _RNNBase(DropIn, RNNBase):
             results = self._run_padded(input, states, rows, all_states)
         else:
             resets = None if reset is None else by_step("reset", reset)
+            ends = None
             if lengths is not None:
                 ends = check_lengths(lengths, batch, steps, input.device)
                 mask = torch.arange(steps, device=input.device).unsqueeze(1) < ends
             elif mask is not None:
                 mask = by_step("mask", mask)
-            rows = _Rows(batch, resets=resets, inputs=inputs, grad_scale=scale)
+            rows = _Rows(batch, resets=resets, inputs=inputs, lengths=ends, grad_scale=scale)
             results = self._run_batch(input, states, mask, rows, all_states)
         (output, *sequences), final = results
         if not is_batched:
@@ -644,7 +646,10 @@ class _RNNBase(DropIn, RNNBase):
         all_states: bool,
     ) -> tuple[tuple[Tensor, ...], States]:
         """The same of the valid steps alone, packed. mask and the resets are [T, B]."""
-        ragged = from_mask(mask, self.batch_first)
+        if rows.lengths is None:
+            ragged = from_mask(mask, self.batch_first)
+        else:
+            ragged = from_lengths(rows.lengths, mask.shape[0], self.batch_first)
         if ragged is None:  # all are valid
             return self._run_padded(input, states, rows, all_states)
         if states is not None:

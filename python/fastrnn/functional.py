@@ -53,6 +53,7 @@ from ._layer import CELLS, Layer
 from ._ragged import (
     check_lengths,
     check_steps,
+    from_lengths,
     from_mask,
     gather,
     is_per_sample,
@@ -381,6 +382,7 @@ def _run(
 
     resets = None if reset is None else by_step("reset", reset)
     valid = None if mask is None else by_step("mask", mask)
+    ends = None
     if lengths is not None:
         ends = check_lengths(lengths, batch, steps, x.device)
         valid = torch.arange(steps, device=x.device).unsqueeze(1) < ends
@@ -400,7 +402,12 @@ def _run(
         if in_kernel:
             batch_sizes, valid = valid, None
         else:
-            ragged, valid = from_mask(valid, batch_first), None
+            ragged = (
+                from_mask(valid, batch_first)
+                if ends is None
+                else from_lengths(ends, steps, batch_first)
+            )
+            valid = None
     if ragged is None:
         x = x.transpose(0, 1) if batch_first else x
     else:
