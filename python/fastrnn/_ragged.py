@@ -52,7 +52,7 @@ def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
         return None
     counts = mask.sum(0)
     sorted_indices = torch.argsort(counts, descending=True, stable=True)
-    unsorted_indices = _inverse(sorted_indices)
+    unsorted_indices = torch.argsort(sorted_indices)
     batch_sizes = (counts > torch.arange(steps, device=mask.device).unsqueeze(1)).sum(1)
     # The k-th valid step of a row stands at its sorted place within the k-th group.
     starts = batch_sizes.cumsum(0) - batch_sizes
@@ -72,18 +72,12 @@ def from_lengths(lengths: Tensor, steps: int, batch_first: bool) -> Ragged | Non
         return None
     b = sorted_indices[row]
     index = b * steps + t if batch_first else t * batch + b
-    return Ragged(index, alive.sum(1).cpu(), sorted_indices, _inverse(sorted_indices))
+    return Ragged(index, alive.sum(1).cpu(), sorted_indices, torch.argsort(sorted_indices))
 
 
 def _are_all(valid: Tensor, count: int) -> bool:
     """Whether that many steps are valid; False where nobody may look."""
     return not (torch.compiler.is_compiling() or is_tracing()) and len(valid) == count
-
-
-def _inverse(permutation: Tensor) -> Tensor:
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.shape[0], device=permutation.device)
-    return inverse
 
 
 def segment_starts(mask: Tensor, reset: Tensor) -> Tensor:
