@@ -38,7 +38,6 @@ from ._ragged import (
     check_lengths,
     check_scale,
     check_steps,
-    from_lengths,
     from_mask,
     gather,
     is_per_sample,
@@ -646,10 +645,7 @@ class _RNNBase(DropIn, RNNBase):
         all_states: bool,
     ) -> tuple[tuple[Tensor, ...], States]:
         """The same of the valid steps alone, packed. mask and the resets are [T, B]."""
-        if rows.lengths is None:
-            ragged = from_mask(mask, self.batch_first)
-        else:
-            ragged = from_lengths(rows.lengths, mask.shape[0], self.batch_first)
+        ragged = from_mask(mask, self.batch_first, rows.lengths)
         if ragged is None:  # all are valid
             return self._run_padded(input, states, rows, all_states)
         if states is not None:

@@ -41,12 +41,15 @@ class Ragged(NamedTuple):
     unsorted_indices: Tensor  # int64 [B]: the way back
 
 
-def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
+def from_mask(mask: Tensor, batch_first: bool, lengths: Tensor | None) -> Ragged | None:
     """The ragged form of mask [T, B], or None if every step is valid.
 
-    `batch_first` says how the padded features lie in memory; mask is always [T, B].
+    `batch_first` says how the padded features lie in memory; mask is always [T, B]. lengths: those
+    it was made of, if it was, which takes half of the time.
     """
     steps, batch = mask.shape
+    if lengths is not None:
+        return _from_lengths(lengths, steps, batch_first)
     t, b = mask.nonzero(as_tuple=True)
     if _are_all(t, steps * batch):
         return None
@@ -62,8 +65,7 @@ def from_mask(mask: Tensor, batch_first: bool) -> Ragged | None:
     return Ragged(index, batch_sizes.cpu(), sorted_indices, unsorted_indices)
 
 
-def from_lengths(lengths: Tensor, steps: int, batch_first: bool) -> Ragged | None:
-    """The same where every row's valid steps are its first ones, in half of the time."""
+def _from_lengths(lengths: Tensor, steps: int, batch_first: bool) -> Ragged | None:
     sorted_lengths, sorted_indices = torch.sort(lengths, descending=True, stable=True)
     alive = torch.arange(steps, device=lengths.device).unsqueeze(1) < sorted_lengths
     t, row = alive.nonzero(as_tuple=True)  # in the order of packed rows
@@ -166,6 +168,7 @@ class _Scatter(torch.autograd.Function):
 
 
 def _apply(function: type[_Gather | _Scatter], x: Tensor, *args: Any) -> Tensor:
+    """function.apply, with no more around it than the call needs."""
     result: Tensor
     if is_transforming():
         result = function.apply(x, *args)  # type: ignore[no-untyped-call]

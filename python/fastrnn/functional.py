@@ -53,7 +53,6 @@ from ._layer import CELLS, Layer
 from ._ragged import (
     check_lengths,
     check_steps,
-    from_lengths,
     from_mask,
     gather,
     is_per_sample,
@@ -402,12 +401,7 @@ def _run(
         if in_kernel:
             batch_sizes, valid = valid, None
         else:
-            ragged = (
-                from_mask(valid, batch_first)
-                if ends is None
-                else from_lengths(ends, steps, batch_first)
-            )
-            valid = None
+            ragged, valid = from_mask(valid, batch_first, ends), None
     if ragged is None:
         x = x.transpose(0, 1) if batch_first else x
     else:
